@@ -1,0 +1,14 @@
+//! The contracts that a source and a sink are held to.
+//!
+//! A sink gets [`Batch`]es: contiguous runs of the log that end where a source transaction ends. What it says of a batch
+//! is [`Applied`]: only `Durable` moves a checkpoint.
+
+mod batch;
+mod catalog;
+mod error;
+mod sink;
+
+pub use batch::{Batch, BatchPart};
+pub use catalog::{KeyValues, SourceLookup, SourceRow};
+pub use error::{Directive, SinkError};
+pub use sink::{Applied, Capabilities, Guarantee, Opened, Sink, SinkFactory, SinkTask};

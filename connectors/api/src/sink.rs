@@ -1,0 +1,104 @@
+//! The sink contract.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use wallaby_model::{Epoch, Position, TaskId};
+
+use crate::{Batch, SinkError, SourceLookup};
+
+/// What a sink promises; printed in the docs from this declaration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guarantee {
+    /// Every change takes effect exactly once, whatever dies.
+    ExactlyOnce,
+    /// Every change takes effect at least once; repeats carry the same position.
+    AtLeastOnce,
+}
+
+/// What a sink can do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// The connector's name, as in a flow file.
+    pub name: &'static str,
+    /// Its promise.
+    pub guarantee: Guarantee,
+    /// Whether a source transaction becomes visible as one.
+    pub transactional: bool,
+    /// What the guarantee rests on, and its limits: whole sentences, for the docs.
+    pub notes: &'static [&'static str],
+    /// The most rows that one batch should have.
+    pub batch_rows_max: usize,
+    /// The most encoded bytes that one batch should have, unless a single transaction is larger.
+    pub batch_bytes_max: usize,
+}
+
+/// Where a sink stands when it is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// The position of its last committed batch; `None` when it never had one.
+    pub position: Option<Position>,
+    /// The log's epoch at that position, from the sink's own checkpoint.
+    pub log_epoch: Option<Epoch>,
+    /// How many sessions of older owners were ended.
+    pub sessions_ended: u32,
+}
+
+/// What became of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Applied {
+    /// Taken, may still be lost: ask `barrier` later.
+    Accepted,
+    /// Survives a crash of the sink, up to and with this position.
+    Durable(Position),
+}
+
+/// One sink, owned by one apply task under one epoch.
+#[async_trait]
+pub trait Sink: Send {
+    /// What the sink can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Takes the sink over: ends sessions of older epochs of this task, makes this epoch the only one that can write,
+    /// and reads where the sink stands. May be called again after an error.
+    ///
+    /// # Errors
+    /// `Fenced` when the sink knows a younger epoch.
+    async fn open(&mut self, epoch: Epoch) -> Result<Opened, SinkError>;
+
+    /// Sets the position of a sink that never had one. Does nothing when it has one.
+    ///
+    /// # Errors
+    /// `Fenced` when a younger epoch took over.
+    async fn start_at(&mut self, position: Position, log_epoch: Epoch) -> Result<(), SinkError>;
+
+    /// Applies one batch: all of it or nothing of it is seen.
+    ///
+    /// # Errors
+    /// `Position` when the sink does not stand at `batch.from`; `Fenced` after a takeover; else as classified.
+    async fn apply(&mut self, batch: &Batch) -> Result<Applied, SinkError>;
+
+    /// Returns once everything applied so far is durable, and says up to where.
+    ///
+    /// # Errors
+    /// As `apply`.
+    async fn barrier(&mut self) -> Result<Position, SinkError>;
+
+    /// Ends the sink's sessions. What was not durable may be lost; the log has it.
+    async fn close(&mut self);
+}
+
+/// Who a sink works for.
+#[derive(Clone)]
+pub struct SinkTask {
+    /// The apply task; names the sink's sessions and its checkpoint.
+    pub task: TaskId,
+    /// Reads rows of the source by key.
+    pub lookup: Arc<dyn SourceLookup>,
+}
+
+/// Makes a sink from its configuration. Does not connect: `open` does.
+pub trait SinkFactory: Send + Sync {
+    /// A new, unopened sink.
+    fn make(&self, task: SinkTask) -> Box<dyn Sink>;
+}

@@ -1,0 +1,1 @@
+//! Reads the WAL of one PostgreSQL database through its own replication client.

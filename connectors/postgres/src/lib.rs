@@ -1,0 +1,1 @@
+//! The Postgres sink: state, upserted, exactly once.

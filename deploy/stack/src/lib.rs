@@ -1,0 +1,1 @@
+//! Starts, identifies, supervises and ends local servers: Postgres, NATS, etcd.

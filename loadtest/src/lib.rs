@@ -1,0 +1,1 @@
+//! Load generator, benchmark harness and side-by-side reports.

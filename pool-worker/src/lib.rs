@@ -1,0 +1,1 @@
+//! The worker: takes offers, owns tasks, captures and applies.

@@ -1,0 +1,1 @@
+//! etcd: worker leases, task locks and epochs, guarded writes, the flow store, checkpoints and holds.

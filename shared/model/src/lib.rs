@@ -1,0 +1,15 @@
+//! The words of WALlaby as types: ids, LSNs, positions, epochs, table schemas, change batches, log records and the
+//! flow specification. Nothing here does I/O, and nothing here knows a server.
+
+pub mod change;
+pub mod flow;
+pub mod ids;
+pub mod position;
+pub mod record;
+pub mod schema;
+
+pub use change::{Op, SegmentBody, TableChanges, Transaction};
+pub use ids::{Epoch, FlowId, IdError, Nonce, SinkId, TaskId, TaskKind, WorkerId};
+pub use position::{Lsn, Position, PositionError};
+pub use record::{Codec, Record, RecordKind, ResumeInfo};
+pub use schema::{Column, ColumnType, ReplicaIdentity, SchemaId, TableName, TableSchema};

@@ -1,0 +1,1 @@
+//! The log of a flow: one JetStream stream, one writer at a time, any number of readers.

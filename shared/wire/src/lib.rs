@@ -1,0 +1,5 @@
+//! Codecs: how change batches become the bytes of a segment and come back.
+
+pub mod segment;
+
+pub use segment::{SegmentError, decode, encode};

@@ -1,0 +1,1 @@
+//! The test kit: real servers as values, databases and accounts of one's own, polling with deadlines.
