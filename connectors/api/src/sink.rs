@@ -59,6 +59,13 @@ pub trait Sink: Send {
     /// What the sink can do.
     fn capabilities(&self) -> Capabilities;
 
+    /// The highest epoch that this task's checkpoint at the sink knows; `None` when there is no checkpoint yet. Only
+    /// reads: called before `open`, so that the new epoch is above it even after etcd was restored from a backup.
+    ///
+    /// # Errors
+    /// When the sink cannot be reached or refuses.
+    async fn last_epoch(&mut self) -> Result<Option<Epoch>, SinkError>;
+
     /// Takes the sink over: ends sessions of older epochs of this task, makes this epoch the only one that can write,
     /// and reads where the sink stands. May be called again after an error.
     ///
