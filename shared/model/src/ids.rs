@@ -92,8 +92,13 @@ macro_rules! name_type {
     };
 }
 
-name_type!(FlowId, "flow", "The id of a flow. It ends up in a slot name, a JetStream stream name, a subject token and an etcd key.");
+name_type!(
+    FlowId,
+    "flow",
+    "The id of a flow. It ends up in a slot name, a JetStream stream name, a subject token and an etcd key."
+);
 name_type!(SinkId, "sink", "The id of a sink inside its flow.");
+name_type!(PoolId, "pool", "The id of a pool of workers: offers made to a pool are pulled by its workers only.");
 
 impl FlowId {
     /// The replication slot and publication of this flow when it makes its own: `wallaby_<flow>`, `-` as `_`.

@@ -4,12 +4,14 @@
 pub mod change;
 pub mod flow;
 pub mod ids;
+pub mod offer;
 pub mod position;
 pub mod record;
 pub mod schema;
 
 pub use change::{Op, SegmentBody, TableChanges, Transaction};
-pub use ids::{Epoch, FlowId, IdError, Nonce, SinkId, TaskId, TaskKind, WorkerId};
+pub use ids::{Epoch, FlowId, IdError, Nonce, PoolId, SinkId, TaskId, TaskKind, WorkerId};
+pub use offer::Offer;
 pub use position::{Lsn, Position, PositionError};
 pub use record::{Codec, Record, RecordKind, ResumeInfo};
 pub use schema::{Column, ColumnType, ReplicaIdentity, SchemaId, TableName, TableSchema};
