@@ -1,0 +1,77 @@
+//! Switches that let tests break a protection on purpose, so that the protection behind it is what is tested.
+//!
+//! Read once from `WALLABY_FAILPOINTS`, a list of names separated by commas. A worker that runs with one says so
+//! loudly: they are for tests only.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// A protection that can be switched off, or a fault that can be switched on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Failpoint {
+    /// The worker does not fence itself when its lease may have run out: the log and the sinks must refuse it.
+    NoSelfFencing,
+    /// Opening a sink leaves sessions of older owners alive: the epoch alone must refuse them.
+    KeepOlderSessions,
+    /// The capture loop of this process stops turning without saying what it waits for: the watchdog must see it.
+    HangCapture,
+    /// The apply loop of this process stops turning without saying what it waits for.
+    HangApply,
+}
+
+impl Failpoint {
+    const ALL: [(&'static str, Failpoint); 4] = [
+        ("no-self-fencing", Failpoint::NoSelfFencing),
+        ("keep-older-sessions", Failpoint::KeepOlderSessions),
+        ("hang-capture", Failpoint::HangCapture),
+        ("hang-apply", Failpoint::HangApply),
+    ];
+}
+
+/// The failpoints of this process.
+#[derive(Clone, Debug, Default)]
+pub struct Failpoints(Arc<BTreeSet<Failpoint>>);
+
+impl Failpoints {
+    /// Reads a list of names.
+    ///
+    /// # Errors
+    /// When a name is unknown.
+    pub fn parse(list: &str) -> Result<Failpoints, String> {
+        let mut set = BTreeSet::new();
+        for name in list.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+            let known = Failpoint::ALL.iter().find(|(known, _)| *known == name);
+            let Some((_, failpoint)) = known else {
+                let names: Vec<&str> = Failpoint::ALL.iter().map(|(name, _)| *name).collect();
+                return Err(format!("unknown failpoint {name:?} in WALLABY_FAILPOINTS; known: {}", names.join(", ")));
+            };
+            set.insert(*failpoint);
+        }
+        Ok(Failpoints(Arc::new(set)))
+    }
+
+    /// Whether a failpoint is on.
+    pub fn is_on(&self, failpoint: Failpoint) -> bool {
+        self.0.contains(&failpoint)
+    }
+
+    /// The failpoints that are on.
+    pub fn on(&self) -> impl Iterator<Item = Failpoint> + '_ {
+        self.0.iter().copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+
+    #[test]
+    fn names_are_checked() {
+        let on = Failpoints::parse("no-self-fencing, hang-capture").unwrap();
+        assert!(on.is_on(Failpoint::NoSelfFencing) && on.is_on(Failpoint::HangCapture));
+        assert!(!on.is_on(Failpoint::KeepOlderSessions));
+        assert!(Failpoints::parse("nonsense").unwrap_err().contains("nonsense"));
+        assert_eq!(Failpoints::parse("").unwrap().on().count(), 0);
+    }
+}

@@ -1,0 +1,73 @@
+//! The worker's settings: defaults < environment < flags.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Parser;
+use wallaby_model::PoolId;
+use wallaby_model::flow::{ByteSize, Span};
+
+/// A worker of the pool: takes offers, owns tasks, captures and applies.
+///
+/// Stops gracefully on SIGTERM and Ctrl-C: takes no more offers, finishes the batch at hand, writes the last
+/// checkpoints, gives its tasks back and exits.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "wallaby-worker", version)]
+pub struct Options {
+    /// The etcd endpoints, separated by commas.
+    #[arg(long, env = "WALLABY_ETCD", value_delimiter = ',', default_value = "http://127.0.0.1:2379")]
+    pub etcd: Vec<String>,
+
+    /// The NATS servers, separated by commas. All servers of the cluster that holds the logs.
+    #[arg(long, env = "WALLABY_NATS", value_delimiter = ',', default_value = "nats://127.0.0.1:4222")]
+    pub nats: Vec<String>,
+
+    /// A NATS credentials file.
+    #[arg(long, env = "WALLABY_NATS_CREDS", value_name = "FILE")]
+    pub nats_creds: Option<PathBuf>,
+
+    /// The monitoring URLs of the NATS servers, separated by commas: read for their sync interval. Without them an
+    /// acknowledgement counts as on disk after four minutes.
+    #[arg(long, env = "WALLABY_NATS_MONITORING", value_delimiter = ',')]
+    pub nats_monitoring: Vec<String>,
+
+    /// The pool whose offers this worker takes.
+    #[arg(long, env = "WALLABY_POOL", default_value = wallaby_model::offer::DEFAULT_POOL)]
+    pub pool: PoolId,
+
+    /// The name of this worker; a random one when absent. Two live workers never share one.
+    #[arg(long, env = "WALLABY_WORKER_NAME")]
+    pub name: Option<String>,
+
+    /// The most tasks that this worker owns at a time.
+    #[arg(long, env = "WALLABY_CAPACITY", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub capacity: u32,
+
+    /// The time to live of the worker's lease: how long a dead worker's tasks stay without an owner. At least 2s.
+    #[arg(long, env = "WALLABY_LEASE_TTL", default_value = "10s")]
+    pub lease_ttl: Span,
+
+    /// Memory for segments that several sinks of a flow read.
+    #[arg(long, env = "WALLABY_CACHE_BYTES", default_value = "64Mi")]
+    pub cache_bytes: ByteSize,
+
+    /// Memory for what one sink has read and not applied. Grows to a flow's `largeTransactionBytes` where that is more.
+    #[arg(long, env = "WALLABY_SINK_BUFFER_BYTES", default_value = "16Mi")]
+    pub sink_buffer_bytes: ByteSize,
+
+    /// Where /metrics is served. Port 0 takes a free one and prints it.
+    #[arg(long, env = "WALLABY_METRICS", default_value = "127.0.0.1:7118")]
+    pub metrics: SocketAddr,
+
+    /// An OTLP collector (gRPC) that gets the traces, as http://host:4317.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    pub otlp: Option<String>,
+
+    /// How log lines look.
+    #[arg(long, env = "WALLABY_LOG_FORMAT", default_value = "text", value_parser = ["text", "json"])]
+    pub log_format: String,
+
+    /// Which log lines are written, as in `info,wallaby_staging=debug`.
+    #[arg(long, env = "WALLABY_LOG", default_value = "info")]
+    pub log: String,
+}
