@@ -1,6 +1,17 @@
 //! The flow specification: the document that users write (api.md, "The flow file") and that the controller stores.
 //!
-//! These are the types; `parse` reads a file and says where it is wrong. Unknown keys are errors everywhere.
+//! These are the types; [`parse()`] reads a file and says where it is wrong, [`check`] holds the rules that no type can,
+//! [`fields`] describes every key for people and for the parser, [`page`] prints that as the docs. Unknown keys are errors
+//! everywhere.
+
+pub mod check;
+pub mod fields;
+pub mod page;
+pub mod parse;
+mod tree;
+
+pub use check::Problem;
+pub use parse::{FileProblem, FlowFileError, ParsedFlow, parse, parse_all};
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -99,6 +110,18 @@ pub enum SecretRef {
     File(String),
     /// The value itself. Stored as given: for trials only.
     Value(String),
+}
+
+/// What stands in the place of a literal secret wherever a document is shown.
+pub const HIDDEN: &str = "(hidden)";
+
+impl SecretRef {
+    /// Replaces a literal value by [`HIDDEN`].
+    pub fn hide(&mut self) {
+        if let SecretRef::Value(value) = self {
+            *value = HIDDEN.to_owned();
+        }
+    }
 }
 
 impl fmt::Debug for SecretRef {
@@ -346,6 +369,25 @@ impl FlowDocument {
     pub fn publication_name(&self) -> String {
         self.spec.source.postgres.publication.name.clone().unwrap_or_else(|| self.metadata.name.slot_name())
     }
+
+    /// The document as the YAML that [`parse()`] reads back to the same document.
+    ///
+    /// # Errors
+    /// Never for a document that passed [`check`]; the serialiser's message otherwise.
+    pub fn to_yaml(&self) -> Result<String, serde_yaml_ng::Error> {
+        // Through a JSON value: the YAML serialiser would write the kinds of a secret as tags (`!env`).
+        let value = serde_json::to_value(self).map_err(<serde_yaml_ng::Error as serde::ser::Error>::custom)?;
+        serde_yaml_ng::to_string(&value)
+    }
+
+    /// The same document with every literal secret replaced by [`HIDDEN`], for showing.
+    pub fn without_secrets(mut self) -> FlowDocument {
+        self.spec.source.postgres.dsn.hide();
+        for sink in &mut self.spec.sinks {
+            sink.postgres.dsn.hide();
+        }
+        self
+    }
 }
 
 /// A number of bytes: `64Mi`, `10Gi`, `500k`, `1024`.
@@ -374,7 +416,9 @@ impl FromStr for ByteSize {
             (Some(number), Some(factor)) => number.checked_mul(factor).map(ByteSize),
             _ => None,
         }
-        .ok_or_else(|| format!("{text:?} is not a size: write a whole number with k, M, G, T, Ki, Mi, Gi or Ti, as in 64Mi"))
+        .ok_or_else(|| {
+            format!("{text:?} is not a size: write a whole number with k, M, G, T, Ki, Mi, Gi or Ti, as in 64Mi")
+        })
     }
 }
 
@@ -432,7 +476,9 @@ impl FromStr for Span {
             (Some(number), Some(unit_ms)) => number.checked_mul(unit_ms).map(|ms| Span(Duration::from_millis(ms))),
             _ => None,
         }
-        .ok_or_else(|| format!("{text:?} is not a length of time: write a whole number with ms, s, m, h or d, as in 30m"))
+        .ok_or_else(|| {
+            format!("{text:?} is not a length of time: write a whole number with ms, s, m, h or d, as in 30m")
+        })
     }
 }
 

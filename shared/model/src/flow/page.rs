@@ -1,0 +1,105 @@
+//! Prints `docs/flow-file.md` from the table of fields. A test compares the committed page with this.
+
+use super::fields::{Choice, DOCUMENT, Field, Object, Shape};
+
+/// The example that the page shows; the demo runs the same file.
+pub const EXAMPLE: &str = include_str!("../../../../examples/shop/flow.yaml");
+
+const HEAD: &str = "\
+# The flow file
+
+<!-- Generated from shared/model/src/flow/fields.rs. Change it there, then run
+     `WALLABY_REGENERATE=1 cargo test -p wallaby-model page`. -->
+
+A flow file is YAML or JSON: one flow, or several separated by `---`. `wallaby apply -f flow.yaml` creates or updates
+them. A key that is not listed here is an error that names its line and the key that was probably meant. Anchors, aliases
+and tags are refused.
+
+Sizes are whole numbers of bytes with `k`, `M`, `G`, `T`, `Ki`, `Mi`, `Gi` or `Ti`, as in `64Mi`. Times are whole numbers
+with `ms`, `s`, `m`, `h` or `d`, as in `30m`. Names have 1 to 40 lower-case letters, digits and dashes, start with a
+letter and do not end with a dash.
+
+A secret is given by reference and read by the worker that needs it: `{ env: NAME }` or `{ file: /path }`.
+
+## Example
+
+";
+
+/// The whole page.
+pub fn flow_file_page() -> String {
+    let mut page = format!("{HEAD}```yaml\n{}\n```\n\n## Keys\n\n", EXAMPLE.trim_end());
+    page.push_str("| key | value | default | meaning |\n|---|---|---|---|\n");
+    rows(&DOCUMENT, "", &mut page);
+    page
+}
+
+fn rows(object: &'static Object, path: &str, page: &mut String) {
+    for field in object.fields {
+        let here = if path.is_empty() { field.key.to_owned() } else { format!("{path}.{}", field.key) };
+        page.push_str(&row(field, &here));
+        let inner = match &field.shape {
+            Shape::Object(inner) => Some((*inner, here)),
+            Shape::List(Shape::Object(inner)) => Some((*inner, format!("{here}[]"))),
+            _ => None,
+        };
+        if let Some((inner, here)) = inner {
+            rows(inner, &here, page);
+        }
+    }
+}
+
+fn row(field: &Field, path: &str) -> String {
+    let mut doc = field.doc.to_owned();
+    if let Shape::Choice(choices) = &field.shape
+        && choices.len() > 1
+    {
+        doc.push(' ');
+        doc.push_str(&choices.iter().map(meaning).collect::<Vec<_>>().join("; "));
+        doc.push('.');
+    }
+    if field.not_yet.is_some() {
+        doc = format!("*Not available yet:* {}.", field.doc);
+    }
+    let default = match (field.required, field.default) {
+        (true, _) => "**required**".to_owned(),
+        (false, "") => String::new(),
+        (false, words) if words.contains(' ') && !words.contains('{') => words.to_owned(),
+        (false, "none") => "none".to_owned(),
+        (false, value) => format!("`{value}`"),
+    };
+    let title = if field.not_yet.is_some() { String::new() } else { field.shape.title() };
+    format!("| `{path}` | {title} | {default} | {} |\n", doc.replace('|', "\\|"))
+}
+
+fn meaning(choice: &Choice) -> String {
+    match choice.not_yet {
+        Some(why) => format!("`{}`: not available yet, {why}", choice.text),
+        None => format!("`{}`: {}", choice.text, choice.doc),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+
+    #[test]
+    fn the_committed_page_is_the_generated_one() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/flow-file.md");
+        let generated = flow_file_page();
+        if std::env::var_os("WALLABY_REGENERATE").is_some() {
+            std::fs::write(path, &generated).unwrap();
+        }
+        let committed = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(
+            committed == generated,
+            "docs/flow-file.md is stale: run `WALLABY_REGENERATE=1 cargo test -p wallaby-model page`"
+        );
+    }
+
+    #[test]
+    fn the_example_is_a_flow() {
+        let flow = crate::flow::parse(EXAMPLE, "examples/shop/flow.yaml").unwrap();
+        assert_eq!(flow.metadata.name.as_str(), "shop");
+    }
+}
