@@ -52,7 +52,7 @@ impl Folder {
 #[derive(Debug)]
 pub struct FolderLock {
     path: PathBuf,
-    _lock: File,
+    lock: File,
 }
 
 impl FolderLock {
@@ -71,12 +71,19 @@ impl FolderLock {
         let io = |source| Error::Io { what: format!("writing {}", file.display()), source };
         lock.set_len(0).map_err(io)?;
         writeln!(lock, "{}", std::process::id()).map_err(io)?;
-        Ok(Self { path, _lock: lock })
+        Ok(Self { path, lock })
     }
 
     /// The locked folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+impl Drop for FolderLock {
+    fn drop(&mut self) {
+        // Closing is not enough: a child that another thread is just starting holds a copy of the file until it executes.
+        let _ = flock(&self.lock, FlockOperation::Unlock);
     }
 }
 

@@ -22,7 +22,7 @@ const TRIES: usize = 200;
 #[derive(Debug)]
 pub struct PortLease {
     port: u16,
-    _lock: Option<File>,
+    lock: Option<File>,
 }
 
 impl PortLease {
@@ -37,7 +37,7 @@ impl PortLease {
             let lock = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::at("opening", &path))?;
             let is_ours = flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok();
             if is_ours && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-                return Ok(Self { port, _lock: Some(lock) });
+                return Ok(Self { port, lock: Some(lock) });
             }
         }
         Err(Error::State {
@@ -48,12 +48,21 @@ impl PortLease {
 
     /// A port that the user chose. It is not checked: the server says when it is taken.
     pub fn fixed(port: u16) -> Self {
-        Self { port, _lock: None }
+        Self { port, lock: None }
     }
 
     /// The port.
     pub fn port(&self) -> u16 {
         self.port
+    }
+}
+
+impl Drop for PortLease {
+    fn drop(&mut self) {
+        // Closing is not enough: a child that another thread is just starting holds a copy of the file until it executes.
+        if let Some(lock) = &self.lock {
+            let _ = flock(lock, FlockOperation::Unlock);
+        }
     }
 }
 

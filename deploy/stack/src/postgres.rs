@@ -191,6 +191,8 @@ impl Postgres {
         let data_text = data.display().to_string();
         let mut spec = ProcessSpec::new("postgres", bin.join("postgres"), folder.path()).args(["-D", &data_text]);
         spec.refuses_root = true;
+        // Immediate shutdown: the postmaster ends its backends and collects them.
+        spec.end_signal = Some(Signal::QUIT);
         Ok(Self { server: Server::new(spec), port, identity, password, data, bin, folder })
     }
 

@@ -18,6 +18,8 @@ use crate::{Error, Result, reaper};
 
 /// Longest wait for a process to be gone after SIGKILL. It takes milliseconds, unless the process hangs in the kernel.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// Longest wait for a process to end by its own signal when it is dropped.
+const END_DEADLINE: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(5);
 /// How much of a log's end is read to find its last lines, in bytes.
 const LOG_TAIL_BYTES: u64 = 64 << 10;
@@ -37,6 +39,9 @@ pub struct ProcessSpec {
     pub folder: PathBuf,
     /// Where its output is appended.
     pub log: PathBuf,
+    /// A signal that makes the program end at once together with its own children. Tried before SIGKILL when the value is dropped: a
+    /// parent that is killed leaves its children to the system, which on some machines never collects them.
+    pub end_signal: Option<Signal>,
     /// The program refuses to run as root: if we are root, it runs under our own user, seen from inside as an ordinary one.
     pub refuses_root: bool,
 }
@@ -46,7 +51,16 @@ impl ProcessSpec {
     pub fn new(name: impl Into<String>, program: impl Into<PathBuf>, folder: impl Into<PathBuf>) -> Self {
         let (name, folder) = (name.into(), folder.into());
         let log = folder.join(format!("{name}.log"));
-        Self { name, program: program.into(), args: Vec::new(), env: Vec::new(), folder, log, refuses_root: false }
+        Self {
+            name,
+            program: program.into(),
+            args: Vec::new(),
+            env: Vec::new(),
+            folder,
+            log,
+            end_signal: None,
+            refuses_root: false,
+        }
     }
 
     /// With these arguments.
@@ -101,6 +115,7 @@ pub struct Process {
     name: String,
     pid: i32,
     log: PathBuf,
+    end_signal: Option<Signal>,
     exit: watch::Receiver<Option<Exit>>,
     /// Locked to send a signal and to reap, so that no signal ever goes to a number that was given to somebody else.
     reaped: Arc<Mutex<bool>>,
@@ -129,8 +144,10 @@ impl Process {
             .map_err(|_| Error::State { server: spec.name.clone(), what: "has an impossible process id".into() })?;
         let mut go = child.stdin.take();
         let (publish, exit) = watch::channel(None);
-        let process = Self { name: spec.name.clone(), pid, log: spec.log.clone(), exit, reaped: Arc::default() };
-        reaper::watch_group(pid)?;
+        let end_signal = spec.end_signal;
+        let (name, log) = (spec.name.clone(), spec.log.clone());
+        let process = Self { name, pid, log, end_signal, exit, reaped: Arc::default() };
+        reaper::watch_group(pid, end_signal)?;
         process.supervise(child, publish)?;
         if let Some(go) = go.as_mut() {
             go.write_all(b"go\n").map_err(io("starting"))?;
@@ -309,11 +326,22 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let members = self.send_kill();
-        let deadline = Instant::now() + KILL_DEADLINE;
-        while (self.is_alive() || members.iter().any(|member| member.is_alive())) && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(1));
+        if let Some(signal) = self.end_signal.filter(|_| self.is_alive()) {
+            self.resume();
+            self.signal(signal);
+            block_while(END_DEADLINE, || self.is_alive());
         }
+        let members = self.send_kill();
+        block_while(KILL_DEADLINE, || self.is_alive() || members.iter().any(|member| member.is_alive()));
+    }
+}
+
+/// Waits while `goes_on`, at most for `patience`. Blocks the thread: for destructors, which cannot await.
+#[expect(clippy::disallowed_methods, reason = "a destructor cannot await, and its folder is removed right after it")]
+fn block_while(patience: Duration, goes_on: impl Fn() -> bool) {
+    let deadline = Instant::now() + patience;
+    while goes_on() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(1));
     }
 }
 

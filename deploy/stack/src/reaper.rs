@@ -11,26 +11,39 @@ use std::path::Path;
 use std::process::{ChildStdin, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
+use rustix::process::Signal;
+
 use crate::{Error, Result};
 
-/// Lines: `+ <pgid>` watch a group, `- <pgid>` it is gone, `d <folder>` remove this folder at the end.
-/// Children are listed too, since a group does not hold all of a server. A stopped leader cannot fork while its children are listed.
+/// Lines: `+ <pgid>` watch a group, `- <pgid>` it is gone, `d <folder>` remove this folder at the end, `s <pgid>` end this one by
+/// SIGQUIT first. Children are listed too, since a group does not hold all of a server; a stopped leader cannot fork meanwhile.
 const SCRIPT: &str = r#"
 trap '' INT TERM HUP QUIT PIPE
 groups=' '
+gentle=''
 folders=''
 while read -r op arg; do
   case $op in
     +) groups="$groups$arg " ;;
-    -) groups="${groups%% "$arg" *} ${groups#* "$arg" }" ;;
+    -) case $groups in *" $arg "*) groups="${groups%% "$arg" *} ${groups#* "$arg" }" ;; esac ;;
+    s) gentle="$gentle $arg" ;;
     d) folders="$folders$arg
 " ;;
   esac
 done
+runs() { read -r stat <"/proc/$1/stat" 2>/dev/null || return 1; case $stat in *') Z '*) return 1 ;; esac; }
+asked=''
+for g in $gentle; do
+  case $groups in *" $g "*) kill -CONT "$g" 2>/dev/null; kill -QUIT "$g" 2>/dev/null; asked="$asked $g" ;; esac
+done
+for g in $asked; do
+  for try in 1 2 3 4 5 6 7 8 9 10; do runs "$g" || break; sleep 0.1; done
+done
 for g in $groups; do
+  runs "$g" || continue
   kill -STOP "$g" 2>/dev/null || continue
   children=$(cat /proc/"$g"/task/*/children 2>/dev/null)
-  kill -KILL -- "-$g" 2>/dev/null
+  kill -KILL "-$g" 2>/dev/null
   for c in $children; do kill -KILL "$c" 2>/dev/null; done
 done
 printf '%s' "$folders" | while read -r folder; do
@@ -40,8 +53,11 @@ done
 
 static PIPE: Mutex<Option<ChildStdin>> = Mutex::new(None);
 
-/// Has the process group killed when we end.
-pub(crate) fn watch_group(leader: i32) -> Result<()> {
+/// Has the process group killed when we end, its leader asked by `end_signal` first (SIGQUIT is the one that is known).
+pub(crate) fn watch_group(leader: i32, end_signal: Option<Signal>) -> Result<()> {
+    if end_signal == Some(Signal::QUIT) {
+        tell(&format!("s {leader}\n"))?;
+    }
     tell(&format!("+ {leader}\n"))
 }
 

@@ -1,0 +1,274 @@
+//! The real servers: identity, data over kills and restarts, and nothing left behind.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use async_nats::jetstream::{self, stream};
+use wallaby_stack::{
+    Error, EtcdCluster, EtcdOptions, Folder, NatsCluster, NatsOptions, Postgres, PostgresOptions, Shutdown,
+    SyncInterval, Toolbox,
+};
+
+fn runs(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    !stat.is_empty() && !stat.contains(") Z ")
+}
+
+async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Everything that runs below a process.
+fn below(pid: i32) -> Vec<i32> {
+    let children = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let children = children.map(|task| std::fs::read_to_string(task.path().join("children")).unwrap_or_default());
+    let children: Vec<i32> =
+        children.collect::<String>().split_ascii_whitespace().map(|pid| pid.parse().unwrap()).collect();
+    children.iter().flat_map(|child| below(*child).into_iter().chain([*child])).collect()
+}
+
+async fn value(postgres: &Postgres) -> i32 {
+    postgres.connect("postgres").await.unwrap().query_one("SELECT max(v) FROM t", &[]).await.unwrap().get(0)
+}
+
+#[tokio::test]
+async fn postgres_keeps_identity_port_and_data() {
+    // With fsync, as where power is cut: a kill must lose nothing in either case.
+    let options = PostgresOptions { fsync: true, ..PostgresOptions::default() }.setting("work_mem", "5MB");
+    let postgres = Postgres::start(options).await.unwrap();
+    let (port, pid) = (postgres.port(), postgres.pid().unwrap());
+    let client = postgres.connect("postgres").await.unwrap();
+    let shown = async |name: &str| client.query_one(&format!("SHOW {name}"), &[]).await.unwrap().get::<_, String>(0);
+    assert_eq!(shown("cluster_name").await, postgres.identity());
+    assert_eq!(shown("wal_level").await, "logical");
+    assert_eq!(shown("work_mem").await, "5MB");
+    assert_eq!(shown("fsync").await, "on");
+    client.batch_execute("CREATE TABLE t (v int); INSERT INTO t VALUES (1)").await.unwrap();
+    let backends = below(pid);
+    postgres.kill9().await.unwrap();
+    assert!(!runs(pid) && backends.iter().all(|pid| !runs(*pid)), "a kill takes the backends too");
+    assert!(matches!(postgres.kill9().await, Err(Error::State { .. })), "a second kill cannot land");
+
+    postgres.start_again().await.unwrap();
+    assert_ne!(postgres.pid().unwrap(), pid);
+    assert_eq!((postgres.port(), value(&postgres).await), (port, 1));
+    postgres.restart(Shutdown::Fast).await.unwrap();
+    assert_eq!(value(&postgres).await, 1);
+    assert!(postgres.stop(Shutdown::Immediate).await.unwrap().code.is_some(), "it ended by itself");
+    postgres.start_again().await.unwrap();
+    assert_eq!((postgres.port(), value(&postgres).await), (port, 1));
+}
+
+#[tokio::test]
+async fn a_paused_postgres_answers_when_it_goes_on() {
+    let postgres = Postgres::start(PostgresOptions::default()).await.unwrap();
+    let client = postgres.connect("postgres").await.unwrap();
+    postgres.pause().await.unwrap();
+    let mut answer = Box::pin(client.simple_query("SELECT 1"));
+    assert!(tokio::time::timeout(Duration::from_millis(200), &mut answer).await.is_err(), "a paused backend answered");
+    postgres.resume().unwrap();
+    answer.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_kept_postgres_has_one_owner_and_its_data() {
+    let home = Folder::temporary("kept").unwrap();
+    let options = PostgresOptions { folder: Some(home.path().join("pg")), ..PostgresOptions::default() };
+    let postgres = Postgres::start(options.clone()).await.unwrap();
+    postgres.connect("postgres").await.unwrap().batch_execute("CREATE TABLE t AS SELECT 7 AS v").await.unwrap();
+    let error = Postgres::start(options.clone()).await.unwrap_err();
+    assert!(matches!(error, Error::FolderInUse { .. }), "{error}");
+    drop(postgres);
+    assert_eq!(value(&Postgres::start(options).await.unwrap()).await, 7);
+}
+
+#[tokio::test]
+async fn a_taken_port_is_named_with_its_holder() {
+    let holder = Postgres::start(PostgresOptions::default()).await.unwrap();
+    let options = PostgresOptions { port: Some(holder.port()), ..PostgresOptions::default() };
+    let error = Postgres::start(options).await.unwrap_err();
+    let Error::PortTaken { port, holder: named, .. } = &error else { panic!("{error}") };
+    assert_eq!(*port, holder.port());
+    assert!(named.contains(&holder.pid().unwrap().to_string()), "{error}");
+    let options = NatsOptions { client_port: Some(holder.port()), ..NatsOptions::default() };
+    let error = NatsCluster::start(options).await.unwrap_err();
+    assert!(matches!(error, Error::PortTaken { .. }), "{error}");
+    let options = EtcdOptions { client_port: Some(holder.port()), ..EtcdOptions::default() };
+    let error = EtcdCluster::start(options).await.unwrap_err();
+    assert!(matches!(error, Error::PortTaken { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_wrong_setting_is_told_with_the_log() {
+    let error = Postgres::start(PostgresOptions::default().setting("wal_level", "nonsense")).await.unwrap_err();
+    assert!(matches!(error, Error::Exited { .. }) && error.to_string().contains("nonsense"), "{error}");
+    let options = NatsOptions { extra_config: "nonsense_option: {".to_owned(), ..NatsOptions::default() };
+    let error = NatsCluster::start(options).await.unwrap_err();
+    assert!(matches!(error, Error::Exited { .. }) && error.to_string().contains("Unexpected EOF"), "{error}");
+}
+
+#[test]
+fn a_missing_tool_says_what_to_do() {
+    let error = Toolbox::find().unwrap().postgres_bin("1.0").unwrap_err().to_string();
+    assert!(error.contains("make tools") && error.contains("PostgreSQL 1.0"), "{error}");
+}
+
+async fn jetstream(cluster: &NatsCluster) -> jetstream::Context {
+    let addresses: Vec<_> = cluster.client_url().split(',').map(str::to_owned).collect();
+    jetstream::new(async_nats::connect(addresses).await.unwrap())
+}
+
+#[tokio::test]
+async fn three_nats_nodes_keep_a_stream_over_the_kill_of_its_leader() {
+    let cluster = NatsCluster::start(NatsOptions { nodes: 3, ..NatsOptions::default() }).await.unwrap();
+    let context = jetstream(&cluster).await;
+    let subjects = vec!["s.>".to_owned()];
+    let config = stream::Config { name: "S".to_owned(), subjects, num_replicas: 3, ..stream::Config::default() };
+    // At the first try: three nodes are there when the cluster is handed out.
+    context.create_stream(config).await.unwrap();
+    context.publish("s.1", "one".into()).await.unwrap().await.unwrap();
+
+    let leader = cluster.leader_of_stream("S").await.unwrap();
+    cluster.node(leader).unwrap().kill9().await.unwrap();
+    let other = cluster.leader_of_stream("S").await.unwrap();
+    assert_ne!(leader, other);
+    until_published(&context).await;
+    cluster.start_node(leader).await.unwrap();
+    cluster.wait_for_peers().await.unwrap();
+
+    let standing = (0..3).find(|index| *index != other).unwrap();
+    cluster.node(other).unwrap().pause().await.unwrap();
+    assert_ne!(cluster_leader_without(&cluster, other, "S").await, other);
+    cluster.node(other).unwrap().resume().unwrap();
+    assert!(cluster.node(standing).unwrap().is_alive());
+
+    cluster.kill9_all().await.unwrap();
+    cluster.start_again().await.unwrap();
+    let context = jetstream(&cluster).await;
+    cluster.leader_of_stream("S").await.unwrap();
+    let messages = context.get_stream("S").await.unwrap().cached_info().state.messages;
+    assert!(messages >= 2, "{messages} messages after all nodes were killed");
+}
+
+/// A publish may fail while leaders change.
+async fn until_published(context: &jetstream::Context) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let Err(error) = context.publish("s.2", "two".into()).await.unwrap().await else { return };
+        assert!(Instant::now() < deadline, "{error}");
+    }
+}
+
+async fn cluster_leader_without(cluster: &NatsCluster, without: usize, stream: &str) -> usize {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let leader = cluster.leader_of_stream(stream).await.unwrap();
+        if leader != without {
+            return leader;
+        }
+        assert!(Instant::now() < deadline, "the paused node is still called the leader");
+    }
+}
+
+#[tokio::test]
+async fn a_kept_nats_and_its_streams() {
+    let home = Folder::temporary("kept").unwrap();
+    let sync_interval = SyncInterval::Every(Duration::from_secs(10));
+    let options = NatsOptions { folder: Some(home.path().join("nats")), sync_interval, ..NatsOptions::default() };
+    let cluster = NatsCluster::start(options.clone()).await.unwrap();
+    let context = jetstream(&cluster).await;
+    let subjects = vec!["k".to_owned()];
+    context
+        .create_stream(stream::Config { name: "K".to_owned(), subjects, ..stream::Config::default() })
+        .await
+        .unwrap();
+    context.publish("k", "one".into()).await.unwrap().await.unwrap();
+    cluster.node(0).unwrap().stop().await.unwrap();
+    cluster.start_node(0).await.unwrap();
+    drop(cluster);
+    let cluster = NatsCluster::start(options).await.unwrap();
+    assert_eq!(jetstream(&cluster).await.get_stream("K").await.unwrap().cached_info().state.messages, 1);
+}
+
+#[tokio::test]
+async fn etcd_keeps_data_over_kills() {
+    let etcd = EtcdCluster::start(EtcdOptions { members: 3, ..EtcdOptions::default() }).await.unwrap();
+    let mut client = etcd_client::Client::connect(etcd.endpoints(), None).await.unwrap();
+    client.put("key", "1", None).await.unwrap();
+    etcd.member(0).unwrap().kill9().await.unwrap();
+    assert!(!etcd.member(0).unwrap().is_alive());
+    etcd.start_member(0).await.unwrap();
+    etcd.kill9_all().await.unwrap();
+    etcd.start_again().await.unwrap();
+    let mut client = etcd_client::Client::connect(etcd.endpoints(), None).await.unwrap();
+    assert_eq!(client.get("key", None).await.unwrap().kvs().first().unwrap().value(), b"1");
+}
+
+#[tokio::test]
+async fn a_kept_etcd_and_its_keys() {
+    let home = Folder::temporary("kept").unwrap();
+    for members in [1, 3] {
+        let folder = Some(home.path().join(format!("etcd{members}")));
+        let options = EtcdOptions { members, folder, ..EtcdOptions::default() };
+        let etcd = EtcdCluster::start(options.clone()).await.unwrap();
+        etcd_client::Client::connect(etcd.endpoints(), None).await.unwrap().put("key", "1", None).await.unwrap();
+        etcd.member(0).unwrap().stop().await.unwrap();
+        drop(etcd);
+        let etcd = EtcdCluster::start(options).await.unwrap();
+        let mut client = etcd_client::Client::connect(etcd.endpoints(), None).await.unwrap();
+        assert_eq!(client.get("key", None).await.unwrap().kvs().first().unwrap().value(), b"1");
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_server_leaves_no_process_and_no_folder() {
+    let postgres = Postgres::start(PostgresOptions::default()).await.unwrap();
+    let nats = NatsCluster::start(NatsOptions::default()).await.unwrap();
+    let pid = postgres.pid().unwrap();
+    let mut pids = below(pid);
+    assert!(pids.len() >= 4, "backends: {pids:?}");
+    pids.extend([pid, nats.node(0).unwrap().pid().unwrap()]);
+    let folders = [postgres.socket_folder().to_owned(), nats.folder().to_owned()];
+    drop((postgres, nats));
+    assert!(pids.iter().all(|pid| !runs(*pid)), "left: {pids:?}");
+    assert!(folders.iter().all(|folder| !folder.exists()), "left: {folders:?}");
+}
+
+#[tokio::test]
+async fn an_owner_that_is_killed_leaves_no_process_and_no_folder() {
+    for paused in [false, true] {
+        let mut owner = Command::new(env!("CARGO_BIN_EXE_wallaby-stack"));
+        let mut owner = owner.args(["3"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut told = std::collections::BTreeMap::new();
+        for line in BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok) {
+            match line.split_once('=') {
+                Some((name, list)) => told.insert(name.to_owned(), list.to_owned()),
+                None => break,
+            };
+        }
+        let mut pids: Vec<i32> = told["pids"].split(',').map(|pid| pid.parse().unwrap()).collect();
+        let leader = pids[0];
+        pids.extend(below(leader));
+        assert!(pids.len() >= 9 && pids.iter().all(|pid| runs(*pid)), "{pids:?}");
+        if paused {
+            let stop = |pid: i32| {
+                rustix::process::kill_process(
+                    rustix::process::Pid::from_raw(pid).unwrap(),
+                    rustix::process::Signal::STOP,
+                )
+            };
+            pids.iter().for_each(|pid| stop(*pid).unwrap());
+        }
+        owner.kill().unwrap();
+        owner.wait().unwrap();
+        until("all servers gone", || pids.iter().all(|pid| !runs(*pid))).await;
+        until("all folders gone", || told["folders"].split(',').all(|folder| !std::path::Path::new(folder).exists()))
+            .await;
+    }
+}
