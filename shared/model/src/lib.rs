@@ -1,7 +1,10 @@
 //! The words of WALlaby as types: ids, LSNs, positions, epochs, table schemas, change batches, log records and the
 //! flow specification. Nothing here does I/O, and nothing here knows a server.
 
+#[cfg(feature = "api")]
+pub mod api;
 pub mod change;
+pub mod condition;
 pub mod flow;
 pub mod ids;
 pub mod offer;
