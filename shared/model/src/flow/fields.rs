@@ -83,20 +83,22 @@ pub struct Field {
     pub default: &'static str,
     /// Why it cannot be used yet; none when it can.
     pub not_yet: Option<&'static str>,
+    /// Written by us, ignored when read, so that what was printed can be applied again.
+    pub ignored: bool,
     /// What it means.
     pub doc: &'static str,
 }
 
 const fn must(key: &'static str, shape: Shape, doc: &'static str) -> Field {
-    Field { key, shape, required: true, default: "", not_yet: None, doc }
+    Field { key, shape, required: true, default: "", not_yet: None, ignored: false, doc }
 }
 
 const fn may(key: &'static str, shape: Shape, default: &'static str, doc: &'static str) -> Field {
-    Field { key, shape, required: false, default, not_yet: None, doc }
+    Field { key, shape, required: false, default, not_yet: None, ignored: false, doc }
 }
 
 const fn later(key: &'static str, why: &'static str) -> Field {
-    Field { key, shape: Shape::Text, required: false, default: "", not_yet: Some(why), doc: why }
+    Field { key, shape: Shape::Text, required: false, default: "", not_yet: Some(why), ignored: false, doc: why }
 }
 
 const fn pick(text: &'static str, doc: &'static str) -> Choice {
@@ -117,6 +119,15 @@ pub static DOCUMENT: Object = object(&[
     must("kind", Shape::Choice(&[pick("Flow", "the only kind")]), "What the document describes."),
     must("metadata", Shape::Object(&METADATA), "Name and labels."),
     must("spec", Shape::Object(&SPEC), "What the flow should do."),
+    Field {
+        key: "status",
+        shape: Shape::Labels,
+        required: false,
+        default: "",
+        not_yet: None,
+        ignored: true,
+        doc: "What is. Written by `wallaby get -o yaml`, ignored when read.",
+    },
 ]);
 
 static METADATA: Object = object(&[
@@ -291,7 +302,7 @@ impl Object {
 
     /// The key that was probably meant by `key`: the nearest one that can be used, when it is near.
     pub fn nearest(&self, key: &str) -> Option<&'static str> {
-        let usable = self.fields.iter().filter(|field| field.not_yet.is_none());
+        let usable = self.fields.iter().filter(|field| field.not_yet.is_none() && !field.ignored);
         let lower = key.to_lowercase();
         usable
             .map(|field| (strsim::damerau_levenshtein(&lower, &field.key.to_lowercase()), field.key))

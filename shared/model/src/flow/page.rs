@@ -67,7 +67,7 @@ fn row(field: &Field, path: &str) -> String {
         (false, "none") => "none".to_owned(),
         (false, value) => format!("`{value}`"),
     };
-    let title = if field.not_yet.is_some() { String::new() } else { field.shape.title() };
+    let title = if field.not_yet.is_some() || field.ignored { String::new() } else { field.shape.title() };
     format!("| `{path}` | {title} | {default} | {} |\n", doc.replace('|', "\\|"))
 }
 

@@ -294,7 +294,7 @@ impl Reading {
                 Some(Field { not_yet: Some(why), .. }) => {
                     self.wrong(key.mark, format!("{child_path}: not available yet: {why}"));
                 }
-                Some(_) if child.is_null() => {}
+                Some(field) if field.ignored || child.is_null() => {}
                 Some(field) => {
                     self.marks.insert(child_path.clone(), key.mark);
                     let value = self.value(child, &field.shape, &child_path);
@@ -348,7 +348,7 @@ fn unknown_key(object: &'static Object, key: &str, path: &str, line: usize) -> S
 }
 
 fn key_list(object: &Object) -> String {
-    let usable = object.fields.iter().filter(|field| field.not_yet.is_none());
+    let usable = object.fields.iter().filter(|field| field.not_yet.is_none() && !field.ignored);
     usable.map(|field| format!("`{}`", field.key)).collect::<Vec<_>>().join(", ")
 }
 
