@@ -5,6 +5,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -186,28 +188,19 @@ impl NatsCluster {
         self.poll("the leader of a stream", || self.stream_leader(stream)).await
     }
 
-    /// Asks a stream's nodes for their leader; the leader itself has the last word.
+    /// Asks all nodes at once, since a paused one does not answer; the one that takes itself for the leader has the last word.
     async fn stream_leader(&self, stream: &str) -> Result<usize, String> {
+        let alive = self.nodes.iter().enumerate().filter(|(_, node)| node.server.is_alive());
+        let asked = alive.map(|(index, node)| async move { (index, node.leader_seen(stream).await) });
+        let mut answers: FuturesUnordered<_> = asked.collect();
         let mut last = "no node answers".to_owned();
-        for (index, node) in self.nodes.iter().enumerate().filter(|(_, node)| node.server.is_alive()) {
-            let jsz = match http::get(node.monitor.port(), "/jsz?acc=APP&streams=true")
-                .await
-                .and_then(|answer| answer.json())
-            {
-                Ok(jsz) => jsz,
-                Err(error) => {
-                    last = error;
-                    continue;
-                }
-            };
-            let accounts = jsz["account_details"].as_array().cloned().unwrap_or_default();
-            let mut streams = accounts.iter().filter_map(|account| account["stream_detail"].as_array()).flatten();
-            let Some(detail) = streams.find(|detail| detail["name"] == stream) else { continue };
-            let leader = detail.pointer("/cluster/leader").and_then(Value::as_str).unwrap_or_default();
-            if leader == node.name {
-                return Ok(index);
+        while let Some((index, leader)) = answers.next().await {
+            match leader {
+                Ok(Some(leader)) if self.index_of(&leader) == Some(index) => return Ok(index),
+                Ok(Some(leader)) => last = format!("node {index} takes '{leader}' for the leader of {stream}"),
+                Ok(None) => {}
+                Err(error) => last = error,
             }
-            last = format!("node {index} takes '{leader}' for the leader of {stream}");
         }
         Err(last)
     }
@@ -384,6 +377,17 @@ impl NatsNode {
         }
         let health = http::get(self.monitor.port(), "/healthz").await?;
         if health.status == 200 { Ok(()) } else { Err(Probe::NotYet(health.body)) }
+    }
+
+    /// The name of the node that this one takes for the leader of a stream; empty while there is none, `None` without a replica here.
+    async fn leader_seen(&self, stream: &str) -> Result<Option<String>, String> {
+        let jsz = http::get(self.monitor.port(), "/jsz?acc=APP&streams=true").await?.json()?;
+        let accounts = jsz["account_details"].as_array().into_iter().flatten();
+        let mut streams = accounts.filter_map(|account| account["stream_detail"].as_array()).flatten();
+        let detail = streams.find(|detail| detail["name"] == stream);
+        let leader =
+            |detail: &Value| detail.pointer("/cluster/leader").and_then(Value::as_str).unwrap_or_default().to_owned();
+        Ok(detail.map(leader))
     }
 
     /// Its server name.
