@@ -1,0 +1,435 @@
+//! What can go wrong at the source, and what a person does about it.
+//!
+//! [`SourceError::is_transient`] and [`SourceError::remedy`] are the one policy table: the caller backs off and tries
+//! again after a transient error, and stops with the remedy after a definite one.
+
+use std::io;
+use std::time::Duration;
+
+use wallaby_model::{Epoch, Lsn, Position, TableName};
+
+use crate::config::ConfigError;
+use crate::pgoutput::DecodeError;
+
+/// An error that the server reported. Its DETAIL is left out: it may hold values of rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerError {
+    /// Five characters.
+    pub sqlstate: String,
+    /// The primary message.
+    pub message: String,
+    /// The server's hint.
+    pub hint: Option<String>,
+}
+
+impl std::fmt::Display for ServerError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} (SQLSTATE {})", self.message, self.sqlstate)?;
+        match &self.hint {
+            Some(hint) => write!(f, "; hint: {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// An error of the source. Messages never hold a secret or a row's value.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The connection string is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// No connection could be made.
+    #[error("cannot connect to {target}: {error}")]
+    Connect {
+        /// Host and port, or socket path.
+        target: String,
+        /// Why.
+        error: io::Error,
+    },
+    /// The TLS handshake, or a certificate file, failed.
+    #[error("TLS to {target} failed: {reason}")]
+    Tls {
+        /// Host and port.
+        target: String,
+        /// Why.
+        reason: String,
+    },
+    /// Authentication failed on our side: method, mechanism or policy.
+    #[error("cannot authenticate as {user} at {target}: {reason}")]
+    Auth {
+        /// The role.
+        user: String,
+        /// Host and port, or socket path.
+        target: String,
+        /// Why.
+        reason: String,
+    },
+    /// The server reported an error.
+    #[error("{during}: {error}")]
+    Server {
+        /// What was being done.
+        during: String,
+        /// The server's words.
+        error: ServerError,
+    },
+    /// The connection ended.
+    #[error("{during}: the connection was lost: {reason}")]
+    Lost {
+        /// What was being done.
+        during: String,
+        /// Why.
+        reason: String,
+    },
+    /// The server is shutting down (57P01, 57P03): the replication connection was closed at once.
+    #[error("the source is shutting down (SQLSTATE {sqlstate}); the replication connection was closed")]
+    ShuttingDown {
+        /// 57P01 or 57P03.
+        sqlstate: String,
+    },
+    /// Something took longer than its limit.
+    #[error("{what} took longer than {} s", after.as_secs_f64())]
+    Timeout {
+        /// What.
+        what: String,
+        /// The limit.
+        after: Duration,
+    },
+    /// The server sent something that the protocol does not allow.
+    #[error("unexpected data from the server at byte {offset} of {what}: {reason}")]
+    Protocol {
+        /// Which message.
+        what: &'static str,
+        /// Where in it.
+        offset: usize,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A pgoutput message cannot be decoded.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// A value is not of its column's type, or is text that is not UTF-8.
+    #[error("a value of {table}.{column} is no valid {kind} (byte {offset} of the value)")]
+    Value {
+        /// The table.
+        table: TableName,
+        /// The column.
+        column: String,
+        /// What was expected.
+        kind: &'static str,
+        /// Where in the value it stops making sense.
+        offset: usize,
+    },
+    /// Rows could not be put into Arrow form.
+    #[error("rows of {table} do not fit into columns: {reason}")]
+    Columns {
+        /// The table.
+        table: TableName,
+        /// Arrow's words.
+        reason: String,
+    },
+    /// A transaction is above the flow's bound.
+    #[error("transaction {xid} has more than {limit} bytes ({bytes} so far, last in {table})")]
+    LargeTransaction {
+        /// The transaction.
+        xid: u32,
+        /// The table whose row crossed the bound.
+        table: TableName,
+        /// Bytes of the transaction up to that row.
+        bytes: u64,
+        /// `largeTransactionBytes`.
+        limit: u64,
+    },
+    /// A row does not fit into a message of the log.
+    #[error("a row of {table} in transaction {xid} has {bytes} bytes; the largest that fits into a log message is {limit}")]
+    RowTooLarge {
+        /// The transaction.
+        xid: u32,
+        /// The table.
+        table: TableName,
+        /// The row's size.
+        bytes: u64,
+        /// The bound.
+        limit: u64,
+    },
+    /// The slot does not exist.
+    #[error("replication slot {slot} does not exist")]
+    SlotMissing {
+        /// Its name.
+        slot: String,
+    },
+    /// The server has given the slot up.
+    #[error("replication slot {slot} is lost: {reason}")]
+    SlotLost {
+        /// Its name.
+        slot: String,
+        /// `wal_status`, `invalidation_reason`.
+        reason: String,
+    },
+    /// The slot is not one that this flow can read.
+    #[error("replication slot {slot} cannot be used: {reason}")]
+    SlotUnfit {
+        /// Its name.
+        slot: String,
+        /// Plugin, type or database.
+        reason: String,
+    },
+    /// Somebody moved the slot past what is staged.
+    #[error("replication slot {slot} was moved past us: it is confirmed up to {confirmed}, the log ends at {log_end:?}")]
+    SlotMoved {
+        /// Its name.
+        slot: String,
+        /// The slot's `confirmed_flush_lsn`.
+        confirmed: Lsn,
+        /// The end of the log.
+        log_end: Position,
+    },
+    /// Another program reads the slot.
+    #[error("replication slot {slot} is in use by {application:?} (backend {pid})")]
+    SlotInUse {
+        /// Its name.
+        slot: String,
+        /// The holder's `application_name`.
+        application: String,
+        /// The holder's process id.
+        pid: i32,
+    },
+    /// The publication does not exist, now or at the slot's position.
+    #[error("publication {publication} does not exist {when}")]
+    PublicationMissing {
+        /// Its name.
+        publication: String,
+        /// `in the database`, or `at the slot's position in the WAL`.
+        when: &'static str,
+    },
+    /// A publication that would be changed against the user's will, or is not what the flow needs.
+    #[error("publication {publication} cannot be used: {reason}")]
+    PublicationUnfit {
+        /// Its name.
+        publication: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A table of the flow does not exist.
+    #[error("{reason}")]
+    TableMissing {
+        /// Which, and what is near it.
+        reason: String,
+    },
+    /// Another database cluster answers.
+    #[error("the source is another cluster: system identifier {found}, the log was made from {expected}")]
+    OtherSystem {
+        /// In the log.
+        expected: String,
+        /// At the server.
+        found: String,
+    },
+    /// The new primary lacks what we staged.
+    #[error(
+        "the source is on timeline {found}, which left timeline {expected} at {switched_at}; the log ends at {log_end:?}, \
+         beyond that point: transactions between them are in the log and not in the source"
+    )]
+    TimelineDiverged {
+        /// The timeline in the log.
+        expected: u32,
+        /// The server's timeline.
+        found: u32,
+        /// Where the history left our timeline.
+        switched_at: Lsn,
+        /// The end of the log.
+        log_end: Position,
+    },
+    /// `wal_level` is below `logical`.
+    #[error("wal_level is {found}, logical decoding needs logical")]
+    WalLevel {
+        /// The server's setting.
+        found: String,
+    },
+    /// A younger owner of the task holds the slot.
+    #[error("fenced: the slot is read by epoch {holder}, we are epoch {ours}")]
+    Fenced {
+        /// The younger epoch.
+        holder: Epoch,
+        /// Ours.
+        ours: Epoch,
+    },
+}
+
+impl SourceError {
+    /// Whether trying again, after a back-off, can help without a person doing anything.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            SourceError::Connect { .. }
+            | SourceError::Lost { .. }
+            | SourceError::ShuttingDown { .. }
+            | SourceError::Timeout { .. }
+            | SourceError::Protocol { .. }
+            | SourceError::SlotInUse { .. } => true,
+            SourceError::Server { error, .. } => is_transient_state(&error.sqlstate),
+            _ => false,
+        }
+    }
+
+    /// Whether a younger owner exists: the task is dropped at once.
+    pub fn is_fenced(&self) -> bool {
+        matches!(self, SourceError::Fenced { .. })
+    }
+
+    /// The SQLSTATE, when the server said one.
+    pub fn sqlstate(&self) -> Option<&str> {
+        match self {
+            SourceError::Server { error, .. } => Some(&error.sqlstate),
+            SourceError::ShuttingDown { sqlstate } => Some(sqlstate),
+            _ => None,
+        }
+    }
+
+    /// A word for the condition's `reason`.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            SourceError::Config(_) => "InvalidDsn",
+            SourceError::Connect { .. } | SourceError::Lost { .. } => "SourceUnreachable",
+            SourceError::Tls { .. } => "TlsFailed",
+            SourceError::Auth { .. } => "AuthenticationFailed",
+            SourceError::Server { error, .. } => server_reason(&error.sqlstate),
+            SourceError::ShuttingDown { .. } => "SourceShuttingDown",
+            SourceError::Timeout { .. } => "TimedOut",
+            SourceError::Protocol { .. } | SourceError::Decode(_) => "ProtocolError",
+            SourceError::Value { .. } | SourceError::Columns { .. } => "UnreadableValue",
+            SourceError::LargeTransaction { .. } => "LargeTransaction",
+            SourceError::RowTooLarge { .. } => "RowTooLarge",
+            SourceError::SlotMissing { .. } => "SlotMissing",
+            SourceError::SlotLost { .. } => "SlotLost",
+            SourceError::SlotUnfit { .. } => "SlotUnfit",
+            SourceError::SlotMoved { .. } => "SlotMoved",
+            SourceError::SlotInUse { .. } => "SlotInUse",
+            SourceError::PublicationMissing { .. } => "PublicationMissing",
+            SourceError::PublicationUnfit { .. } => "PublicationUnfit",
+            SourceError::TableMissing { .. } => "TableMissing",
+            SourceError::OtherSystem { .. } => "OtherSystem",
+            SourceError::TimelineDiverged { .. } => "TimelineDiverged",
+            SourceError::WalLevel { .. } => "WalLevel",
+            SourceError::Fenced { .. } => "Fenced",
+        }
+    }
+
+    /// What a person can do, as a sentence. `None` when waiting is all there is to do.
+    pub fn remedy(&self) -> Option<String> {
+        let text = match self {
+            SourceError::Connect { .. } => {
+                "Check that the server runs, that host and port of the source's dsn are right, and that the network lets this worker through".into()
+            }
+            SourceError::Tls { .. } => {
+                "Check sslmode, sslrootcert, sslcert and sslkey of the source's dsn against the server's certificate".into()
+            }
+            SourceError::Config(_) => "Correct the source's dsn".into(),
+            SourceError::Auth { .. } => "Correct user, password or channel_binding of the source's dsn, or the server's pg_hba.conf".into(),
+            SourceError::Server { error, .. } => return server_remedy(error),
+            SourceError::LargeTransaction { bytes, .. } => format!(
+                "Raise spec.source.postgres.largeTransactionBytes above the transaction's size (more than {bytes} bytes); capture goes on from its position"
+            ),
+            SourceError::RowTooLarge { bytes, .. } => format!(
+                "Raise max_payload of the NATS servers above {} bytes, or take the table out of the publication; capture goes on from its position",
+                bytes + (64 << 10)
+            ),
+            SourceError::SlotMissing { .. } => {
+                "WAL since the last confirmed position may be gone. Delete the flow and create it again, or make the slot again and accept the gap".into()
+            }
+            SourceError::SlotLost { .. } => {
+                "The WAL it needed is gone (max_slot_wal_keep_size, idle_replication_slot_timeout or a conflict). Raise that limit, delete the flow and create it again".into()
+            }
+            SourceError::SlotUnfit { .. } => "Name another slot in spec.source.postgres.slot.name, or drop this one".into(),
+            SourceError::SlotMoved { slot, .. } => format!(
+                "Changes between the two were given to somebody else and are missing in the log. Find who used slot {slot} (pg_replication_slot_advance, another consumer), then delete the flow and create it again"
+            ),
+            SourceError::SlotInUse { pid, .. } => {
+                format!("Stop the other reader (SELECT pg_terminate_backend({pid})), or give the flow a slot of its own in spec.source.postgres.slot.name")
+            }
+            SourceError::PublicationMissing { publication, when } => {
+                if *when == PUBLICATION_AT_SLOT {
+                    format!("The publication was made, renamed or made again after the slot's position. Delete the flow and create it again: WALlaby makes publication {publication} first and the slot after it")
+                } else {
+                    format!("CREATE PUBLICATION {} FOR TABLE ...; or set spec.source.postgres.publication.create: true", wallaby_model::schema::quote_identifier(publication))
+                }
+            }
+            SourceError::PublicationUnfit { .. } => "Change the publication, or spec.source.postgres.publication, so that they agree".into(),
+            SourceError::TableMissing { .. } => "Correct spec.source.postgres.publication.tables, or create the table".into(),
+            SourceError::OtherSystem { .. } => "Point the source's dsn at the cluster the log was made from, or delete the flow and create it again".into(),
+            SourceError::TimelineDiverged { .. } => {
+                "Compare source and sinks, repair the difference, then delete the flow and create it again".into()
+            }
+            SourceError::WalLevel { .. } => "ALTER SYSTEM SET wal_level = 'logical'; then restart the server".into(),
+            SourceError::Value { .. } | SourceError::Columns { .. } => {
+                "Report it with the column's type; taking the table out of the publication lets the flow go on".into()
+            }
+            SourceError::Decode(_) => "Report it with the server's version".into(),
+            SourceError::Lost { .. }
+            | SourceError::ShuttingDown { .. }
+            | SourceError::Timeout { .. }
+            | SourceError::Protocol { .. }
+            | SourceError::Fenced { .. } => return None,
+        };
+        Some(text)
+    }
+
+    /// Wraps an error of the control connection.
+    pub(crate) fn from_client(during: impl Into<String>, error: &tokio_postgres::Error) -> SourceError {
+        let during = during.into();
+        if let Some(db) = error.as_db_error() {
+            let sqlstate = db.code().code().to_owned();
+            if is_shutdown(&sqlstate) {
+                return SourceError::ShuttingDown { sqlstate };
+            }
+            let error = ServerError { sqlstate, message: db.message().to_owned(), hint: db.hint().map(str::to_owned) };
+            return SourceError::Server { during, error };
+        }
+        let mut reason = error.to_string();
+        if let Some(cause) = std::error::Error::source(error) {
+            reason = format!("{reason}: {cause}");
+        }
+        SourceError::Lost { during, reason }
+    }
+}
+
+/// [`SourceError::PublicationMissing`]'s `when` for a publication that exists now but not at the slot's position.
+pub(crate) const PUBLICATION_AT_SLOT: &str = "at the slot's position in the WAL";
+/// [`SourceError::PublicationMissing`]'s `when` for a publication that does not exist.
+pub(crate) const PUBLICATION_NOW: &str = "in the database";
+
+/// Whether a SQLSTATE says that the server goes down or is not up yet.
+pub(crate) fn is_shutdown(sqlstate: &str) -> bool {
+    matches!(sqlstate, "57P01" | "57P03")
+}
+
+/// Classes that pass by themselves: connection, resources, operator intervention, locks, I/O, snapshots too old.
+fn is_transient_state(sqlstate: &str) -> bool {
+    let by_class = matches!(sqlstate.get(..2), Some("08" | "40" | "53" | "55" | "57" | "58"));
+    // 55000: the object is not in a state that allows it (wal_level, lost slot): a person has to act.
+    // 57014 is a cancelled query, 57P04 a dropped database.
+    by_class && !matches!(sqlstate, "55000" | "57P04")
+}
+
+fn server_reason(sqlstate: &str) -> &'static str {
+    match sqlstate {
+        "28P01" | "28000" => "AuthenticationFailed",
+        "42501" => "PrivilegeMissing",
+        "3D000" => "DatabaseMissing",
+        "42704" => "ObjectMissing",
+        "53300" => "TooManyConnections",
+        "53400" => "LimitReached",
+        _ => "SourceError",
+    }
+}
+
+fn server_remedy(error: &ServerError) -> Option<String> {
+    let text = match error.sqlstate.as_str() {
+        "28P01" => "Correct user and password of the source's dsn",
+        "28000" => "Let this worker in: pg_hba.conf needs an entry for the role and the database (walsenders match by database too), with the encryption that sslmode asks for; the role needs LOGIN and REPLICATION",
+        "42501" => "Grant the role what it lacks; `wallaby doctor` prints the statements",
+        "3D000" => "Correct dbname of the source's dsn",
+        "53300" => "Raise max_connections or max_wal_senders, or end idle sessions",
+        "53400" => "Raise max_replication_slots, or drop slots that nobody reads",
+        "55000" => "Run `wallaby doctor`: a setting of the server does not allow it",
+        _ => return None,
+    };
+    Some(text.to_owned())
+}

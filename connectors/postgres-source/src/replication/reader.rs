@@ -1,0 +1,253 @@
+//! The reading half of a stream: gulps into one reused buffer, frames borrowed out of it.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::Poll;
+
+use tokio::io::{AsyncRead, ReadBuf};
+use wallaby_model::Lsn;
+
+use super::feedback::Feedback;
+use super::frame::{self, Frame, HEADER_BYTES};
+use super::gulp::GulpPolicy;
+use super::pause::Pause;
+use crate::error::SourceError;
+use crate::metrics;
+
+/// The buffer of a stream whose messages are of ordinary size. Pages that were never used cost nothing.
+const BUFFER_BYTES: usize = 256 << 10;
+/// The largest frame unless told otherwise.
+const FRAME_BYTES_MAX: usize = 64 << 20;
+/// Of a frame that is too large, so much is read to say what it is.
+const OVERSIZED_HEAD_BYTES: usize = 128;
+
+/// Reads frames.
+pub struct FrameReader {
+    stream: Box<dyn AsyncRead + Send + Unpin>,
+    buffer: Vec<u8>,
+    /// Where the next frame begins.
+    start: usize,
+    /// Where the received bytes end.
+    end: usize,
+    policy: GulpPolicy,
+    pause: Option<Pause>,
+    feedback: Feedback,
+    frame_bytes_max: usize,
+    target: String,
+}
+
+impl FrameReader {
+    pub(super) fn new(
+        stream: Box<dyn AsyncRead + Send + Unpin>,
+        received: &[u8],
+        feedback: Feedback,
+        target: String,
+    ) -> FrameReader {
+        let mut buffer = vec![0; BUFFER_BYTES.max(received.len())];
+        buffer[..received.len()].copy_from_slice(received);
+        FrameReader {
+            stream,
+            buffer,
+            start: 0,
+            end: received.len(),
+            policy: GulpPolicy::default(),
+            pause: None,
+            feedback,
+            frame_bytes_max: FRAME_BYTES_MAX,
+            target,
+        }
+    }
+
+    /// Bounds what one frame may take in memory.
+    pub fn set_frame_bytes_max(&mut self, bytes: usize) {
+        self.frame_bytes_max = bytes;
+    }
+
+    /// Sets how the socket is read.
+    pub fn set_policy(&mut self, policy: GulpPolicy) {
+        self.policy = policy;
+    }
+
+    /// Waits for bytes, at least one, and takes all that are there. Cancel-safe.
+    ///
+    /// # Errors
+    /// When the connection ended; with the reason when it was closed from our side.
+    pub async fn fill(&mut self) -> Result<usize, SourceError> {
+        self.wait_for_pause().await?;
+        self.make_room();
+        let first = poll_fn(|cx| self.poll_read(cx)).await?;
+        self.finish_gulp(first).await
+    }
+
+    /// Takes what is there after the pause, if there is one, without waiting for more: `None` when there is nothing.
+    /// Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`FrameReader::fill`].
+    pub async fn fill_without_waiting(&mut self) -> Result<Option<usize>, SourceError> {
+        self.wait_for_pause().await?;
+        self.make_room();
+        let first = poll_fn(|cx| match self.poll_read(cx) {
+            Poll::Ready(read) => Poll::Ready(read.map(Some)),
+            Poll::Pending => Poll::Ready(Ok(None)),
+        });
+        match first.await? {
+            Some(bytes) => self.finish_gulp(bytes).await.map(Some),
+            None => {
+                self.policy.after_gulp(0);
+                Ok(None)
+            }
+        }
+    }
+
+    async fn wait_for_pause(&mut self) -> Result<(), SourceError> {
+        match &mut self.pause {
+            Some(pause) if pause.is_armed() => {
+                let waited = pause.wait().await;
+                waited.map_err(|error| self.lost(&error.to_string()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// TLS gives one record at a time: go on until nothing is there or the buffer is full.
+    async fn finish_gulp(&mut self, first: usize) -> Result<usize, SourceError> {
+        let mut gulp = first;
+        while self.end < self.buffer.len() {
+            let more = poll_fn(|cx| match self.poll_read(cx) {
+                Poll::Ready(read) => Poll::Ready(read.map(Some)),
+                Poll::Pending => Poll::Ready(Ok(None)),
+            });
+            match more.await {
+                Ok(Some(bytes)) => gulp += bytes,
+                // An error comes again with the next read, after what was received is used.
+                Ok(None) | Err(_) => break,
+            }
+        }
+        metrics::gulp(gulp);
+        let length = self.policy.after_gulp(gulp);
+        if !length.is_zero() {
+            let armed = match &mut self.pause {
+                Some(pause) => pause.arm(length),
+                None => Pause::new().and_then(|mut pause| {
+                    pause.arm(length)?;
+                    self.pause = Some(pause);
+                    Ok(())
+                }),
+            };
+            armed.map_err(|error| self.lost(&error.to_string()))?;
+        }
+        Ok(gulp)
+    }
+
+    fn poll_read(&mut self, cx: &mut std::task::Context<'_>) -> Poll<Result<usize, SourceError>> {
+        let mut free = ReadBuf::new(&mut self.buffer[self.end..]);
+        match Pin::new(&mut self.stream).poll_read(cx, &mut free) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Ok(())) => {
+                let bytes = free.filled().len();
+                if bytes == 0 {
+                    return Poll::Ready(Err(self.lost("the server closed it")));
+                }
+                self.end += bytes;
+                Poll::Ready(Ok(bytes))
+            }
+            Poll::Ready(Err(error)) => Poll::Ready(Err(self.lost(&error.to_string()))),
+        }
+    }
+
+    fn lost(&self, reason: &str) -> SourceError {
+        match self.feedback.close_reason() {
+            Some(closed) => closed.into_error(),
+            None => {
+                SourceError::Lost { during: format!("streaming from {}", self.target), reason: reason.to_owned() }
+            }
+        }
+    }
+
+    /// Makes sure that a read has room for at least the frame at the front, and for a good gulp.
+    fn make_room(&mut self) {
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+            if self.buffer.len() > 4 * BUFFER_BYTES {
+                self.buffer = vec![0; BUFFER_BYTES];
+            }
+        }
+        let pending = frame::message_length(&self.buffer[self.start..self.end]).ok().flatten().unwrap_or(HEADER_BYTES);
+        let pending = pending.min(self.frame_bytes_max);
+        let room_behind = self.buffer.len() - self.end;
+        if self.start > 0 && (self.start + pending > self.buffer.len() || room_behind < BUFFER_BYTES / 2) {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        if self.buffer.len() - self.start < pending {
+            self.buffer.resize(self.start + pending.next_multiple_of(BUFFER_BYTES), 0);
+        }
+        if self.end == self.buffer.len() {
+            self.buffer.resize(self.end + BUFFER_BYTES, 0);
+        }
+    }
+
+    /// The next whole frame in the buffer; `None` when a read is needed first. Requests for an answer are passed on to
+    /// the status task before the frame is returned.
+    ///
+    /// # Errors
+    /// The server's error, or bytes that are no frame.
+    pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, SourceError> {
+        loop {
+            let received = &self.buffer[self.start..self.end];
+            let Some(length) = frame::message_length(received)? else {
+                return Ok(None);
+            };
+            if length > self.frame_bytes_max {
+                return self.oversized(length);
+            }
+            if received.len() < length {
+                return Ok(None);
+            }
+            let message = self.start..self.start + length;
+            self.start = message.end;
+            // Parsed twice only for frames that are passed over; the borrow checker needs the exit outside of the loop.
+            match self.buffer[message.start] {
+                b'd' | b'E' | b'N' | b'c' => {
+                    let frame = frame::parse(&self.buffer[message])?;
+                    if let Some(Frame::Keepalive { end, reply, .. }) = &frame {
+                        self.feedback.received(*end);
+                        if *reply {
+                            self.feedback.reply_now();
+                        }
+                    }
+                    return Ok(frame);
+                }
+                _ => {
+                    frame::parse(&self.buffer[message])?;
+                }
+            }
+        }
+    }
+
+    /// A frame above the bound is not read whole; its head says what it is.
+    fn oversized(&self, length: usize) -> Result<Option<Frame<'_>>, SourceError> {
+        let received = &self.buffer[self.start..self.end];
+        if received.len() < OVERSIZED_HEAD_BYTES {
+            return Ok(None);
+        }
+        match frame::parse(received)? {
+            Some(Frame::Wal { start, payload, .. }) => {
+                Ok(Some(Frame::Oversized { start, bytes: length as u64, head: payload }))
+            }
+            _ => Err(SourceError::Protocol {
+                what: "frame header",
+                offset: 1,
+                reason: format!("a length of {length}, above the limit of {}", self.frame_bytes_max),
+            }),
+        }
+    }
+
+    /// Tells the status task what was taken over, for `pg_stat_replication`.
+    pub fn took(&self, lsn: Lsn) {
+        self.feedback.received(lsn);
+    }
+}
