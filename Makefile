@@ -5,7 +5,7 @@ SHELL := bash
 export WALLABY_CACHE ?= $(HOME)/.cache/wallaby
 export CARGO_TARGET_DIR ?= $(WALLABY_CACHE)/target
 
-.PHONY: help tools build test prove lint loadtest
+.PHONY: help tools build test prove lint
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

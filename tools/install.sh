@@ -142,16 +142,20 @@ install_postgres() {
   mv "$work/tree" "$cache/postgres/$pg_version"
 }
 
-[ $# -gt 0 ] || die "name what to install: protoc nats-server etcd postgres[-14|-16|-17|-18] buf cargo-deny"
-for name in "$@"; do
-  case $name in
-    protoc) once protoc check_protoc install_protoc ;;
-    nats-server) once nats-server check_nats install_nats ;;
-    etcd) once etcd check_etcd install_etcd ;;
-    postgres) postgres_of "$postgres_default"; once "postgres-$pg_version" check_postgres install_postgres ;;
-    postgres-*) postgres_of "${name#postgres-}"; once "postgres-$pg_version" check_postgres install_postgres ;;
-    buf) once buf check_buf install_buf ;;
-    cargo-deny) once cargo-deny check_cargo_deny install_cargo_deny ;;
-    *) die "unknown tool: $name" ;;
-  esac
-done
+# A group is read whole before it runs: an edit of this file during a long build does no harm.
+{
+  [ $# -gt 0 ] || die "name what to install: protoc nats-server etcd postgres[-14|-16|-17|-18] buf cargo-deny"
+  for name in "$@"; do
+    case $name in
+      protoc) once protoc check_protoc install_protoc ;;
+      nats-server) once nats-server check_nats install_nats ;;
+      etcd) once etcd check_etcd install_etcd ;;
+      postgres) postgres_of "$postgres_default"; once "postgres-$pg_version" check_postgres install_postgres ;;
+      postgres-*) postgres_of "${name#postgres-}"; once "postgres-$pg_version" check_postgres install_postgres ;;
+      buf) once buf check_buf install_buf ;;
+      cargo-deny) once cargo-deny check_cargo_deny install_cargo_deny ;;
+      *) die "unknown tool: $name" ;;
+    esac
+  done
+  exit 0
+}

@@ -27,6 +27,8 @@ pub struct EtcdOptions {
     pub unsafe_no_fsync: bool,
     /// A folder to keep the data in; a cluster that is there is served again (its ports are remembered). Without one it is temporary.
     pub folder: Option<PathBuf>,
+    /// Where each member keeps its data, instead of in the folder: for disks that fail.
+    pub data_folders: Vec<PathBuf>,
     /// Where the first member listens for clients on 127.0.0.1; without one, a free port.
     pub client_port: Option<u16>,
     /// More flags for each member.
@@ -35,7 +37,14 @@ pub struct EtcdOptions {
 
 impl Default for EtcdOptions {
     fn default() -> Self {
-        Self { members: 1, unsafe_no_fsync: false, folder: None, client_port: None, extra_args: Vec::new() }
+        Self {
+            members: 1,
+            unsafe_no_fsync: false,
+            folder: None,
+            data_folders: Vec::new(),
+            client_port: None,
+            extra_args: Vec::new(),
+        }
     }
 }
 
@@ -179,7 +188,8 @@ impl EtcdMember {
         let initial = initial.join(",");
         let mut members = Vec::new();
         for (index, (client, peer)) in ports.into_iter().enumerate() {
-            let data = folder.path().join(format!("data{index}"));
+            let data =
+                options.data_folders.get(index).cloned().unwrap_or_else(|| folder.path().join(format!("data{index}")));
             let (client_url, peer_url) = (url(client.port()), url(peer.port()));
             let flags = [
                 ("--name", name(index)),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use async_nats::jetstream::{self, stream};
 use wallaby_stack::{
     Error, EtcdCluster, EtcdOptions, Folder, NatsCluster, NatsOptions, Postgres, PostgresOptions, Shutdown,
-    SyncInterval, Toolbox,
+    SyncInterval, TlsIdentity, Toolbox,
 };
 
 fn runs(pid: i32) -> bool {
@@ -74,6 +74,45 @@ async fn a_paused_postgres_answers_when_it_goes_on() {
     assert!(tokio::time::timeout(Duration::from_millis(200), &mut answer).await.is_err(), "a paused backend answered");
     postgres.resume().unwrap();
     answer.await.unwrap();
+}
+
+#[tokio::test]
+async fn walsenders_are_found_without_a_connection() {
+    let postgres = Postgres::start(PostgresOptions::default()).await.unwrap();
+    assert!(postgres.walsender_pids().unwrap().is_empty());
+    let client = postgres.connect("postgres").await.unwrap();
+    // A cluster that is subscribed to itself: the slot has to be made first, or the two would wait for each other.
+    client.batch_execute("CREATE PUBLICATION p").await.unwrap();
+    client.batch_execute("CREATE DATABASE copy").await.unwrap();
+    client.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')", &[]).await.unwrap();
+    let copy = postgres.connect("copy").await.unwrap();
+    let publisher = postgres.dsn("postgres");
+    let sql = format!("CREATE SUBSCRIPTION s CONNECTION '{publisher}' PUBLICATION p WITH (create_slot = false)");
+    copy.batch_execute(&sql).await.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let known: Vec<i32> = loop {
+        let rows = client.query("SELECT pid FROM pg_stat_replication WHERE state = 'streaming'", &[]).await.unwrap();
+        if !rows.is_empty() {
+            break rows.iter().map(|row| row.get(0)).collect();
+        }
+        assert!(Instant::now() < deadline, "no walsender");
+    };
+    assert_eq!(postgres.walsender_pids().unwrap(), known);
+}
+
+#[tokio::test]
+async fn postgres_speaks_tls_when_it_has_a_certificate() {
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let tls = TlsIdentity { certificate_pem: made.cert.pem(), key_pem: made.signing_key.serialize_pem() };
+    for (tls, answer) in [(Some(tls), b"S"), (None, b"N")] {
+        let postgres = Postgres::start(PostgresOptions { tls, ..PostgresOptions::default() }).await.unwrap();
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", postgres.port())).unwrap();
+        // SSLRequest: eight bytes, the number 80877103.
+        std::io::Write::write_all(&mut stream, &[0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f]).unwrap();
+        let mut said = [0];
+        std::io::Read::read_exact(&mut stream, &mut said).unwrap();
+        assert_eq!(&said, answer);
+    }
 }
 
 #[tokio::test]

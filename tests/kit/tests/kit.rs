@@ -9,8 +9,7 @@ use futures::FutureExt;
 use rand::Rng;
 use rand::rngs::StdRng;
 use wallaby_testkit::{
-    Database, EtcdScope, NatsScope, Seeded, eventually, log_to_test_output, postgres, seed, server_logs, skipped,
-    unique,
+    Database, EtcdScope, NatsScope, Seeded, eventually, log_to_test_output, postgres, seed, server_logs, unique,
 };
 
 async fn databases(name: &str) -> i64 {
@@ -110,9 +109,4 @@ fn names_are_fit_for_every_use() {
         name.len() <= 50 && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_'),
         "{name}"
     );
-}
-
-#[test]
-fn a_skipped_test_says_why() {
-    skipped!("to show that {} counts", "it");
 }

@@ -84,6 +84,11 @@ async fn run<'a>(bin: &Path, program: &str, args: impl IntoIterator<Item = &'a s
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let mut text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    if text.contains("unshare") {
+        text.push_str(
+            "\nAs root, Postgres is run in a user namespace. Where those are not allowed, run as an ordinary user.",
+        );
+    }
     Err(Error::State { server: program.to_owned(), what: format!("failed ({}):\n{}", output.status, text.trim()) })
 }
