@@ -1,0 +1,108 @@
+//! The demo as a client of WALlaby's API.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use tonic::transport::{Channel, Endpoint};
+use wallaby_model::{FlowId, Lsn, Position};
+use wallaby_proto::v1;
+use wallaby_proto::v1::flow_service_client::FlowServiceClient;
+
+/// How long one call may take.
+const CALL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// One flow at one controller.
+#[derive(Debug, Clone)]
+pub struct FlowApi {
+    client: FlowServiceClient<Channel>,
+    flow: FlowId,
+}
+
+impl FlowApi {
+    /// A client that connects when it is first used.
+    ///
+    /// # Errors
+    /// When the address is none.
+    pub fn new(endpoint: &str, flow: FlowId) -> anyhow::Result<FlowApi> {
+        let endpoint =
+            Endpoint::from_shared(endpoint.to_owned())?.connect_timeout(CALL_PATIENCE).timeout(CALL_PATIENCE);
+        Ok(FlowApi { client: FlowServiceClient::new(endpoint.connect_lazy()), flow })
+    }
+
+    /// Makes the flow that a file describes.
+    ///
+    /// # Errors
+    /// When the file is wrong, or the controller refuses: both say what and where.
+    pub async fn create(&self, file: &Path) -> anyhow::Result<()> {
+        let message = wallaby_model::api::flow_to_message(&read_flow(file)?);
+        let request = v1::CreateFlowRequest { flow: Some(message) };
+        let made = self.client.clone().create_flow(request).await;
+        made.map(drop).map_err(|status| refused(&status)).with_context(|| format!("applying {}", file.display()))
+    }
+
+    /// The flow as it is.
+    ///
+    /// # Errors
+    /// When the controller does not answer or does not know it.
+    pub async fn get(&self) -> anyhow::Result<v1::Flow> {
+        let name = wallaby_model::api::flow_name(&self.flow);
+        let answer = self.client.clone().get_flow(v1::GetFlowRequest { name }).await;
+        let answer = answer.map_err(|status| refused(&status))?.into_inner();
+        answer.flow.context("the controller answered without a flow")
+    }
+
+    /// Whether the controller answers at all.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn is_up(&self) -> anyhow::Result<()> {
+        let request = v1::ListFlowsRequest { page_size: 1, page_token: String::new() };
+        self.client.clone().list_flows(request).await.map(drop).map_err(|status| refused(&status))
+    }
+}
+
+/// Reads a flow file.
+///
+/// # Errors
+/// When it cannot be read, or is wrong: names the line.
+pub fn read_flow(file: &Path) -> anyhow::Result<wallaby_model::flow::FlowDocument> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+    Ok(wallaby_model::flow::parse(&text, &file.display().to_string())?)
+}
+
+fn refused(status: &tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("{} ({:?})", status.message(), status.code())
+}
+
+/// The capture task of a flow.
+pub fn capture(flow: &v1::Flow) -> Option<&v1::Task> {
+    let tasks = flow.status.as_ref().map(|status| status.tasks.as_slice()).unwrap_or_default();
+    tasks.iter().find(|task| task.task.ends_with(".capture"))
+}
+
+/// How far the log is; zero before it has a position.
+pub fn staged(flow: &v1::Flow) -> Position {
+    let capture = flow.status.as_ref().and_then(|status| status.capture.as_ref());
+    capture.and_then(|capture| capture.staged_position.parse().ok()).unwrap_or_default()
+}
+
+/// How far the slowest sink is; zero while one has no position.
+pub fn applied(flow: &v1::Flow) -> Lsn {
+    let sinks = flow.status.as_ref().map(|status| status.sinks.as_slice()).unwrap_or_default();
+    let position = |sink: &v1::Sink| {
+        sink.progress.as_ref().and_then(|progress| progress.position.parse::<Position>().ok()).unwrap_or_default()
+    };
+    sinks.iter().map(position).min().unwrap_or_default().commit
+}
+
+/// What is not true of the flow, for messages.
+pub fn complaints(flow: &v1::Flow) -> String {
+    let Some(status) = &flow.status else { return "no status yet".to_owned() };
+    let conditions = status.conditions.iter().chain(status.sinks.iter().flat_map(|sink| &sink.conditions));
+    let bad = conditions.filter(|condition| condition.status != i32::from(v1::ConditionStatus::True));
+    let mut said: Vec<String> = bad.map(|c| format!("{}: {} ({})", c.r#type, c.message, c.reason)).collect();
+    let errors = status.tasks.iter().filter(|task| !task.last_error.is_empty());
+    said.extend(errors.map(|task| format!("{}: {}", task.task, task.last_error)));
+    if said.is_empty() { "nothing is said to be wrong".to_owned() } else { said.join("; ") }
+}
