@@ -1,0 +1,190 @@
+//! The key space of protocol.md, in one place: names go in typed and come out typed.
+
+use wallaby_model::{FlowId, SinkId, TaskId, WorkerId};
+
+use crate::{Error, Result};
+
+/// What a key stands for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Key {
+    /// `flows/<F>/spec`: desired state.
+    FlowSpec(FlowId),
+    /// `flows/<F>/status`: what only the controller knows.
+    FlowStatus(FlowId),
+    /// `flows/<F>/holds/<R>`: the lowest position that a reader still needs.
+    FlowHold(FlowId, SinkId),
+    /// `flows/<F>/purge`: up to where the log may be gone.
+    FlowPurge(FlowId),
+    /// `tasks/<T>/lock`: who owns a task, under the worker's lease.
+    TaskLock(TaskId),
+    /// `tasks/<T>/status`: what its owner says.
+    TaskStatus(TaskId),
+    /// `tasks/<T>/checkpoint`: how far it came.
+    TaskCheckpoint(TaskId),
+    /// `workers/<W>`: a worker that is alive.
+    Worker(WorkerId),
+    /// `drains/<W>`: a request to the worker to hand its tasks over and end; under the worker's lease.
+    WorkerDrain(WorkerId),
+    /// `controller/leader`: the controller replica that schedules.
+    ControllerLeader,
+}
+
+/// The keys under one prefix (`/wallaby`; tests take their own).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeySpace {
+    prefix: String,
+}
+
+impl KeySpace {
+    /// Keys under `prefix`, which starts with a slash and does not end with one.
+    ///
+    /// # Errors
+    /// When the prefix is empty or has another form.
+    pub fn new(prefix: impl Into<String>) -> Result<KeySpace> {
+        let prefix = prefix.into();
+        let fit = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'/' | b'-' | b'_' | b'.');
+        let is_well_formed = prefix.len() > 1
+            && prefix.starts_with('/')
+            && !prefix.ends_with('/')
+            && !prefix.contains("//")
+            && prefix.bytes().all(fit);
+        if is_well_formed {
+            Ok(KeySpace { prefix })
+        } else {
+            Err(Error::Settings(format!(
+                "the key prefix {prefix:?} must start with a slash, not end with one, and have only letters, digits, dashes, dots and underscores between slashes, as in /wallaby"
+            )))
+        }
+    }
+
+    /// The full key.
+    pub fn text(&self, key: &Key) -> String {
+        let prefix = &self.prefix;
+        match key {
+            Key::FlowSpec(flow) => format!("{prefix}/flows/{flow}/spec"),
+            Key::FlowStatus(flow) => format!("{prefix}/flows/{flow}/status"),
+            Key::FlowHold(flow, reader) => format!("{prefix}/flows/{flow}/holds/{reader}"),
+            Key::FlowPurge(flow) => format!("{prefix}/flows/{flow}/purge"),
+            Key::TaskLock(task) => format!("{prefix}/tasks/{task}/lock"),
+            Key::TaskStatus(task) => format!("{prefix}/tasks/{task}/status"),
+            Key::TaskCheckpoint(task) => format!("{prefix}/tasks/{task}/checkpoint"),
+            Key::Worker(worker) => format!("{prefix}/workers/{worker}"),
+            Key::WorkerDrain(worker) => format!("{prefix}/drains/{worker}"),
+            Key::ControllerLeader => format!("{prefix}/controller/leader"),
+        }
+    }
+
+    /// What a full key stands for; `None` for one that is not ours to read.
+    pub fn parse(&self, text: &[u8]) -> Option<Key> {
+        let rest = std::str::from_utf8(text).ok()?.strip_prefix(&self.prefix)?.strip_prefix('/')?;
+        let parts: Vec<&str> = rest.split('/').collect();
+        Some(match parts.as_slice() {
+            ["flows", flow, "spec"] => Key::FlowSpec(flow.parse().ok()?),
+            ["flows", flow, "status"] => Key::FlowStatus(flow.parse().ok()?),
+            ["flows", flow, "holds", reader] => Key::FlowHold(flow.parse().ok()?, reader.parse().ok()?),
+            ["flows", flow, "purge"] => Key::FlowPurge(flow.parse().ok()?),
+            ["tasks", task, "lock"] => Key::TaskLock(task.parse().ok()?),
+            ["tasks", task, "status"] => Key::TaskStatus(task.parse().ok()?),
+            ["tasks", task, "checkpoint"] => Key::TaskCheckpoint(task.parse().ok()?),
+            ["workers", worker] => Key::Worker(WorkerId::new(*worker).ok()?),
+            ["drains", worker] => Key::WorkerDrain(WorkerId::new(*worker).ok()?),
+            ["controller", "leader"] => Key::ControllerLeader,
+            _ => return None,
+        })
+    }
+
+    /// The prefix of everything about all flows.
+    pub fn flows(&self) -> String {
+        format!("{}/flows/", self.prefix)
+    }
+
+    /// The prefix of everything about one flow but its tasks.
+    pub fn flow(&self, flow: &FlowId) -> String {
+        format!("{}/flows/{flow}/", self.prefix)
+    }
+
+    /// The prefix of a flow's holds.
+    pub fn holds(&self, flow: &FlowId) -> String {
+        format!("{}/flows/{flow}/holds/", self.prefix)
+    }
+
+    /// The prefix of everything about all tasks.
+    pub fn tasks(&self) -> String {
+        format!("{}/tasks/", self.prefix)
+    }
+
+    /// The prefix of everything about the tasks of one flow (a flow id has no dot).
+    pub fn tasks_of(&self, flow: &FlowId) -> String {
+        format!("{}/tasks/{flow}.", self.prefix)
+    }
+
+    /// The prefix of everything about one task.
+    pub fn task(&self, task: &TaskId) -> String {
+        format!("{}/tasks/{task}/", self.prefix)
+    }
+
+    /// The prefix of all workers.
+    pub fn workers(&self) -> String {
+        format!("{}/workers/", self.prefix)
+    }
+
+    /// The prefix of everything of ours.
+    pub fn everything(&self) -> String {
+        format!("{}/", self.prefix)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+
+    #[test]
+    fn keys_round_trip() {
+        let space = KeySpace::new("/wallaby").unwrap();
+        let flow = FlowId::new("shop").unwrap();
+        let sink = SinkId::new("warehouse").unwrap();
+        let worker = WorkerId::new("w-1.a_b").unwrap();
+        let task = TaskId::apply(&flow, &sink);
+        for key in [
+            Key::FlowSpec(flow.clone()),
+            Key::FlowStatus(flow.clone()),
+            Key::FlowHold(flow.clone(), sink),
+            Key::FlowPurge(flow.clone()),
+            Key::TaskLock(task.clone()),
+            Key::TaskStatus(task.clone()),
+            Key::TaskCheckpoint(TaskId::capture(&flow)),
+            Key::Worker(worker.clone()),
+            Key::WorkerDrain(worker),
+            Key::ControllerLeader,
+        ] {
+            assert_eq!(space.parse(space.text(&key).as_bytes()), Some(key));
+        }
+        assert_eq!(space.text(&Key::TaskLock(task)), "/wallaby/tasks/shop.apply.warehouse/lock");
+    }
+
+    #[test]
+    fn foreign_keys_are_not_ours() {
+        let space = KeySpace::new("/wallaby").unwrap();
+        for text in
+            ["/wallaby2/flows/a/spec", "/wallaby/flows/A/spec", "/wallaby/flows/a/spec/x", "/wallaby/x", "\u{ff}"]
+        {
+            assert_eq!(space.parse(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_prefix_of_a_flows_tasks_takes_no_other_flow() {
+        let space = KeySpace::new("/wallaby").unwrap();
+        let (a, ab) = (FlowId::new("a").unwrap(), FlowId::new("ab").unwrap());
+        let other = space.text(&Key::TaskLock(TaskId::capture(&ab)));
+        assert!(!other.starts_with(&space.tasks_of(&a)));
+    }
+
+    #[test]
+    fn prefixes_are_checked() {
+        for bad in ["", "/", "wallaby", "/wallaby/", "/wall aby", "/a//b"] {
+            assert!(KeySpace::new(bad).is_err(), "{bad}");
+        }
+    }
+}

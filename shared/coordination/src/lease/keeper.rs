@@ -1,0 +1,287 @@
+//! The shell around the lease core: grants, keeps alive on streams that it reopens after every failure, fences.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use etcd_client::{LeaseKeepAliveStream, LeaseKeeper};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::core::{FenceReason, LeaseCore, Step};
+use crate::clock::BootTime;
+use crate::error::{Failure, tonic_code};
+use crate::link::{Link, Purpose, Target};
+use crate::{Error, Result, metrics};
+
+/// The longest between two looks at the clock: timers run on CLOCK_MONOTONIC, which stops with the machine.
+const CLOCK_TICK_MAX: Duration = Duration::from_millis(100);
+/// How long revoking is tried; the lease ends by itself otherwise.
+const REVOKE_PATIENCE: Duration = Duration::from_secs(3);
+const FOR_EVER: u64 = u64::MAX;
+
+/// A cheap look at whether this process may still act under its lease. Clones look at the same lease.
+#[derive(Clone, Debug)]
+pub struct Validity {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Nanoseconds of CLOCK_BOOTTIME; 0 once fenced, `FOR_EVER` without self-fencing. Mirrors the core's `valid_until`.
+    valid_until_nanos: AtomicU64,
+    core: Mutex<LeaseCore>,
+    fence: CancellationToken,
+}
+
+impl Validity {
+    /// Whether a write may be started now: one read of CLOCK_BOOTTIME, tens of nanoseconds. Ask before every publish, every
+    /// feedback and every commit.
+    pub fn is_valid_now(&self) -> bool {
+        let until = self.shared.valid_until_nanos.load(Ordering::Acquire);
+        until == FOR_EVER || BootTime::now().as_nanos() < until
+    }
+
+    /// Until when writes may be started, as far as is known now. `None` without self-fencing.
+    pub fn deadline(&self) -> Option<BootTime> {
+        self.shared.core().valid_until()
+    }
+
+    /// Cancelled once nothing may be done any more. [`Validity::is_valid_now`] is false at or before that moment.
+    pub fn fence(&self) -> &CancellationToken {
+        &self.shared.fence
+    }
+
+    /// Why, once fenced.
+    pub fn fence_reason(&self) -> Option<FenceReason> {
+        self.shared.core().check(BootTime::now())
+    }
+}
+
+impl Shared {
+    fn core(&self) -> MutexGuard<'_, LeaseCore> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the core and lets everybody see the outcome.
+    fn update<T>(&self, change: impl FnOnce(&mut LeaseCore) -> T) -> T {
+        let mut core = self.core();
+        let out = change(&mut core);
+        let until = core.valid_until().map_or(FOR_EVER, BootTime::as_nanos);
+        self.valid_until_nanos.store(until, Ordering::Release);
+        out
+    }
+
+    /// Ends the lease for this process, once.
+    fn fence(&self, reason: FenceReason, holder: &str) {
+        if self.fence.is_cancelled() {
+            return;
+        }
+        match reason {
+            FenceReason::Deadline => {
+                metrics::self_fenced();
+                tracing::warn!(%holder, "no keepalive was answered in time: stopping all tasks before the lease can have run out");
+            }
+            FenceReason::LeaseGone => {
+                metrics::lease_lost();
+                tracing::warn!(%holder, "etcd says that the lease is gone: stopping all tasks");
+            }
+            FenceReason::Revoked => tracing::debug!(%holder, "lease given up"),
+        }
+        self.fence.cancel();
+    }
+}
+
+/// A lease that is kept alive until it is revoked, lost, or dropped (then it runs out by itself).
+#[derive(Debug)]
+pub(crate) struct Lease {
+    id: i64,
+    ttl: Duration,
+    holder: String,
+    validity: Validity,
+    requests: Arc<Link>,
+    _keeper: AbortOnDropHandle<()>,
+    _clock: AbortOnDropHandle<()>,
+}
+
+impl Lease {
+    /// Asks for a lease and keeps it alive. `ttl` is taken in whole seconds; etcd may give more (it has a least of its own).
+    pub(crate) async fn grant(
+        target: &Target,
+        requests: Arc<Link>,
+        holder: String,
+        ttl: Duration,
+        self_fencing: bool,
+    ) -> Result<Lease> {
+        let seconds = i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX);
+        let request = |client: etcd_client::Client| async move {
+            let sent = BootTime::now();
+            let granted = client.lease_client().grant(seconds, None).await?;
+            Ok((sent, granted))
+        };
+        // An earlier attempt that was done after all leaves a lease without keys, which runs out by itself.
+        let (sent, granted) = requests.call("granting a lease", request).await?.value;
+        let ttl = Duration::from_secs(u64::try_from(granted.ttl()).unwrap_or(0));
+        if granted.id() == 0 || ttl.is_zero() {
+            return Err(Error::Refused { doing: "granting a lease", cause: granted.error().to_owned() });
+        }
+        let shared = Arc::new(Shared {
+            valid_until_nanos: AtomicU64::new(0),
+            core: Mutex::new(LeaseCore::granted(sent, ttl, self_fencing)),
+            fence: CancellationToken::new(),
+        });
+        shared.update(|_| ());
+        let keeper =
+            Keeper { target: target.clone(), id: granted.id(), holder: holder.clone(), shared: shared.clone() };
+        let keeper = AbortOnDropHandle::new(tokio::spawn(keeper.run()));
+        let clock = AbortOnDropHandle::new(tokio::spawn(watch_clock(shared.clone(), holder.clone())));
+        let validity = Validity { shared };
+        Ok(Lease { id: granted.id(), ttl, holder, validity, requests, _keeper: keeper, _clock: clock })
+    }
+
+    pub(crate) fn id(&self) -> i64 {
+        self.id
+    }
+
+    /// As etcd granted it.
+    pub(crate) fn ttl(&self) -> Duration {
+        self.ttl
+    }
+
+    pub(crate) fn validity(&self) -> &Validity {
+        &self.validity
+    }
+
+    /// Gives the lease up: fenced first, then revoked, which deletes its keys at once.
+    pub(crate) async fn revoke(&self) -> Result<()> {
+        let shared = &self.validity.shared;
+        shared.update(|core| core.end(FenceReason::Revoked));
+        shared.fence(FenceReason::Revoked, &self.holder);
+        let id = self.id;
+        let request = |client: etcd_client::Client| async move {
+            match client.lease_client().revoke(id).await {
+                Err(error) if tonic_code::of(&error) == Some(tonic_code::NOT_FOUND) => Ok(()),
+                other => other.map(|_| ()),
+            }
+        };
+        self.requests.call_for(REVOKE_PATIENCE, "revoking the lease", request).await.map(|_| ())
+    }
+}
+
+/// Fences at the deadline, whatever the keeper is waiting for.
+async fn watch_clock(shared: Arc<Shared>, holder: String) {
+    loop {
+        let now = BootTime::now();
+        let (reason, until) = shared.update(|core| (core.check(now), core.valid_until()));
+        if let Some(reason) = reason {
+            shared.fence(reason, &holder);
+            return;
+        }
+        let pause = until.map_or(CLOCK_TICK_MAX, |until| now.until(until).min(CLOCK_TICK_MAX));
+        tokio::select! {
+            () = shared.fence.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+type Stream = (LeaseKeeper, LeaseKeepAliveStream);
+
+struct Keeper {
+    target: Target,
+    id: i64,
+    holder: String,
+    shared: Arc<Shared>,
+}
+
+impl Keeper {
+    async fn run(self) {
+        let mut link: Option<Link> = None;
+        let mut stream: Option<Stream> = None;
+        loop {
+            let step = self.shared.update(|core| core.step(BootTime::now()));
+            let timeout = match step {
+                Step::Fenced(reason) => return self.shared.fence(reason, &self.holder),
+                Step::Wait(pause) => {
+                    tokio::select! {
+                        () = self.shared.fence.cancelled() => return,
+                        () = tokio::time::sleep(pause.min(CLOCK_TICK_MAX)) => {}
+                    }
+                    continue;
+                }
+                Step::KeepAlive(timeout) => timeout,
+            };
+            let sent = BootTime::now();
+            match tokio::time::timeout(timeout, self.keep_alive(&mut link, &mut stream)).await {
+                Ok(Ok(())) => {
+                    let now = BootTime::now();
+                    let until = self.shared.update(|core| {
+                        core.answered(sent, now);
+                        core.valid_until()
+                    });
+                    metrics::keepalive_answered(until.map_or(self_ttl_unknown(), |until| now.until(until)));
+                }
+                Ok(Err(Attempt::LeaseGone)) => {
+                    self.shared.update(|core| core.end(FenceReason::LeaseGone));
+                    if self.shared.update(|core| core.check(BootTime::now())).is_none() {
+                        // Without self-fencing nobody stops for it; there is nothing left to keep alive either.
+                        metrics::lease_lost();
+                        return;
+                    }
+                }
+                failed => {
+                    metrics::keepalive_failed();
+                    let cause =
+                        if let Ok(Err(Attempt::Failed(cause))) = failed { cause } else { "no answer".to_owned() };
+                    tracing::debug!(holder = %self.holder, %cause, "keepalive failed, opening a new stream");
+                    // Streams do not heal [m], and the connection may be the reason: both are new for the next attempt.
+                    (link, stream) = (None, None);
+                    self.shared.update(|core| core.failed(BootTime::now()));
+                }
+            }
+        }
+    }
+
+    /// Sends one keepalive and waits for its answer. One at a time, so that an answer belongs to what was sent last.
+    async fn keep_alive(&self, link: &mut Option<Link>, stream: &mut Option<Stream>) -> Result<(), Attempt> {
+        if let Some((keeper, answers)) = stream {
+            keeper.keep_alive().await?;
+            let answer = answers.message().await?;
+            let answer = answer.ok_or_else(|| Attempt::Failed("the stream ended".to_owned()))?;
+            return if answer.ttl() > 0 { Ok(()) } else { Err(Attempt::LeaseGone) };
+        }
+        if link.is_none() {
+            *link = Some(Link::open(&self.target, Purpose::Streams).await?);
+        }
+        if let Some(link) = link {
+            let (_, client) = link.client();
+            // Opening sends the first keepalive and waits for its answer.
+            *stream = Some(client.lease_client().keep_alive(self.id).await?);
+        }
+        Ok(())
+    }
+}
+
+/// What the gauge shows without self-fencing, where there is no deadline.
+fn self_ttl_unknown() -> Duration {
+    Duration::ZERO
+}
+
+enum Attempt {
+    LeaseGone,
+    Failed(String),
+}
+
+impl From<etcd_client::Error> for Attempt {
+    fn from(error: etcd_client::Error) -> Self {
+        let text = tonic_code::text(&error);
+        // How etcd-client names a TTL of 0 in the first answer.
+        if text.contains("lease not found") { Attempt::LeaseGone } else { Attempt::Failed(text) }
+    }
+}
+
+impl From<Failure> for Attempt {
+    fn from(failure: Failure) -> Self {
+        Attempt::Failed(failure.text())
+    }
+}
