@@ -101,9 +101,9 @@ fn unreachable_attempts<T>(config: &ConnectConfig) -> Result<T, SourceError> {
 async fn open(config: &ConnectConfig, transport: Transport) -> Result<Control, SourceError> {
     let mut settings = tokio_postgres::Config::new();
     settings.user(&config.user).dbname(&config.dbname).application_name(&config.application_name);
-    // Text forms must not depend on the server's settings; a hanging lock must not hang us.
+    // Text forms and names must not depend on the server's settings; a hanging lock must not hang us.
     settings.options(
-        "-c datestyle=ISO -c intervalstyle=iso_8601 -c timezone=UTC -c extra_float_digits=3 -c bytea_output=hex \
+        "-c datestyle=ISO -c intervalstyle=iso_8601 -c timezone=UTC -c extra_float_digits=3 -c bytea_output=hex -c search_path=pg_catalog \
          -c statement_timeout=60s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s",
     );
     if let Some(password) = &config.password {

@@ -5,17 +5,29 @@
 //! Beside it: publication and slot ([`setup`]), checks before streaming, `wallaby doctor`'s [`preflight`], rows by key
 //! ([`Lookup`]), and what the slot holds back ([`source_status`]).
 
+mod assemble;
+mod capture;
+mod catalog;
 pub mod config;
 mod control;
 mod error;
 mod metrics;
 pub mod pgoutput;
+mod prepare;
 pub mod replication;
+mod sessions;
+mod slot;
+mod text;
 mod tls;
 mod transport;
 
+pub use assemble::SegmentDraft;
+pub use capture::{Capture, CaptureEvent, CaptureOptions};
 pub use config::{ConfigError, ConnectConfig};
 pub use control::{Control, ControlEnd, connect_control};
 pub use error::{ServerError, SourceError};
 pub use metrics::describe_metrics;
-pub use replication::{Feedback, Frame, FrameReader, ReplicationClient, StartOptions};
+pub use prepare::{Prepared, SourceIdentity};
+pub use replication::{Feedback, Frame, FrameReader, GulpPolicy, ReplicationClient, StartOptions};
+pub use sessions::SessionOwner;
+pub use slot::SlotState;

@@ -21,7 +21,9 @@ pub(super) struct Pause {
 impl Pause {
     pub(super) fn new() -> io::Result<Pause> {
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
-        Ok(Pause { timer: AsyncFd::register(timer)?, armed: false })
+        #[allow(deprecated, reason = "its successor is an unsafe fn; an OwnedFd keeps what that one asks for")]
+        let timer = AsyncFd::new(timer)?;
+        Ok(Pause { timer, armed: false })
     }
 
     /// Starts a pause; [`Pause::wait`] returns at its end.

@@ -25,6 +25,8 @@ const OVERSIZED_HEAD_BYTES: usize = 128;
 pub struct FrameReader {
     stream: Box<dyn AsyncRead + Send + Unpin>,
     buffer: Vec<u8>,
+    /// Where the frame that was given out last begins.
+    given: usize,
     /// Where the next frame begins.
     start: usize,
     /// Where the received bytes end.
@@ -48,6 +50,7 @@ impl FrameReader {
         FrameReader {
             stream,
             buffer,
+            given: 0,
             start: 0,
             end: received.len(),
             policy: GulpPolicy::default(),
@@ -208,6 +211,7 @@ impl FrameReader {
                 return Ok(None);
             }
             let message = self.start..self.start + length;
+            self.given = message.start;
             self.start = message.end;
             // Parsed twice only for frames that are passed over; the borrow checker needs the exit outside of the loop.
             match self.buffer[message.start] {
@@ -226,6 +230,11 @@ impl FrameReader {
                 }
             }
         }
+    }
+
+    /// Makes the frame that was given out last the next one again. Only before another read.
+    pub(crate) fn put_back(&mut self) {
+        self.start = self.given;
     }
 
     /// A frame above the bound is not read whole; its head says what it is.
