@@ -215,6 +215,22 @@ pub enum SourceError {
         /// Which, and what is near it.
         reason: String,
     },
+    /// Tables that cannot be published without making their updates and deletes fail at the source.
+    #[error("{} without a key: their updates and deletes would fail at the source once published", name_tables(tables))]
+    TableWithoutKey {
+        /// Which.
+        tables: Vec<TableName>,
+    },
+    /// The creation of the slot waits for transactions that began before it.
+    #[error("creating slot {slot} waited {} s for older transactions: {blockers}", after.as_secs_f64())]
+    SlotWaits {
+        /// Its name.
+        slot: String,
+        /// Whom it waits for.
+        blockers: String,
+        /// The limit.
+        after: Duration,
+    },
     /// Another database cluster answers.
     #[error("the source is another cluster: system identifier {found}, the log was made from {expected}")]
     OtherSystem {
@@ -263,6 +279,7 @@ impl SourceError {
             | SourceError::ShuttingDown { .. }
             | SourceError::Timeout { .. }
             | SourceError::Protocol { .. }
+            | SourceError::SlotWaits { .. }
             | SourceError::SlotInUse { .. } => true,
             SourceError::Server { error, .. } => is_transient_state(&error.sqlstate),
             _ => false,
@@ -305,6 +322,8 @@ impl SourceError {
             SourceError::PublicationMissing { .. } => "PublicationMissing",
             SourceError::PublicationUnfit { .. } => "PublicationUnfit",
             SourceError::TableMissing { .. } => "TableMissing",
+            SourceError::TableWithoutKey { .. } => "TableWithoutKey",
+            SourceError::SlotWaits { .. } => "SlotWaits",
             SourceError::OtherSystem { .. } => "OtherSystem",
             SourceError::TimelineDiverged { .. } => "TimelineDiverged",
             SourceError::WalLevel { .. } => "WalLevel",
@@ -353,6 +372,11 @@ impl SourceError {
             }
             SourceError::PublicationUnfit { .. } => "Change the publication, or spec.source.postgres.publication, so that they agree".into(),
             SourceError::TableMissing { .. } => "Correct spec.source.postgres.publication.tables, or create the table".into(),
+            SourceError::TableWithoutKey { tables } => format!(
+                "{}; or give them a primary key, or leave them out with spec.source.postgres.publication.exclude",
+                tables.iter().map(|table| format!("ALTER TABLE {} REPLICA IDENTITY FULL", table.quoted())).collect::<Vec<_>>().join("; ")
+            ),
+            SourceError::SlotWaits { .. } => "End these transactions, or wait until they end: it is tried again".into(),
             SourceError::OtherSystem { .. } => "Point the source's dsn at the cluster the log was made from, or delete the flow and create it again".into(),
             SourceError::TimelineDiverged { .. } => {
                 "Compare source and sinks, repair the difference, then delete the flow and create it again".into()
@@ -432,4 +456,10 @@ fn server_remedy(error: &ServerError) -> Option<String> {
         _ => return None,
     };
     Some(text.to_owned())
+}
+
+fn name_tables(tables: &[TableName]) -> String {
+    let names: Vec<String> = tables.iter().map(ToString::to_string).collect();
+    let what = if names.len() == 1 { "table" } else { "tables" };
+    format!("{what} {}", names.join(", "))
 }

@@ -5,6 +5,7 @@
 //! already has is counted but not kept, so that a transaction that was cut in the middle goes on where it was cut.
 
 mod column;
+mod relation;
 mod table;
 
 #[cfg(test)]
@@ -17,11 +18,11 @@ use std::time::{Duration, Instant};
 use wallaby_model::{Lsn, Op, Position, SegmentBody, TableName, TableSchema, Transaction};
 
 use crate::error::SourceError;
-use crate::pgoutput::{Begin, Commit, DecodeError, Decoder, Message, Relation, Truncate, Tuple, TupleUpdate};
+use crate::pgoutput::{Begin, Commit, DecodeError, Decoder, Message, Truncate, Tuple, TupleUpdate};
 use table::{RowHead, TableBuilder};
 
-pub(crate) use self::relation::RelationShape;
-mod relation;
+pub(crate) use relation::{RelationShape, ShapeColumn};
+
 
 /// µs between 1970 and 2000.
 const UNIX_TO_POSTGRES_MICROS: i64 = 946_684_800_000_000;
@@ -151,7 +152,7 @@ impl Assembler {
             Message::Truncate(truncate) => self.push_truncate(start, &truncate),
             Message::Begin(begin) => self.begin(begin),
             Message::Commit(commit) => self.commit(commit),
-            Message::Relation(relation) => Ok(Step::Shape(relation_shape(&relation))),
+            Message::Relation(relation) => Ok(Step::Shape(RelationShape::of(&relation))),
             // Where a type or a transaction comes from changes no row; logical messages are not asked for.
             Message::Type(_) | Message::Origin { .. } | Message::Logical(_) => Ok(Step::Taken),
             Message::StreamStart(_) | Message::StreamStop | Message::StreamCommit { .. } | Message::StreamAbort(_) => {
@@ -199,11 +200,6 @@ impl Assembler {
         }
         self.tables.insert(oid, TableBuilder::new(Arc::new(schema)));
         Ok(())
-    }
-
-    /// Whether nothing waits to be given out as a segment.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.rows == 0
     }
 
     /// Whether flushing now would make a transaction visible without cutting another.
@@ -494,6 +490,27 @@ impl RowChange<'_, '_> {
     }
 }
 
-fn relation_shape(relation: &Relation<'_>) -> RelationShape {
-    RelationShape::of(relation)
+/// A body with one inserted row, from text forms, outside of any transaction.
+pub(crate) fn single_row(schema: &Arc<TableSchema>, cells: &[Option<&[u8]>]) -> Result<SegmentBody, SourceError> {
+    let count = u16::try_from(cells.len()).unwrap_or(u16::MAX);
+    let mut message = vec![b'I'];
+    message.extend_from_slice(&schema.oid.to_be_bytes());
+    message.push(b'N');
+    message.extend_from_slice(&count.to_be_bytes());
+    for cell in cells {
+        match cell {
+            Some(text) => {
+                message.push(b't');
+                message.extend_from_slice(&u32::try_from(text.len()).unwrap_or(u32::MAX).to_be_bytes());
+                message.extend_from_slice(text);
+            }
+            None => message.push(b'n'),
+        }
+    }
+    let mut builder = TableBuilder::new(Arc::clone(schema));
+    if let Message::Insert { new, .. } = Decoder::new(1).decode(&message)? {
+        builder.push(RowHead { txn: 0, change: Lsn::ZERO, index: 0, op: Op::Insert }, &new, None)?;
+    }
+    let nowhere = Transaction { commit: Lsn::ZERO, xid: 0, committed_at_micros: 0 };
+    Ok(SegmentBody { transactions: vec![nowhere], tables: vec![builder.finish()?] })
 }

@@ -9,7 +9,7 @@ mod interval;
 mod plain;
 
 pub(crate) use datetime::{date, time, timestamp, timestamptz};
-pub(crate) use interval::{Interval, interval};
+pub(crate) use interval::interval;
 pub(crate) use plain::{boolean, bytea, float4, float8, integer, unsigned, uuid};
 
 /// The byte at which a value stops making sense.

@@ -1,0 +1,241 @@
+//! Publication and slot: made, checked, dropped.
+//!
+//! The publication is made first and committed, then the slot: the walsender looks publications up in the catalog as of
+//! the slot's position, so the other order leaves changes out or ends the stream (hazard 20). Afterwards the
+//! publication is only altered, never dropped and made again.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tokio_postgres::types::Type;
+use wallaby_model::TableName;
+use wallaby_model::flow::Failover;
+use wallaby_model::schema::quote_identifier;
+
+use crate::config::ConnectConfig;
+use crate::control::{Control, connect_control};
+use crate::error::{PUBLICATION_NOW, SourceError};
+use crate::prepare::setting;
+use crate::sessions::{self, SessionOwner};
+use crate::slot::{self, SlotState};
+use crate::tables::{self, SourceTable};
+
+/// The publication that a flow wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublicationWanted {
+    /// Its name.
+    pub name: String,
+    /// Whether it is ours to make and to alter.
+    pub create: bool,
+    /// `schema.table` or `schema.*`; parts in double quotes where they hold dots.
+    pub tables: Vec<String>,
+    /// Tables to leave out.
+    pub exclude: Vec<String>,
+}
+
+/// The slot that a flow wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotWanted {
+    /// Its name.
+    pub name: String,
+    /// Whether it is ours to make.
+    pub create: bool,
+    /// Whether it follows to standbys.
+    pub failover: Failover,
+    /// How long its creation may wait for transactions that are older than it.
+    pub timeout: Duration,
+}
+
+/// Makes the publication, or alters its list of tables; checks that every table can be published without making its
+/// updates and deletes fail at the source.
+///
+/// # Errors
+/// `TableMissing`, `TableWithoutKey`, `PublicationMissing` (not ours to make), `PublicationUnfit`, a missing privilege.
+pub async fn ensure_publication(control: &Control, wanted: &PublicationWanted) -> Result<(), SourceError> {
+    let existing = tables::publication(control, &wanted.name).await?;
+    if !wanted.create {
+        return match existing {
+            Some(_) => Ok(()),
+            None => {
+                Err(SourceError::PublicationMissing { publication: wanted.name.clone(), when: PUBLICATION_NOW })
+            }
+        };
+    }
+    let chosen = tables::choose(control, &wanted.tables, &wanted.exclude).await?;
+    check_keys(&chosen)?;
+    let names: BTreeSet<TableName> = chosen.into_iter().map(|table| table.name).collect();
+    let publication = quote_identifier(&wanted.name);
+    let Some(existing) = existing else {
+        let sql = format!("CREATE PUBLICATION {publication} FOR TABLE {} WITH (publish_via_partition_root = true)", list(&names));
+        return run(control, &sql, format!("creating publication {}", wanted.name)).await;
+    };
+    if existing.all_tables {
+        let reason = "it is FOR ALL TABLES, which cannot be altered; set spec.source.postgres.publication.create: false to use it as it is";
+        return Err(SourceError::PublicationUnfit { publication: wanted.name.clone(), reason: reason.into() });
+    }
+    let missing: BTreeSet<TableName> = names.difference(&existing.tables).cloned().collect();
+    let surplus: BTreeSet<TableName> = existing.tables.difference(&names).cloned().collect();
+    if !missing.is_empty() {
+        let sql = format!("ALTER PUBLICATION {publication} ADD TABLE {}", list(&missing));
+        run(control, &sql, format!("adding tables to publication {}", wanted.name)).await?;
+    }
+    if !surplus.is_empty() {
+        let sql = format!("ALTER PUBLICATION {publication} DROP TABLE {}", list(&surplus));
+        run(control, &sql, format!("dropping tables from publication {}", wanted.name)).await?;
+    }
+    Ok(())
+}
+
+fn list(tables: &BTreeSet<TableName>) -> String {
+    tables.iter().map(TableName::quoted).collect::<Vec<_>>().join(", ")
+}
+
+/// A published table without an identity refuses updates and deletes *at the source*: it is never published.
+fn check_keys(tables: &[SourceTable]) -> Result<(), SourceError> {
+    let without: Vec<TableName> =
+        tables.iter().filter(|table| !table.has_identity).map(|table| table.name.clone()).collect();
+    if without.is_empty() { Ok(()) } else { Err(SourceError::TableWithoutKey { tables: without }) }
+}
+
+async fn run(control: &Control, sql: &str, during: String) -> Result<(), SourceError> {
+    match control.batch_execute(sql).await {
+        Ok(()) => Ok(()),
+        // Somebody, most likely an earlier owner of the task, was faster.
+        Err(error) if error.code().is_some_and(|code| matches!(code.code(), "42710")) => Ok(()),
+        Err(error) => Err(SourceError::from_client(during, &error)),
+    }
+}
+
+/// Makes the slot when it is missing, and checks that it can be read.
+///
+/// # Errors
+/// `SlotMissing` (not ours to make), `SlotUnfit`, `SlotLost`, `WalLevel`; `SlotWaits` when transactions older than the
+/// slot do not end within the time-out: nothing is left behind then.
+pub async fn ensure_slot(
+    config: &ConnectConfig,
+    control: &Control,
+    wanted: &SlotWanted,
+) -> Result<SlotState, SourceError> {
+    if let Some(state) = slot::read(control, &wanted.name).await? {
+        state.check_usable(config.dbname())?;
+        return Ok(state);
+    }
+    if !wanted.create {
+        return Err(SourceError::SlotMissing { slot: wanted.name.clone() });
+    }
+    let wal_level = setting(control, "wal_level").await?;
+    if wal_level != "logical" {
+        return Err(SourceError::WalLevel { found: wal_level });
+    }
+    let can_failover = setting(control, "server_version_num").await?.parse::<u32>().is_ok_and(|version| version >= 170_000);
+    let failover = match wanted.failover {
+        Failover::Off => false,
+        Failover::Auto => can_failover,
+        Failover::On if can_failover => true,
+        Failover::On => {
+            let reason = "failover slots need PostgreSQL 17; set spec.source.postgres.slot.failover to auto";
+            return Err(SourceError::SlotUnfit { slot: wanted.name.clone(), reason: reason.into() });
+        }
+    };
+    create_slot(config, control, wanted, failover).await?;
+    let created = slot::read(control, &wanted.name).await?;
+    created.ok_or_else(|| SourceError::SlotMissing { slot: wanted.name.clone() })
+}
+
+/// Time between two looks at whom the creation waits for.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// Creates the slot on a connection of its own, because it waits for every transaction that is older than the slot,
+/// and watches from the first connection whom it waits for.
+async fn create_slot(
+    config: &ConnectConfig,
+    control: &Control,
+    wanted: &SlotWanted,
+    failover: bool,
+) -> Result<(), SourceError> {
+    let during = || format!("creating slot {}", wanted.name);
+    let own = connect_control(&config.with_application_name(control_name(config))).await?;
+    own.batch_execute("SET statement_timeout = 0; SET lock_timeout = 0")
+        .await
+        .map_err(|error| SourceError::from_client(during(), &error))?;
+    let pid: i32 = own
+        .query_typed_one("SELECT pg_catalog.pg_backend_pid()", &[])
+        .await
+        .map_err(|error| SourceError::from_client(during(), &error))?
+        .get(0);
+    let failover_argument = if failover { ", false, true" } else { "" };
+    let sql = format!("SELECT pg_catalog.pg_create_logical_replication_slot($1, 'pgoutput', false{failover_argument})");
+    let arguments: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 1] = [(&wanted.name, Type::NAME)];
+    let creating = own.query_typed(&sql, &arguments);
+    tokio::pin!(creating);
+    let deadline = Instant::now() + wanted.timeout;
+    let mut told = false;
+    loop {
+        tokio::select! {
+            created = &mut creating => {
+                return match created {
+                    Ok(_) => Ok(()),
+                    Err(error) if error.code().is_some_and(|code| code.code() == "42710") => Ok(()),
+                    Err(error) => Err(SourceError::from_client(during(), &error)),
+                };
+            }
+            () = sleep(LOOK_EVERY) => {}
+        }
+        let blockers = blockers_of(control, pid).await?;
+        if !told && !blockers.is_empty() {
+            tracing::warn!(slot = %wanted.name, waits_for = %blockers, "slot creation waits for older transactions");
+            told = true;
+        }
+        if Instant::now() >= deadline {
+            // The server drops an unfinished slot when its creation is cancelled.
+            let _ = control.query_typed("SELECT pg_catalog.pg_cancel_backend($1)", &[(&pid, Type::INT4)]).await;
+            let _ = tokio::time::timeout(Duration::from_secs(5), &mut creating).await;
+            return Err(SourceError::SlotWaits { slot: wanted.name.clone(), blockers, after: wanted.timeout });
+        }
+    }
+}
+
+fn control_name(config: &ConnectConfig) -> &str {
+    config.application_name()
+}
+
+/// Who holds back a backend, as text: process, name, since when.
+async fn blockers_of(control: &Control, pid: i32) -> Result<String, SourceError> {
+    let sql = "SELECT coalesce(pg_catalog.string_agg(
+                 CASE WHEN b.pid = 0 THEN 'a prepared transaction (see pg_prepared_xacts)'
+                      ELSE pg_catalog.format('backend %s (%s, %s, transaction open since %s)', b.pid, coalesce(nullif(a.application_name, ''), 'unnamed'), a.state, a.xact_start)
+                 END, '; '), '')
+               FROM (SELECT DISTINCT pg_catalog.unnest(pg_catalog.pg_blocking_pids($1)) AS pid) b
+               LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = b.pid";
+    let rows = control.query_typed(sql, &[(&pid, Type::INT4)]).await;
+    let rows = rows.map_err(|error| SourceError::from_client("asking whom slot creation waits for", &error))?;
+    Ok(rows.first().map_or_else(String::new, |row| row.get(0)))
+}
+
+/// Drops the slot, after ending our own sessions that still read it. A slot that does not exist is fine.
+///
+/// # Errors
+/// `SlotInUse` when somebody else reads it; `Fenced` when a younger owner does.
+pub async fn drop_slot(control: &Control, name: &str, owner: &SessionOwner) -> Result<(), SourceError> {
+    if slot::read(control, name).await?.is_none() {
+        return Ok(());
+    }
+    sessions::evict(control, owner, name, Duration::from_secs(10)).await?;
+    let dropped = control.query_typed("SELECT pg_catalog.pg_drop_replication_slot($1)", &[(&name, Type::NAME)]).await;
+    match dropped {
+        Ok(_) => Ok(()),
+        Err(error) if error.code().is_some_and(|code| code.code() == "42704") => Ok(()),
+        Err(error) => Err(SourceError::from_client(format!("dropping slot {name}"), &error)),
+    }
+}
+
+/// Drops the publication. One that does not exist is fine.
+///
+/// # Errors
+/// When the server refuses.
+pub async fn drop_publication(control: &Control, name: &str) -> Result<(), SourceError> {
+    let sql = format!("DROP PUBLICATION IF EXISTS {}", quote_identifier(name));
+    let dropped = control.batch_execute(&sql).await;
+    dropped.map_err(|error| SourceError::from_client(format!("dropping publication {name}"), &error))
+}

@@ -1,0 +1,241 @@
+//! Which tables a flow names, and what the source has of them.
+
+use std::collections::BTreeSet;
+
+use tokio_postgres::types::Type;
+use wallaby_model::TableName;
+
+use crate::error::SourceError;
+
+/// A table of the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SourceTable {
+    pub(crate) name: TableName,
+    /// Updates and deletes say which row they mean: a primary key, an identity index, or FULL.
+    pub(crate) has_identity: bool,
+    /// UNLOGGED or TEMPORARY tables are not in the WAL.
+    pub(crate) logged: bool,
+    /// A partition of another table.
+    pub(crate) is_partition: bool,
+    /// Whether the role may read it.
+    pub(crate) can_select: bool,
+    /// Whether the role, or one it is a member of, owns it: needed to publish it.
+    pub(crate) owned: bool,
+}
+
+/// A publication as the source has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ExistingPublication {
+    pub(crate) all_tables: bool,
+    pub(crate) tables: BTreeSet<TableName>,
+    /// Tables in it without an identity.
+    pub(crate) publishes_all_operations: bool,
+}
+
+const TABLES_SQL: &str = "
+SELECT n.nspname::text, c.relname::text, c.relpersistence = 'p', c.relispartition,
+       c.relreplident = 'f'
+         OR (c.relreplident = 'd' AND EXISTS (SELECT 1 FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisprimary))
+         OR (c.relreplident = 'i' AND EXISTS (SELECT 1 FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)),
+       pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT'),
+       pg_catalog.pg_has_role(c.relowner, 'USAGE')
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+ORDER BY 1, 2";
+
+/// All tables of the database.
+pub(crate) async fn all(client: &tokio_postgres::Client) -> Result<Vec<SourceTable>, SourceError> {
+    let rows = client.query_typed(TABLES_SQL, &[]).await;
+    let rows = rows.map_err(|error| SourceError::from_client("listing tables", &error))?;
+    let table = |row: &tokio_postgres::Row| SourceTable {
+        name: TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)),
+        logged: row.get(2),
+        is_partition: row.get(3),
+        has_identity: row.get(4),
+        can_select: row.get(5),
+        owned: row.get(6),
+    };
+    Ok(rows.iter().map(table).collect())
+}
+
+/// The tables that a flow's patterns name.
+pub(crate) async fn choose(
+    client: &tokio_postgres::Client,
+    wanted: &[String],
+    exclude: &[String],
+) -> Result<Vec<SourceTable>, SourceError> {
+    select(&all(client).await?, wanted, exclude).map_err(|reason| SourceError::TableMissing { reason })
+}
+
+/// As [`choose`], from a list. Pure.
+pub(crate) fn select(
+    tables: &[SourceTable],
+    wanted: &[String],
+    exclude: &[String],
+) -> Result<Vec<SourceTable>, String> {
+    let excluded: Vec<Pattern> = exclude.iter().map(|text| Pattern::parse(text)).collect::<Result<_, _>>()?;
+    let mut chosen: Vec<SourceTable> = Vec::new();
+    for text in wanted {
+        let pattern = Pattern::parse(text)?;
+        // A wildcard takes what can be captured; a table that is named must be fit.
+        let fits = |table: &&SourceTable| {
+            let capturable = pattern.table.is_some() || (table.logged && !table.is_partition);
+            pattern.matches(&table.name) && capturable && !excluded.iter().any(|pattern| pattern.matches(&table.name))
+        };
+        let found: Vec<&SourceTable> = tables.iter().filter(fits).collect();
+        if let Some(unlogged) = found.iter().find(|table| !table.logged) {
+            return Err(format!("table {} is UNLOGGED: its changes are not in the WAL", unlogged.name));
+        }
+        if found.is_empty() {
+            return Err(missing(&pattern, tables));
+        }
+        for table in found {
+            if !chosen.iter().any(|known| known.name == table.name) {
+                chosen.push(table.clone());
+            }
+        }
+    }
+    if chosen.is_empty() {
+        return Err("spec.source.postgres.publication.tables is empty: name tables as schema.table or schema.*".into());
+    }
+    Ok(chosen)
+}
+
+fn missing(pattern: &Pattern, tables: &[SourceTable]) -> String {
+    let Some(name) = &pattern.table else {
+        return format!("schema {} has no table that can be captured", pattern.schema);
+    };
+    let named = format!("table {}.{name} does not exist", pattern.schema);
+    let elsewhere = tables.iter().find(|table| table.name.name.eq_ignore_ascii_case(name));
+    match elsewhere {
+        Some(near) => format!("{named}; did you mean {}?", near.name),
+        None => named,
+    }
+}
+
+/// `schema.table` or `schema.*`.
+#[derive(Debug, PartialEq, Eq)]
+struct Pattern {
+    schema: String,
+    table: Option<String>,
+}
+
+impl Pattern {
+    fn parse(text: &str) -> Result<Pattern, String> {
+        let bad = || format!("{text:?} names no table: write schema.table or schema.*");
+        let (schema, rest) = part(text).ok_or_else(bad)?;
+        let rest = rest.strip_prefix('.').ok_or_else(bad)?;
+        if rest == "*" {
+            return Ok(Pattern { schema, table: None });
+        }
+        match part(rest) {
+            Some((table, "")) => Ok(Pattern { schema, table: Some(table) }),
+            _ => Err(bad()),
+        }
+    }
+
+    fn matches(&self, name: &TableName) -> bool {
+        name.schema == self.schema && self.table.as_ref().is_none_or(|table| *table == name.name)
+    }
+}
+
+/// One name, in double quotes or up to the next dot, and what follows it.
+fn part(text: &str) -> Option<(String, &str)> {
+    let Some(mut rest) = text.strip_prefix('"') else {
+        let end = text.find('.').unwrap_or(text.len());
+        return (end > 0).then(|| (text[..end].to_owned(), &text[end..]));
+    };
+    let mut name = String::new();
+    loop {
+        let quote = rest.find('"')?;
+        name.push_str(&rest[..quote]);
+        rest = &rest[quote + 1..];
+        match rest.strip_prefix('"') {
+            Some(more) => {
+                name.push('"');
+                rest = more;
+            }
+            None => return (!name.is_empty()).then_some((name, rest)),
+        }
+    }
+}
+
+/// Reads a publication; `None` when it does not exist.
+pub(crate) async fn publication(
+    client: &tokio_postgres::Client,
+    name: &str,
+) -> Result<Option<ExistingPublication>, SourceError> {
+    let failed = |error| SourceError::from_client(format!("reading publication {name}"), &error);
+    let head = client
+        .query_typed(
+            "SELECT puballtables, pubinsert AND pubupdate AND pubdelete AND pubtruncate FROM pg_catalog.pg_publication WHERE pubname = $1",
+            &[(&name, Type::TEXT)],
+        )
+        .await
+        .map_err(failed)?;
+    let Some(head) = head.first() else { return Ok(None) };
+    // The tables as they were named, not the partitions that come with them.
+    let rows = client
+        .query_typed(
+            "SELECT n.nspname::text, c.relname::text FROM pg_catalog.pg_publication p
+             JOIN pg_catalog.pg_publication_rel r ON r.prpubid = p.oid
+             JOIN pg_catalog.pg_class c ON c.oid = r.prrelid
+             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE p.pubname = $1",
+            &[(&name, Type::TEXT)],
+        )
+        .await
+        .map_err(failed)?;
+    let tables = rows.iter().map(|row| TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)));
+    Ok(Some(ExistingPublication {
+        all_tables: head.get(0),
+        publishes_all_operations: head.get(1),
+        tables: tables.collect(),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+
+    fn table(schema: &str, name: &str) -> SourceTable {
+        SourceTable {
+            name: TableName::new(schema, name),
+            has_identity: true,
+            logged: true,
+            is_partition: false,
+            can_select: true,
+            owned: true,
+        }
+    }
+
+    fn names(tables: &[SourceTable]) -> Vec<String> {
+        tables.iter().map(|table| table.name.to_string()).collect()
+    }
+
+    #[test]
+    fn patterns_choose_tables() {
+        let tables = [
+            table("public", "orders"),
+            table("public", "audit_log"),
+            SourceTable { logged: false, ..table("public", "cache") },
+            SourceTable { is_partition: true, ..table("public", "orders_1") },
+            table("odd.schema", "a\"b"),
+        ];
+        let chosen = select(&tables, &["public.*".into()], &["public.audit_log".into()]).unwrap();
+        assert_eq!(names(&chosen), ["public.orders"]);
+        let chosen = select(&tables, &["\"odd.schema\".\"a\"\"b\"".into(), "public.orders_1".into()], &[]).unwrap();
+        assert_eq!(names(&chosen), ["odd.schema.a\"b", "public.orders_1"]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        let tables = [table("shop", "orders"), SourceTable { logged: false, ..table("shop", "cache") }];
+        let error = |wanted: &str| select(&tables, &[wanted.into()], &[]).unwrap_err();
+        assert!(error("public.Orders").contains("did you mean shop.orders?"));
+        assert!(error("orders").contains("schema.table"));
+        assert!(error("none.*").contains("schema none"));
+        assert!(error("shop.cache").contains("UNLOGGED"));
+        assert!(select(&tables, &[], &[]).unwrap_err().contains("is empty"));
+    }
+}
