@@ -16,7 +16,7 @@ step "clippy"
 cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 
 step "licences, bans, sources"
-"$WALLABY_CACHE/cargo/bin/cargo-deny" --locked --config tools/deny.toml check --hide-inclusion-graph licenses bans sources
+"$WALLABY_CACHE/cargo/bin/cargo-deny" --locked --config deny.toml check --hide-inclusion-graph licenses bans sources
 
 step "protocol"
 "$WALLABY_CACHE/bin/buf" lint proto

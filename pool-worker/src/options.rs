@@ -26,6 +26,10 @@ pub struct Options {
     #[arg(long, env = "WALLABY_NATS_CREDS", value_name = "FILE")]
     pub nats_creds: Option<PathBuf>,
 
+    /// The certificate authority that the NATS servers' certificates are checked against, PEM.
+    #[arg(long, env = "WALLABY_NATS_CA", value_name = "FILE")]
+    pub nats_ca: Option<PathBuf>,
+
     /// The monitoring URLs of the NATS servers, separated by commas: read for their sync interval. Without them an
     /// acknowledgement counts as on disk after four minutes.
     #[arg(long, env = "WALLABY_NATS_MONITORING", value_delimiter = ',')]

@@ -52,6 +52,11 @@ impl BatchAssembler {
         self.at
     }
 
+    /// The log's epoch where the sink stands.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
     /// Where the reader stands: everything up to here was pushed.
     pub fn end(&self) -> Position {
         self.end
@@ -126,10 +131,11 @@ impl BatchAssembler {
     }
 
     /// The sink has everything up to `position`.
-    pub fn applied(&mut self, position: Position, epoch: Epoch) {
+    pub fn applied(&mut self, position: Position) {
         assert!(position >= self.at && position <= self.end, "a sink stands on what it was given");
         self.at = position;
-        self.epoch = epoch;
+        let reached = self.held.iter().filter(|segment| segment.complete_to <= position).map(|segment| segment.epoch);
+        self.epoch = reached.max().unwrap_or(self.epoch).max(self.epoch);
         while self.held.front().is_some_and(|segment| segment.to <= position) {
             let Some(segment) = self.held.pop_front() else { break };
             self.held_bytes -= segment.bytes;
@@ -192,7 +198,7 @@ mod tests {
         assembler.push(segment(middle, end(25), end(25), &[(20, 13, 1)]));
         let batch = assembler.batch(1 << 20).unwrap();
         assert_eq!((batch.from, batch.to, batch.rows()), (end(10), end(25), 3));
-        assembler.applied(batch.to, Epoch(7));
+        assembler.applied(batch.to); 
         assert_eq!((assembler.held_bytes(), assembler.held_rows()), (0, 0));
     }
 
@@ -203,7 +209,7 @@ mod tests {
         assembler.push(segment(end(10), middle, end(25), &[(20, 11, 1), (40, 30, 1), (40, 31, 1)]));
         let first = assembler.batch(1 << 20).unwrap();
         assert_eq!((first.to, first.rows()), (end(25), 1));
-        assembler.applied(first.to, Epoch(7));
+        assembler.applied(first.to); 
         assert!(assembler.batch(1 << 20).is_none());
         assembler.push(segment(middle, end(45), end(45), &[(40, 32, 1)]));
         let second = assembler.batch(1 << 20).unwrap();

@@ -1,0 +1,87 @@
+//! What can end one opening of a sink, and what is done about it.
+
+use std::time::Duration;
+
+use wallaby_connector_api::{Directive, SinkError};
+use wallaby_postgres_source::ConfigError;
+use wallaby_staging::StagingError;
+use wallaby_wire::SegmentError;
+
+use crate::capture::CaptureError;
+use crate::secret::SecretError;
+
+/// See the module.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// A connection string could not be had.
+    #[error("{key}: {source}")]
+    Secret {
+        /// Where it stands in the flow's file.
+        key: String,
+        /// Why.
+        source: SecretError,
+    },
+    /// The source's connection string is wrong.
+    #[error("spec.source.postgres.dsn: {0}")]
+    SourceDsn(#[from] ConfigError),
+    /// The sink.
+    #[error("{0}")]
+    Sink(#[from] SinkError),
+    /// The log.
+    #[error("{0}")]
+    Staging(#[from] StagingError),
+    /// etcd.
+    #[error("{0}")]
+    Coordination(#[from] wallaby_coordination::Error),
+    /// A segment cannot be read: skipping it would lose changes.
+    #[error("segment {sequence} of the log cannot be read: {source}")]
+    Segment {
+        /// Its sequence in the stream.
+        sequence: u64,
+        /// Why.
+        source: SegmentError,
+    },
+    /// The lease may have run out.
+    #[error("this worker's lease may have run out: nothing more is written")]
+    Invalid,
+    /// The sink did not answer in time.
+    #[error("the sink has not answered for {0} s; its sessions are opened again")]
+    Silent(u64),
+}
+
+impl ApplyError {
+    /// The policy: every kind in one place.
+    pub fn directive(&self) -> Directive {
+        let again = Directive::Retry(Duration::from_secs(1));
+        match self {
+            ApplyError::Sink(error) => error.directive(),
+            ApplyError::Staging(error) if error.is_fenced() => Directive::GiveUp,
+            // A gap, a foreign message, a purged position: going on would lose changes.
+            ApplyError::Staging(
+                StagingError::Gap { .. } | StagingError::PastHold { .. } | StagingError::Record { .. },
+            ) => Directive::Stop,
+            ApplyError::Segment { .. } | ApplyError::SourceDsn(_) => Directive::Stop,
+            ApplyError::Coordination(error) if error.is_ownership_lost() => Directive::GiveUp,
+            ApplyError::Coordination(wallaby_coordination::Error::HoldGone { .. }) | ApplyError::Invalid => Directive::GiveUp,
+            ApplyError::Staging(_) | ApplyError::Coordination(_) | ApplyError::Secret { .. } | ApplyError::Silent(_) => again,
+        }
+    }
+
+    /// One word for programs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            ApplyError::Secret { .. } => "SecretMissing",
+            ApplyError::SourceDsn(_) => "DsnInvalid",
+            ApplyError::Sink(SinkError::Transient(_)) => "SinkUnavailable",
+            ApplyError::Sink(SinkError::Configuration { .. }) => "SinkConfiguration",
+            ApplyError::Sink(SinkError::Data { .. }) => "SinkData",
+            ApplyError::Sink(SinkError::Fenced(_)) => "Fenced",
+            ApplyError::Sink(SinkError::Position { .. }) => "SinkMoved",
+            ApplyError::Staging(error) => CaptureError::staging_reason(error),
+            ApplyError::Coordination(_) => "EtcdUnavailable",
+            ApplyError::Segment { .. } => "SegmentUnreadable",
+            ApplyError::Invalid => "LeaseInvalid",
+            ApplyError::Silent(_) => "SinkSilent",
+        }
+    }
+}

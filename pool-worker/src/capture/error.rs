@@ -1,0 +1,143 @@
+//! What can end one try at capturing, and what is done about it.
+
+use wallaby_model::Position;
+use wallaby_model::condition::ConditionType;
+use wallaby_postgres_source::{ConfigError, SourceError};
+use wallaby_staging::StagingError;
+use wallaby_wire::SegmentError;
+
+use crate::secret::SecretError;
+
+/// See the module.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The connection string could not be had.
+    #[error("spec.source.postgres.dsn: {0}")]
+    Secret(#[from] SecretError),
+    /// The connection string is wrong.
+    #[error("spec.source.postgres.dsn: {0}")]
+    Dsn(#[from] ConfigError),
+    /// The source refused or is away.
+    #[error("{}", with_remedy(.0))]
+    Source(#[from] SourceError),
+    /// The log refused or is away.
+    #[error("{0}")]
+    Staging(#[from] StagingError),
+    /// etcd refused or is away.
+    #[error("{0}")]
+    Coordination(#[from] wallaby_coordination::Error),
+    /// A segment could not be packed.
+    #[error("{0}")]
+    Segment(#[from] SegmentError),
+    /// Something was staged, and the log is empty or ends before what Postgres was told.
+    #[error(
+        "the log of this flow was lost: {staged:?} was staged and {confirmed:?} confirmed to Postgres, but the log ends at {found:?}. \
+         Changes between are gone from the source's WAL. Delete the flow and create it again, and load the tables anew"
+    )]
+    LogLost {
+        /// Where the log ends.
+        found: Option<Position>,
+        /// What was staged, by the checkpoint.
+        staged: Position,
+        /// What Postgres was told.
+        confirmed: Position,
+    },
+    /// The servers of the log are silent for too long: another worker may reach them.
+    #[error("the NATS servers have not answered for {0} s: the task is given up so that another worker can try")]
+    LogUnreachable(u64),
+    /// The lease may have run out.
+    #[error("this worker's lease may have run out: nothing more is written")]
+    Invalid,
+}
+
+fn with_remedy(error: &SourceError) -> String {
+    match error.remedy() {
+        Some(remedy) => format!("{error}. {remedy}"),
+        None => error.to_string(),
+    }
+}
+
+/// What is done after an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Directive {
+    /// Try again after a back-off, in this task.
+    Retry,
+    /// Wait for a person or a changed specification.
+    Stop,
+    /// End the task without another write.
+    GiveUp,
+}
+
+impl CaptureError {
+    /// The policy: every kind in one place.
+    pub fn directive(&self) -> Directive {
+        match self {
+            // A secret or a server's setting may be mended without us being told.
+            CaptureError::Secret(_) => Directive::Retry,
+            CaptureError::Dsn(_) | CaptureError::Segment(_) | CaptureError::LogLost { .. } => Directive::Stop,
+            CaptureError::Source(error) if error.is_fenced() => Directive::GiveUp,
+            CaptureError::Source(error) if error.is_transient() || is_mended_elsewhere(error) => Directive::Retry,
+            CaptureError::Source(_) => Directive::Stop,
+            CaptureError::Staging(error) if error.is_fenced() => Directive::GiveUp,
+            // The next owner takes the log over anew and judges its tail.
+            CaptureError::Staging(StagingError::TailLost { .. } | StagingError::Closed { .. }) => Directive::GiveUp,
+            CaptureError::Staging(StagingError::NotContinuing { .. }) => Directive::GiveUp,
+            CaptureError::Staging(StagingError::Record { .. } | StagingError::Missing { .. }) => Directive::Stop,
+            CaptureError::Staging(_) => Directive::Retry,
+            CaptureError::Coordination(error) if error.is_ownership_lost() => Directive::GiveUp,
+            CaptureError::Coordination(_) => Directive::Retry,
+            CaptureError::LogUnreachable(_) | CaptureError::Invalid => Directive::GiveUp,
+        }
+    }
+
+    /// The condition that it is about.
+    pub fn condition(&self) -> ConditionType {
+        match self {
+            CaptureError::Secret(_) | CaptureError::Dsn(_) => ConditionType::SourceReady,
+            CaptureError::Source(error) => match error {
+                SourceError::LargeTransaction { .. } | SourceError::RowTooLarge { .. } => ConditionType::Capturing,
+                SourceError::SlotLost { .. } | SourceError::SlotMoved { .. } => ConditionType::SlotHealthy,
+                _ => ConditionType::SourceReady,
+            },
+            _ => ConditionType::Capturing,
+        }
+    }
+
+    /// One word for programs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            CaptureError::Secret(_) => "SecretMissing",
+            CaptureError::Dsn(_) => "DsnInvalid",
+            CaptureError::Source(error) => error.reason(),
+            CaptureError::Staging(error) => CaptureError::staging_reason(error),
+            CaptureError::Coordination(_) => "EtcdUnavailable",
+            CaptureError::Segment(_) => "SegmentRefused",
+            CaptureError::LogLost { .. } => "LogLost",
+            CaptureError::LogUnreachable(_) => "LogUnreachable",
+            CaptureError::Invalid => "LeaseInvalid",
+        }
+    }
+
+    /// One word for an error of the log.
+    pub fn staging_reason(error: &StagingError) -> &'static str {
+        match error {
+                StagingError::Connect { .. } | StagingError::Unavailable { .. } => "LogUnreachable",
+                StagingError::ServerTooOld { .. } => "NatsServerTooOld",
+                StagingError::NoJetStream { .. } => "NoJetStream",
+                StagingError::NoRoom { .. } | StagingError::TooSmall { .. } => "LogSize",
+                StagingError::NoServers { .. } => "LogReplicas",
+                StagingError::NotALog { .. } | StagingError::Record { .. } => "NotALog",
+                StagingError::Missing { .. } | StagingError::TailLost { .. } => "LogLost",
+                StagingError::Fenced { .. } | StagingError::EpochTaken { .. } => "Fenced",
+                StagingError::NotContinuing { .. } | StagingError::Closed { .. } => "LogInterrupted",
+                StagingError::TooLarge { .. } => "RowTooLarge",
+                StagingError::Gap { .. } => "LogGap",
+                StagingError::PastHold { .. } => "PastHold",
+        }
+    }
+}
+
+/// What a person mends at the source without telling us: worth another try by itself.
+fn is_mended_elsewhere(error: &SourceError) -> bool {
+    matches!(error.reason(), "AuthenticationFailed" | "PrivilegeMissing" | "WalLevelTooLow" | "SlotInUse" | "TableMissing")
+}

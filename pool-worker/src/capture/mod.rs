@@ -1,0 +1,106 @@
+//! The capture task: takes the log over, reads the WAL from where the log ends, stages it, and tells Postgres what is
+//! durable.
+//!
+//! The order of things is the safety: fence first (whoever owned the log before is shut out of it), then read where the
+//! log ends, then stream from there. What fails is tried again inside the task while the lock and the log stay ours; only
+//! a fence of a younger owner, or a long silence of the log's servers, gives the task up.
+
+mod error;
+mod feedback;
+mod figures;
+mod remove;
+mod retention;
+mod session;
+mod stage;
+
+use wallaby_coordination::Mark;
+use wallaby_model::condition::{ConditionType, TaskPhase};
+use wallaby_staging::LogWriter;
+
+use crate::backoff::Backoff;
+use crate::flows::{CaptureDemand, Demand};
+use crate::task::{Ending, TaskContext, TaskEnd};
+
+pub(crate) use error::{CaptureError, Directive};
+
+/// What outlives one connection to the source: the log is ours from the fence to the end of the lock.
+#[derive(Default)]
+pub(crate) struct Owned {
+    /// The log's writer, once the fence landed and the first resume was written.
+    pub(crate) writer: Option<LogWriter>,
+    /// Whether the flow has its holds and its log; said once.
+    pub(crate) rows: u64,
+    pub(crate) transactions: u64,
+    pub(crate) bytes: u64,
+}
+
+/// Runs a capture task to its end.
+pub async fn run(context: &TaskContext) -> TaskEnd {
+    match &context.demand {
+        Demand::Capture(demand) => capture(context, demand).await,
+        Demand::Remove(demand) => remove::run(context, demand).await,
+        Demand::Apply(_) | Demand::Nothing => TaskEnd::Released(None),
+    }
+}
+
+async fn capture(context: &TaskContext, demand: &CaptureDemand) -> TaskEnd {
+    let mut owned = Owned::default();
+    let mut backoff = Backoff::default();
+    loop {
+        let outcome = session::run(context, demand, &mut owned, &mut backoff).await;
+        let error = match outcome {
+            Ok(mark) => return TaskEnd::Released(mark.or(close(&mut owned).await)),
+            Err(error) => error,
+        };
+        let said = error.to_string();
+        let ending = match error.directive() {
+            Directive::GiveUp => return TaskEnd::GivenUp(said),
+            Directive::Retry => {
+                let delay = backoff.next_delay();
+                tracing::warn!(task = %context.task, error = %said, retry_in_ms = delay.as_millis() as u64, "capture failed");
+                state(context, &error, false);
+                context.status.backoff(&said, delay);
+                context.pause("the next try", delay).await
+            }
+            Directive::Stop => {
+                tracing::error!(task = %context.task, error = %said, "capture stopped and waits for a person");
+                state(context, &error, true);
+                context.status.stopped(&said);
+                context.pulse.wait("a person (wallaby resume)");
+                let ending = context.ending_or_resume().await;
+                context.pulse.beat();
+                (ending != Ending::ResumeAsked).then_some(ending)
+            }
+        };
+        if ending.is_some() {
+            return TaskEnd::Released(close(&mut owned).await);
+        }
+    }
+}
+
+/// Says in conditions what went wrong.
+fn state(context: &TaskContext, error: &CaptureError, _stopped: bool) {
+    let (kind, reason, message) = (error.condition(), error.reason(), error.to_string());
+    context.status.condition(kind, false, reason, &message);
+    if kind != ConditionType::Capturing {
+        context.status.condition(ConditionType::Capturing, false, reason, &message);
+    }
+}
+
+/// Settles what was handed to the log; the mark of its end.
+async fn close(owned: &mut Owned) -> Option<Mark> {
+    let writer = owned.writer.take()?;
+    match writer.close().await {
+        Ok(acked) => Some(Mark { position: acked.position, stream: None, seq_hint: Some(acked.sequence) }),
+        Err(error) => {
+            tracing::debug!(%error, "the log's writer was not settled");
+            None
+        }
+    }
+}
+
+/// Where a capture task stands while it is being set up.
+pub(crate) fn enter(context: &TaskContext, phase: TaskPhase, waits_for: &str) {
+    context.status.phase(phase);
+    context.pulse.wait(waits_for);
+}

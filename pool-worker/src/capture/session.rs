@@ -1,0 +1,179 @@
+//! One connection to the source: set up, take over, stream until something ends it.
+
+use wallaby_coordination::Mark;
+use wallaby_model::condition::{ConditionType, TaskPhase};
+use wallaby_model::{Nonce, Position, ResumeInfo, TaskId};
+use wallaby_postgres_source::{
+    Capture, CaptureOptions, ConnectConfig, Prepared, PublicationWanted, SessionOwner, SlotWanted, SourceIdentity,
+    connect_control, ensure_publication, ensure_slot,
+};
+use wallaby_staging::{
+    Log, LogConfig, LogWriter, SegmentCache, Takeover, TailClaims, TailVerdict, WriterOptions, judge_tail, sync_policy,
+};
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{CaptureError, Owned, enter, feedback, figures, retention, stage};
+use crate::backoff::Backoff;
+use crate::flows::CaptureDemand;
+use crate::secret;
+use crate::task::TaskContext;
+
+/// Room in a message for what frames a row: headers, shape, Arrow's own bytes.
+const ROW_HEADROOM_BYTES: usize = 64 << 10;
+/// How long slot creation waits for old transactions, and a slot for its old walsender to end.
+const SLOT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Runs one session. `Ok` when the task was asked to end: everything at hand is staged.
+pub async fn run(
+    context: &TaskContext,
+    demand: &CaptureDemand,
+    owned: &mut Owned,
+    backoff: &mut Backoff,
+) -> Result<Option<Mark>, CaptureError> {
+    let log = open_log(context, demand).await?;
+    let epoch = match context.lock.epoch() {
+        Some(epoch) => epoch,
+        None => context.lock.fix_epoch(log.last_epoch().await?).await?,
+    };
+    context.status.epoch(epoch);
+    let config = ConnectConfig::parse(&secret::resolve(&demand.source.dsn)?)?
+        .with_application_name(&context.task.session_name(epoch));
+
+    let takeover = match owned.writer {
+        Some(_) => None,
+        None => {
+            enter(context, TaskPhase::Fencing, "the fence");
+            Some(LogWriter::take_over(&log, epoch, Nonce::random(), writer_options(context, &log).await).await?)
+        }
+    };
+    enter(context, TaskPhase::SlotWait, "the source");
+    let is_first_start = takeover.as_ref().is_some_and(|takeover| is_first_start(context, takeover));
+    let owner = SessionOwner { prefix: context.task.session_prefix(), epoch };
+    set_up_source(&config, demand, is_first_start).await?;
+    let mut options = CaptureOptions::new(config.clone(), owner, &demand.slot, &demand.publication);
+    options.row_bytes_max = log.body_bytes_max().saturating_sub(ROW_HEADROOM_BYTES);
+    options.large_transaction_bytes = demand.source.large_transaction_bytes.0;
+    options.slot_wait = SLOT_PATIENCE;
+    let prepared = Capture::prepare(options).await?;
+
+    enter(context, TaskPhase::Resuming, "the log");
+    if let Some(takeover) = takeover {
+        let (position, rewind) = resume_position(context, &takeover, &prepared).await?;
+        let info = resume_info(demand, prepared.identity(), rewind);
+        let writer = takeover.resume(position, info).await?;
+        let mark = Mark { position, stream: Some(log.stream().to_owned()), seq_hint: None };
+        // From here on an empty log is a lost log: said before anything can be staged.
+        context.lock.put_checkpoint(mark).await?;
+        owned.writer = Some(writer);
+    }
+    let Some(writer) = owned.writer.as_ref() else { return Err(CaptureError::Invalid) };
+    writer.settled().await?;
+    let (capture, confirm) = prepared.start(writer.end(), None).await?;
+    let _feedback = feedback::start(confirm.clone(), writer.durable(), context.lock.clone());
+    let _retention = retention::start(log.clone(), context.lock.clone(), demand.log.replay_window.0);
+    let (figures, _figures) = figures::start(config, demand.slot.clone());
+    context.status.condition(ConditionType::SourceReady, true, "Ready", "");
+    context.status.condition(ConditionType::Capturing, true, "Streaming", "");
+    context.status.phase(TaskPhase::Streaming);
+    tracing::info!(task = %context.task, %epoch, position = %writer.end(), "capturing");
+    backoff.reset();
+    stage::run(stage::Stage { context, demand, log: &log, confirm, figures }, capture, owned).await
+}
+
+/// Makes or checks the log.
+async fn open_log(context: &TaskContext, demand: &CaptureDemand) -> Result<Log, CaptureError> {
+    enter(context, TaskPhase::Locked, "the NATS servers");
+    let connections = context.shared.nats().await?.clone();
+    let log = Log::new(context.task.flow.clone(), connections);
+    log.ensure(&LogConfig { replicas: demand.log.replicas, max_bytes: demand.log.max_bytes.0 }).await?;
+    Ok(log)
+}
+
+async fn writer_options(context: &TaskContext, log: &Log) -> WriterOptions {
+    let cache: Arc<dyn SegmentCache> = Arc::<crate::cache::RecordCache>::clone(&context.shared.cache);
+    let mut options = WriterOptions { cache: Some(cache), ..WriterOptions::default() };
+    if let Ok(info) = log.info().await {
+        let report = sync_policy(&info, &context.shared.sync_source()).await;
+        tracing::info!(task = %context.task, policy = ?report.policy, "when the log's servers sync");
+        options.sync = report.policy;
+    }
+    options
+}
+
+/// Whether nothing was ever staged: only then the publication and the slot may be made.
+fn is_first_start(context: &TaskContext, takeover: &Takeover) -> bool {
+    let was_staged = context.lock.found_checkpoint().is_some_and(|checkpoint| checkpoint.position.is_some());
+    takeover.tail().end.is_none() && !was_staged
+}
+
+/// Publication first, committed; then the slot. A slot that was lost later is never made again in silence.
+async fn set_up_source(config: &ConnectConfig, demand: &CaptureDemand, is_first: bool) -> Result<(), CaptureError> {
+    let control = connect_control(config).await?;
+    let publication = &demand.source.publication;
+    let wanted = PublicationWanted {
+        name: demand.publication.clone(),
+        create: publication.create,
+        tables: publication.tables.clone(),
+        exclude: publication.exclude.clone(),
+    };
+    if !is_first {
+        // What went missing is not made again: the WAL before it could not be decoded (hazard 20).
+        ensure_publication(&control, &PublicationWanted { create: false, ..wanted.clone() }).await?;
+    }
+    ensure_publication(&control, &wanted).await?;
+    let slot = SlotWanted {
+        name: demand.slot.clone(),
+        create: demand.source.slot.create && is_first,
+        failover: demand.source.slot.failover,
+        timeout: SLOT_PATIENCE,
+    };
+    ensure_slot(config, &control, &slot).await?;
+    Ok(())
+}
+
+/// Where the log goes on: its end; or, when nothing was ever staged, what the slot confirmed. `true`: a tail was lost
+/// that the source still has, and is published again.
+async fn resume_position(
+    context: &TaskContext,
+    takeover: &Takeover,
+    prepared: &Prepared,
+) -> Result<(Position, bool), CaptureError> {
+    let confirmed = Position::before(prepared.slot().confirmed_flush);
+    let staged = context.lock.found_checkpoint().and_then(|checkpoint| checkpoint.position);
+    let log_end = takeover.tail().end;
+    let furthest_sink = furthest_sink(context).await?;
+    // A slot that we made knows a position before anything was staged; it counts as a claim only once something was.
+    let claims = TailClaims { log_end, checkpoint: staged, furthest_sink, confirmed: Some(confirmed), acked: None };
+    match judge_tail(&claims) {
+        TailVerdict::First => Ok((confirmed, false)),
+        TailVerdict::Whole { end } => Ok((end, false)),
+        TailVerdict::Rewind { end, claimed } => {
+            tracing::error!(task = %context.task, %end, %claimed, "the log lost its tail: publishing it again");
+            Ok((end, true))
+        }
+        TailVerdict::Lost { end, claimed } => Err(CaptureError::LogLost { found: end, staged: claimed, confirmed }),
+    }
+}
+
+async fn furthest_sink(context: &TaskContext) -> Result<Option<Position>, CaptureError> {
+    let flow = context.flows.borrow().get(&context.task.flow).cloned();
+    let mut furthest = None;
+    for sink in flow.iter().flat_map(|flow| &flow.record.document.spec.sinks) {
+        let task = TaskId::apply(&context.task.flow, &sink.name);
+        let checkpoint = context.shared.coordination.checkpoint(&task).await?;
+        furthest = furthest.max(checkpoint.and_then(|checkpoint| checkpoint.position));
+    }
+    Ok(furthest)
+}
+
+fn resume_info(demand: &CaptureDemand, identity: &SourceIdentity, rewind: bool) -> ResumeInfo {
+    ResumeInfo {
+        system_identifier: identity.system_identifier.clone(),
+        timeline: identity.timeline,
+        slot: demand.slot.clone(),
+        publication: demand.publication.clone(),
+        rewind,
+    }
+}

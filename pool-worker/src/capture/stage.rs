@@ -1,0 +1,218 @@
+//! The loop that turns what the source sends into records of the log.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use wallaby_coordination::{Mark, PacedWriter};
+use wallaby_model::Lsn;
+use wallaby_model::condition::{ConditionType, TaskPhase};
+use wallaby_postgres_source::{Capture, CaptureEvent, Feedback, SegmentDraft, SourceStatus};
+use wallaby_staging::{DataAppend, Log, LogWriter, Wait};
+
+use super::{CaptureError, Owned};
+use crate::failpoint::Failpoint;
+use crate::flows::CaptureDemand;
+use crate::task::TaskContext;
+use crate::metrics;
+
+/// How often figures and conditions are brought up to date.
+const TICK: Duration = Duration::from_secs(1);
+/// How often the checkpoint in etcd follows.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
+/// Cut off from the log's servers for this long, the task is given up: another worker may reach them.
+const UNREACHABLE_MAX: Duration = Duration::from_secs(60);
+
+/// What the loop works with.
+pub struct Stage<'a> {
+    /// The task.
+    pub context: &'a TaskContext,
+    /// What is wanted.
+    pub demand: &'a CaptureDemand,
+    /// The log.
+    pub log: &'a Log,
+    /// What Postgres was told.
+    pub confirm: Feedback,
+    /// What the source says of the slot.
+    pub figures: watch::Receiver<Option<SourceStatus>>,
+}
+
+/// Stages until the task is asked to end (`Ok`) or something fails.
+pub async fn run(stage: Stage<'_>, mut capture: Capture, owned: &mut Owned) -> Result<Option<Mark>, CaptureError> {
+    let context = stage.context;
+    let Some(writer) = owned.writer.take() else { return Err(CaptureError::Invalid) };
+    let checkpoints = context.lock.checkpoint_writer(CHECKPOINT_EVERY);
+    let outcome = stream(&stage, &mut capture, &writer, &checkpoints, owned).await;
+    report(&stage, capture.server_end(), &writer, owned);
+    owned.writer = Some(writer);
+    outcome?;
+    // Asked to end: what was handed in is settled, and what is durable by now is confirmed.
+    context.status.phase(TaskPhase::Draining);
+    context.pulse.wait("the last acknowledgements");
+    let mark = super::close(owned).await.map(|mark| Mark { stream: Some(stage.log.stream().to_owned()), ..mark });
+    Ok(mark)
+}
+
+async fn stream(
+    stage: &Stage<'_>,
+    capture: &mut Capture,
+    writer: &LogWriter,
+    checkpoints: &PacedWriter<Mark>,
+    owned: &mut Owned,
+) -> Result<(), CaptureError> {
+    let context = stage.context;
+    let mut in_flight = writer.in_flight();
+    let ended = writer.ended();
+    tokio::pin!(ended);
+    let ending = context.ending();
+    tokio::pin!(ending);
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        if context.shared.failpoints.is_on(Failpoint::HangCapture) {
+            std::future::pending::<()>().await;
+        }
+        context.pulse.wait("changes from the source");
+        let event = tokio::select! {
+            biased;
+            _ = &mut ending => return Ok(()),
+            error = &mut ended => return Err(error.into()),
+            _ = ticks.tick() => {
+                report(stage, capture.server_end(), writer, owned);
+                note_checkpoint(stage.log, writer, checkpoints);
+                watch_log(writer)?;
+                continue;
+            }
+            event = capture.next(&mut in_flight) => event?,
+        };
+        context.pulse.beat();
+        let server_end = capture.server_end();
+        if !context.is_valid_now() {
+            return Err(CaptureError::Invalid);
+        }
+        match event {
+            CaptureEvent::Segment(draft) => {
+                let append = pack(stage, writer, &draft)?;
+                owned.rows += draft.rows as u64;
+                owned.transactions += draft.body.transactions.len() as u64;
+                owned.bytes += append.body.len() as u64;
+                metrics::staged(&context.task.flow, draft.rows, append.body.len());
+                context.pulse.wait("the log");
+                // Taken whole or not at all, so an end in the middle loses nothing: it is read from the source again.
+                tokio::select! {
+                    biased;
+                    taken = writer.append(append) => taken?,
+                    _ = &mut ending => return Ok(()),
+                    error = &mut ended => return Err(error.into()),
+                    error = log_silence(stage, server_end, writer, owned) => return Err(error),
+                }
+            }
+            CaptureEvent::Heartbeat { to } => {
+                context.pulse.wait("the log");
+                tokio::select! {
+                    biased;
+                    taken = writer.heartbeat(to.commit) => taken?,
+                    _ = &mut ending => return Ok(()),
+                    error = &mut ended => return Err(error.into()),
+                    error = log_silence(stage, server_end, writer, owned) => return Err(error),
+                }
+            }
+        }
+    }
+}
+
+fn pack(stage: &Stage<'_>, writer: &LogWriter, draft: &SegmentDraft) -> Result<DataAppend, CaptureError> {
+    let codec = stage.demand.log.codec;
+    let body = wallaby_wire::encode(&draft.body, codec)?;
+    Ok(DataAppend {
+        from: writer.end(),
+        to: draft.to,
+        complete_to: draft.complete_to,
+        rows: u32::try_from(draft.rows).unwrap_or(u32::MAX),
+        codec,
+        body,
+    })
+}
+
+/// While the log takes nothing: keeps the figures going; resolves when its servers are silent for too long.
+async fn log_silence(stage: &Stage<'_>, server_end: Lsn, writer: &LogWriter, owned: &Owned) -> CaptureError {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.tick().await;
+    loop {
+        ticks.tick().await;
+        report(stage, server_end, writer, owned);
+        if let Err(error) = watch_log(writer) {
+            return error;
+        }
+    }
+}
+
+fn watch_log(writer: &LogWriter) -> Result<(), CaptureError> {
+    match *writer.waiting().borrow() {
+        Some(waiting) if waiting.what == Wait::Unreachable && waiting.since.elapsed() > UNREACHABLE_MAX => {
+            Err(CaptureError::LogUnreachable(waiting.since.elapsed().as_secs()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn note_checkpoint(log: &Log, writer: &LogWriter, checkpoints: &PacedWriter<Mark>) {
+    let acked = *writer.acked().borrow();
+    checkpoints.note(Mark {
+        position: acked.position,
+        stream: Some(log.stream().to_owned()),
+        seq_hint: Some(acked.sequence),
+    });
+}
+
+/// Brings figures, phase and conditions up to date.
+fn report(stage: &Stage<'_>, server_end: Lsn, writer: &LogWriter, owned: &Owned) {
+    let board = &stage.context.status;
+    let flow = &stage.context.task.flow;
+    let acked = *writer.acked().borrow();
+    let confirmed = stage.confirm.confirmed();
+    let figures = stage.figures.borrow().clone();
+    let source_lsn = figures.as_ref().map_or(server_end, |figures| figures.current.max(server_end));
+    let lag_bytes = source_lsn.0.saturating_sub(acked.position.commit.0);
+    let waiting = *writer.waiting().borrow();
+    match waiting {
+        Some(waiting) => {
+            board.phase(TaskPhase::Backpressured);
+            board.waiting(Some(&waiting.what.to_string()));
+            let message = format!("waits for {} since {} s", waiting.what, waiting.since.elapsed().as_secs());
+            board.condition(ConditionType::Capturing, waiting.what == Wait::Resync, "LogWaits", &message);
+        }
+        None => {
+            board.phase(TaskPhase::Streaming);
+            board.waiting(None);
+            board.condition(ConditionType::Capturing, true, "Streaming", "");
+        }
+    }
+    if let Some(figures) = &figures {
+        slot_health(stage, figures);
+        metrics::source(flow, figures);
+    }
+    metrics::positions(flow, acked.position, confirmed, source_lsn);
+    board.progress(|progress| {
+        progress.staged = Some(acked.position);
+        progress.confirmed_lsn = Some(confirmed);
+        progress.source_lsn = Some(source_lsn);
+        progress.retained_wal_bytes = figures.as_ref().map(|figures| figures.retained_bytes);
+        progress.lag_bytes = Some(lag_bytes);
+        progress.rows = owned.rows;
+        progress.transactions = owned.transactions;
+        progress.bytes = owned.bytes;
+    });
+}
+
+fn slot_health(stage: &Stage<'_>, figures: &SourceStatus) {
+    let bound = stage.demand.source.safety.retained_wal_max;
+    if figures.retained_bytes > bound.0 {
+        let message = format!(
+            "the slot {} holds back {} bytes of WAL, above safety.retainedWalMax ({bound}). Look at what the capture waits for, or raise the bound",
+            stage.demand.slot, figures.retained_bytes
+        );
+        stage.context.status.condition(ConditionType::SlotHealthy, false, "RetainedWal", &message);
+    } else {
+        stage.context.status.condition(ConditionType::SlotHealthy, true, "WithinBound", "");
+    }
+}

@@ -1,0 +1,63 @@
+//! What all tasks of one worker share.
+
+use std::sync::Arc;
+
+use tokio::sync::OnceCell;
+use wallaby_coordination::{Coordination, WorkerSession};
+use wallaby_staging::{Connections, NatsTarget, StagingError, SyncSource};
+
+use crate::cache::RecordCache;
+use crate::failpoint::Failpoints;
+use crate::options::Options;
+
+/// See the module.
+pub struct Shared {
+    /// The settings.
+    pub options: Options,
+    /// etcd.
+    pub coordination: Coordination,
+    /// This worker's lease.
+    pub session: WorkerSession,
+    /// Protections that a test switched off.
+    pub failpoints: Failpoints,
+    /// Staged records in memory.
+    pub cache: Arc<RecordCache>,
+    nats: OnceCell<Connections>,
+}
+
+impl Shared {
+    /// Puts the parts together; connects to NATS when it is first needed.
+    pub fn new(options: Options, coordination: Coordination, session: WorkerSession, failpoints: Failpoints) -> Shared {
+        let cache = Arc::new(RecordCache::new(usize::try_from(options.cache_bytes.0).unwrap_or(usize::MAX)));
+        Shared { options, coordination, session, failpoints, cache, nats: OnceCell::new() }
+    }
+
+    /// The NATS connections of this worker: made once, they heal themselves.
+    ///
+    /// # Errors
+    /// When no server can be reached, or one is too old.
+    pub async fn nats(&self) -> Result<&Connections, StagingError> {
+        let target = nats_target(&self.options);
+        self.nats.get_or_try_init(|| Connections::open(&target)).await
+    }
+
+    /// Where the servers' sync interval is read.
+    pub fn sync_source(&self) -> SyncSource {
+        if self.options.nats_monitoring.is_empty() {
+            SyncSource::Unknown
+        } else {
+            SyncSource::Monitoring(self.options.nats_monitoring.clone())
+        }
+    }
+}
+
+/// The servers as the settings name them.
+pub fn nats_target(options: &Options) -> NatsTarget {
+    NatsTarget {
+        servers: options.nats.clone(),
+        credentials_file: options.nats_creds.clone(),
+        ca_file: options.nats_ca.clone(),
+        client_certificate: None,
+        name: "wallaby-worker".to_owned(),
+    }
+}

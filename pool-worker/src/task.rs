@@ -1,0 +1,193 @@
+//! One owned task: what it is given, how it ends, and the watchdog beside it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use wallaby_coordination::{Mark, TaskLock};
+use wallaby_model::{TaskId, TaskKind};
+
+use crate::flows::{Demand, Flows, demand};
+use crate::pulse::{Pulse, SILENCE_MAX};
+use crate::shared::Shared;
+use crate::status::{StatusBoard, WRITE_EVERY};
+use crate::{apply, capture, metrics};
+
+/// What a task is given.
+pub struct TaskContext {
+    /// What all tasks of the worker share.
+    pub shared: Arc<Shared>,
+    /// The task.
+    pub task: TaskId,
+    /// Its lock.
+    pub lock: TaskLock,
+    /// What it is asked to do.
+    pub demand: Demand,
+    /// The flows, to see when that changes.
+    pub flows: watch::Receiver<Flows>,
+    /// Cancelled when the worker drains.
+    pub drain: CancellationToken,
+    /// Its pulse.
+    pub pulse: Pulse,
+    /// What it says of itself.
+    pub status: StatusBoard,
+}
+
+/// How a task ended by itself.
+#[derive(Debug)]
+pub enum TaskEnd {
+    /// It finished what it had at hand; its last durable mark, if it has one.
+    Released(Option<Mark>),
+    /// A younger owner exists, or another worker should try: nothing more is written but the release.
+    GivenUp(String),
+}
+
+/// Why a task should stop what it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The worker drains.
+    Drain,
+    /// The flow asks for something else now.
+    DemandChanged,
+    /// A person asked a stopped task to try again.
+    ResumeAsked,
+}
+
+impl TaskContext {
+    /// Resolves when the worker drains or the flow asks for something else. Cancel-safe.
+    pub async fn ending(&self) -> Ending {
+        let mut flows = self.flows.clone();
+        loop {
+            if self.drain.is_cancelled() {
+                return Ending::Drain;
+            }
+            let wanted = demand(flows.borrow_and_update().get(&self.task.flow).map(Arc::as_ref), &self.task);
+            if wanted != self.demand {
+                return Ending::DemandChanged;
+            }
+            tokio::select! {
+                () = self.drain.cancelled() => return Ending::Drain,
+                changed = flows.changed() => if changed.is_err() { return Ending::Drain },
+            }
+        }
+    }
+
+    fn resumes(flows: &Flows, task: &TaskId) -> u64 {
+        flows.get(&task.flow).map_or(0, |flow| flow.record.resumes)
+    }
+
+    /// Waits for a person: resolves when `resume` is asked for, or as [`Self::ending`].
+    pub async fn ending_or_resume(&self) -> Ending {
+        let mut flows = self.flows.clone();
+        let before = Self::resumes(&flows.borrow_and_update(), &self.task);
+        let resumed = async {
+            while flows.changed().await.is_ok() {
+                if Self::resumes(&flows.borrow_and_update(), &self.task) > before {
+                    return;
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            ending = self.ending() => ending,
+            () = resumed => Ending::ResumeAsked,
+        }
+    }
+
+    /// Waits out a delay; says why it should rather stop. Names the wait for the watchdog.
+    pub async fn pause(&self, what: &str, delay: Duration) -> Option<Ending> {
+        self.pulse.wait(what);
+        let ending = tokio::select! {
+            () = tokio::time::sleep(delay) => None,
+            ending = self.ending_or_resume() => Some(ending),
+        };
+        self.pulse.beat();
+        match ending {
+            Some(Ending::ResumeAsked) => None,
+            other => other,
+        }
+    }
+
+    /// Whether a write may be started now.
+    pub fn is_valid_now(&self) -> bool {
+        self.lock.is_valid_now()
+    }
+}
+
+/// Runs a task to its end, with its status writer and its watchdog, and gives the lock back.
+pub async fn own(context: TaskContext) {
+    let context = Arc::new(context);
+    let task = context.task.clone();
+    let _status = AbortOnDropHandle::new(tokio::spawn(write_status(Arc::clone(&context))));
+    let mut run = AbortOnDropHandle::new(tokio::spawn(run(Arc::clone(&context))));
+    let end = tokio::select! {
+        end = &mut run => match end {
+            Ok(end) => end,
+            Err(error) => {
+                metrics::task_failed(&task);
+                TaskEnd::GivenUp(format!("the task's code failed: {error}"))
+            }
+        },
+        () = context.lock.lost().cancelled() => {
+            run.abort();
+            tracing::warn!(%task, "the task's lock is no longer ours: dropped without another write");
+            metrics::task_ended(&task, "lock_lost");
+            return;
+        }
+        silence = watch_pulse(&context.pulse) => {
+            run.abort();
+            metrics::task_wedged(&task);
+            TaskEnd::GivenUp(format!("the task's loop was silent for {} s and was aborted", silence.as_secs()))
+        }
+    };
+    let (mark, outcome) = match end {
+        TaskEnd::Released(mark) => {
+            tracing::info!(%task, "task released");
+            (mark, "released")
+        }
+        TaskEnd::GivenUp(reason) => {
+            tracing::warn!(%task, reason, "task given up");
+            (None, "given_up")
+        }
+    };
+    metrics::task_ended(&task, outcome);
+    if let Err(error) = context.lock.put_status(&context.status.snapshot()).await {
+        tracing::debug!(%task, %error, "the task's last status was not written");
+    }
+    if let Err(error) = context.lock.release(mark).await {
+        tracing::warn!(%task, %error, "the task's lock was not released: it ends with the lease");
+    }
+}
+
+async fn run(context: Arc<TaskContext>) -> TaskEnd {
+    match &context.task.kind {
+        TaskKind::Capture => capture::run(&context).await,
+        TaskKind::Apply(_) => apply::run(&context).await,
+    }
+}
+
+async fn write_status(context: Arc<TaskContext>) {
+    loop {
+        if let Err(error) = context.lock.put_status(&context.status.snapshot()).await {
+            if error.is_ownership_lost() {
+                return;
+            }
+            tracing::debug!(task = %context.task, %error, "status not written, trying again");
+        }
+        tokio::time::sleep(WRITE_EVERY).await;
+        context.status.changed().await;
+    }
+}
+
+/// Resolves when the task's loop has been silent for too long.
+async fn watch_pulse(pulse: &Pulse) -> Duration {
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        ticks.tick().await;
+        if let Some(silence) = pulse.wedged_for(Instant::now(), SILENCE_MAX) {
+            return silence;
+        }
+    }
+}
