@@ -5,10 +5,15 @@
 
 mod batch;
 mod catalog;
+pub mod conformance;
 mod error;
+mod faults;
+mod page;
 mod sink;
 
 pub use batch::{Batch, BatchPart};
 pub use catalog::{KeyValues, SourceLookup, SourceRow};
 pub use error::{Directive, SinkError};
+pub use faults::{CommitFault, Faults, HangPoint};
+pub use page::guarantees_page;
 pub use sink::{Applied, Capabilities, Guarantee, Opened, Sink, SinkFactory, SinkTask};

@@ -1,1 +1,34 @@
 //! The Postgres sink: state, upserted, exactly once.
+//!
+//! A batch becomes one transaction: the checkpoint row is moved first, guarded by epoch and position; then tables are
+//! brought into shape, and the net effect of the batch goes through COPY into temporary tables and a few statements per
+//! table. What the sink guarantees is declared in [`capabilities`] and printed to `docs/sinks/postgres.md`.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `config`, `tls` | settings, connection |
+//! | `session` | one connection, its prepared statements and temporary tables |
+//! | `checkpoint` | the checkpoint row, taking over from older owners |
+//! | `schema`, `catalog` | tables: planning (pure), reading and changing |
+//! | `assemble`, `collapse` | a batch by table and shape, and its net effect (pure) |
+//! | `encode`, `write` | COPY BINARY (pure), the statements |
+//! | `sink` | the contract: open, apply, small steps after a violation |
+//! | `error` | SQLSTATE to retry, stop or give up |
+
+mod assemble;
+mod catalog;
+mod checkpoint;
+mod collapse;
+mod config;
+mod encode;
+mod error;
+mod metrics;
+mod schema;
+mod session;
+mod sink;
+mod tls;
+mod write;
+
+pub use config::PostgresSinkConfig;
+pub use metrics::describe_metrics;
+pub use sink::{PostgresSink, PostgresSinkFactory, capabilities};

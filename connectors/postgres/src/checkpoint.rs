@@ -1,0 +1,238 @@
+//! The checkpoint at the sink: one row per task, moved in the transaction of each batch.
+//!
+//! `epoch` says who may write, `position` where the sink stands. A batch moves the row `WHERE epoch = mine AND position =
+//! expected`, first thing in its transaction: an owner that was replaced changes nothing, a batch that was applied before
+//! is refused, and one that waits on this row holds no other lock. The lock on the row is what a successor meets when a
+//! predecessor is frozen inside a transaction; it ends that session.
+
+use std::time::Duration;
+
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+use wallaby_connector_api::{Opened, SinkError};
+use wallaby_model::{Epoch, Position, TaskId};
+
+use crate::error::{Doing, PostgresError};
+
+/// How long the epoch's commit waits for a predecessor's lock before its sessions are ended again.
+const LOCK_TIMEOUT: &str = "2s";
+/// How often that is tried before the task backs off.
+const TAKEOVER_TRIES: u32 = 5;
+/// How often making the table is tried against another task that makes it at the same time.
+const CREATE_TRIES: u32 = 5;
+
+const CREATE: &str = "\
+    CREATE SCHEMA IF NOT EXISTS wallaby;
+    CREATE TABLE IF NOT EXISTS wallaby.checkpoints (
+        task text COLLATE \"C\" PRIMARY KEY,
+        epoch bigint NOT NULL,
+        position text COLLATE \"C\",
+        log_epoch bigint,
+        updated_at timestamptz NOT NULL DEFAULT now()
+    ) WITH (fillfactor = 50);
+    COMMENT ON TABLE wallaby.checkpoints IS 'Where each WALlaby apply task stands; moved in the transaction of each batch'";
+
+/// The guarded move. Parameters: task, epoch, expected position, new position, log epoch.
+pub(crate) const ADVANCE: &str = "\
+    UPDATE wallaby.checkpoints SET position = $4, log_epoch = $5, updated_at = now() \
+    WHERE task = $1 AND epoch = $2 AND position = $3";
+
+/// A number in the form of Postgres' bigint. Epochs are etcd revisions, which are signed there too.
+pub(crate) fn as_bigint(epoch: Epoch) -> i64 {
+    i64::try_from(epoch.0).unwrap_or(i64::MAX)
+}
+
+fn as_epoch(number: i64) -> Epoch {
+    Epoch(u64::try_from(number).unwrap_or(0))
+}
+
+async fn exists(client: &Client) -> Result<bool, PostgresError> {
+    let row = client.query_one("SELECT to_regclass('wallaby.checkpoints') IS NOT NULL", &[]).await;
+    Ok(row.doing(|| "looking for wallaby.checkpoints".to_owned())?.get(0))
+}
+
+/// Makes the table when it is missing. Looks first: IF NOT EXISTS asks for the right to create even when there is
+/// nothing to create.
+async fn create(client: &Client) -> Result<(), PostgresError> {
+    for attempt in 1.. {
+        if exists(client).await? {
+            return Ok(());
+        }
+        match client.batch_execute(CREATE).await {
+            Ok(()) => return Ok(()),
+            // Two tasks that make it at once: IF NOT EXISTS does not protect against that.
+            Err(error)
+                if attempt < CREATE_TRIES
+                    && [
+                        Some(&SqlState::UNIQUE_VIOLATION),
+                        Some(&SqlState::DUPLICATE_TABLE),
+                        Some(&SqlState::DUPLICATE_SCHEMA),
+                    ]
+                    .contains(&error.code()) => {}
+            Err(source) => {
+                return Err(PostgresError::Sql { doing: "making wallaby.checkpoints".to_owned(), source });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The highest epoch of the task; `None` without a checkpoint.
+pub(crate) async fn last_epoch(client: &Client, task: &TaskId) -> Result<Option<Epoch>, PostgresError> {
+    if !exists(client).await? {
+        return Ok(None);
+    }
+    let query = "SELECT epoch FROM wallaby.checkpoints WHERE task = $1";
+    let row = client.query_opt(query, &[&task.to_string()]).await.doing(|| "reading the checkpoint".to_owned())?;
+    Ok(row.map(|row| as_epoch(row.get(0))))
+}
+
+/// Takes the task over at the sink, as protocol.md says in "Opening a sink that has transactions".
+pub(crate) async fn take_over(
+    client: &Client,
+    task: &TaskId,
+    epoch: Epoch,
+    end_sessions: bool,
+) -> Result<Opened, PostgresError> {
+    create(client).await?;
+    let mut ended = 0;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        if end_sessions {
+            ended += end_older_sessions(client, task, epoch).await?;
+        }
+        match commit_epoch(client, task, epoch).await {
+            Ok(()) => break,
+            Err(error) if error.sqlstate() == Some(&SqlState::LOCK_NOT_AVAILABLE) && tries < TAKEOVER_TRIES => {}
+            Err(error) => return Err(error),
+        }
+    }
+    // A predecessor may have connected between the first look and the commit of the epoch.
+    if end_sessions {
+        ended += end_older_sessions(client, task, epoch).await?;
+    }
+    let found = read(client, task).await?;
+    match found {
+        Some((found, position, log_epoch)) if found == epoch => {
+            Ok(Opened { position, log_epoch, sessions_ended: ended })
+        }
+        _ => Err(fenced(task, epoch, found.map(|(found, ..)| found)).into()),
+    }
+}
+
+async fn commit_epoch(client: &Client, task: &TaskId, epoch: Epoch) -> Result<(), PostgresError> {
+    let doing = || format!("taking over {task} at the sink");
+    client.batch_execute(&format!("BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")).await.doing(doing)?;
+    let statement = "INSERT INTO wallaby.checkpoints AS c (task, epoch) VALUES ($1, $2) \
+        ON CONFLICT (task) DO UPDATE SET epoch = $2, updated_at = now() WHERE c.epoch <= $2";
+    let moved = client.execute(statement, &[&task.to_string(), &as_bigint(epoch)]).await;
+    match moved {
+        Ok(1) => client.batch_execute("COMMIT").await.doing(doing),
+        Ok(_) => {
+            client.batch_execute("ROLLBACK").await.doing(doing)?;
+            let found = last_epoch(client, task).await?;
+            Err(fenced(task, epoch, found).into())
+        }
+        Err(source) => {
+            if !source.is_closed() {
+                client.batch_execute("ROLLBACK").await.doing(doing)?;
+            }
+            Err(PostgresError::Sql { doing: doing(), source })
+        }
+    }
+}
+
+/// Ends sessions of this task whose epoch is not above ours, ourselves apart: of older owners, and of a connection of
+/// our own that was cut and whose backend does not know it yet. Returns how many there were of older owners.
+async fn end_older_sessions(client: &Client, task: &TaskId, epoch: Epoch) -> Result<u32, PostgresError> {
+    let doing = || "ending sessions of older owners at the sink".to_owned();
+    let prefix = task.session_prefix();
+    let query = "SELECT pid, backend_start, application_name FROM pg_stat_activity \
+        WHERE starts_with(application_name, $1) AND pid <> pg_backend_pid()";
+    let sessions = client.query(query, &[&prefix]).await.doing(doing)?;
+    let mut ended = 0;
+    for session in sessions {
+        let name: &str = session.get(2);
+        let Some(theirs) = name.strip_prefix(&prefix).and_then(|text| text.parse::<u64>().ok()) else { continue };
+        if theirs > epoch.0 {
+            continue;
+        }
+        // The pid may be another's by now: the start of the backend and its name say that it is not.
+        let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+            WHERE pid = $1 AND backend_start = $2 AND application_name = $3";
+        let pid: i32 = session.get(0);
+        let start: std::time::SystemTime = session.get(1);
+        let gone = client.query_opt(end, &[&pid, &start, &name]).await.doing(doing)?;
+        let was_ended = gone.is_some_and(|row| row.get(0));
+        if was_ended && theirs < epoch.0 {
+            ended += 1;
+            tracing::warn!(%task, pid, epoch = theirs, "ended the session of an older owner at the sink");
+        }
+    }
+    Ok(ended)
+}
+
+type Checkpoint = (Epoch, Option<Position>, Option<Epoch>);
+
+async fn read(client: &Client, task: &TaskId) -> Result<Option<Checkpoint>, PostgresError> {
+    let query = "SELECT epoch, position, log_epoch FROM wallaby.checkpoints WHERE task = $1";
+    let row = client.query_opt(query, &[&task.to_string()]).await.doing(|| "reading the checkpoint".to_owned())?;
+    let Some(row) = row else { return Ok(None) };
+    let position = match row.get::<_, Option<&str>>(1) {
+        None => None,
+        Some(text) => Some(text.parse::<Position>().map_err(|error| SinkError::Configuration {
+            reason: format!("wallaby.checkpoints at the sink was changed by hand: {error}"),
+            remedy: format!("Restore the row of {task}, or delete it and load the sink afresh"),
+        })?),
+    };
+    Ok(Some((as_epoch(row.get(0)), position, row.get::<_, Option<i64>>(2).map(as_epoch))))
+}
+
+/// Sets the position of a task that has none.
+pub(crate) async fn start_at(
+    client: &Client,
+    task: &TaskId,
+    epoch: Epoch,
+    position: Position,
+    log_epoch: Epoch,
+) -> Result<(), PostgresError> {
+    let statement = "UPDATE wallaby.checkpoints SET position = coalesce(position, $3), \
+        log_epoch = CASE WHEN position IS NULL THEN $4 ELSE log_epoch END, updated_at = now() \
+        WHERE task = $1 AND epoch = $2";
+    let parameters = (task.to_string(), as_bigint(epoch), position.to_string(), as_bigint(log_epoch));
+    let (task_text, mine, position, log_epoch) = &parameters;
+    let moved = client.execute(statement, &[task_text, mine, position, log_epoch]).await;
+    if moved.doing(|| "setting the first position at the sink".to_owned())? == 1 {
+        return Ok(());
+    }
+    let found = last_epoch(client, task).await?;
+    Err(fenced(task, epoch, found).into())
+}
+
+/// Why the guarded move found no row: another owner, or another position.
+pub(crate) async fn why_refused(
+    client: &Client,
+    task: &TaskId,
+    epoch: Epoch,
+    expected: Position,
+) -> Result<SinkError, PostgresError> {
+    Ok(match read(client, task).await? {
+        Some((found, position, _)) if found == epoch => match position {
+            Some(found) => SinkError::Position { expected, found },
+            None => SinkError::Transient(format!("{task} has no position at the sink yet")),
+        },
+        found => fenced(task, epoch, found.map(|(found, ..)| found)),
+    })
+}
+
+fn fenced(task: &TaskId, mine: Epoch, found: Option<Epoch>) -> SinkError {
+    match found {
+        Some(found) => SinkError::Fenced(format!("{task} belongs to {found:?} at the sink, this is {mine:?}")),
+        None => SinkError::Fenced(format!("the checkpoint of {task} at the sink is gone, this is {mine:?}")),
+    }
+}
+
+/// A batch may wait for its source lookups, but a frozen owner should not hold its locks for ever even when no
+/// successor comes.
+pub(crate) const IDLE_IN_TRANSACTION_MAX: Duration = Duration::from_secs(120);

@@ -1,0 +1,230 @@
+//! One connection to the sink: its settings, its prepared statements, and the temporary tables through which rows go.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use futures::SinkExt;
+use futures::future::join;
+use tokio::task::JoinHandle;
+use tokio_postgres::{Client, Statement};
+use wallaby_connector_api::SinkError;
+use wallaby_model::{Epoch, TableName, TaskId};
+
+use crate::checkpoint::IDLE_IN_TRANSACTION_MAX;
+use crate::config::PostgresSinkConfig;
+use crate::encode::{HEADER, TRAILER};
+use crate::error::{Doing, PostgresError};
+
+/// What is gathered before it is handed to the connection.
+const COPY_CHUNK: usize = 128 << 10;
+/// Temporary tables are emptied at each commit, which costs a little for each: more than this are thrown away.
+const STAGES_MAX: usize = 64;
+/// Prepared statements kept; past that all are thrown away.
+const STATEMENTS_MAX: usize = 512;
+/// A table whose rows were in the way of a direct copy takes the way of the upsert for so many batches.
+const UPSERTS_AFTER_CONFLICT: u32 = 100;
+
+/// A temporary table: columns `c0`, `c1`, … of given types.
+struct Stage {
+    name: String,
+    types: Vec<String>,
+    /// Holds rows of this transaction already.
+    used: bool,
+}
+
+/// An open connection.
+pub(crate) struct Session {
+    pub client: Client,
+    connection: JoinHandle<()>,
+    statements: HashMap<String, Statement>,
+    stages: Vec<Stage>,
+    stages_made: u64,
+    /// Batches for which a table still takes the way of the upsert.
+    conflicts: HashMap<TableName, u32>,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+/// Connects under the session name of the task and epoch.
+pub(crate) async fn connect(
+    config: &PostgresSinkConfig,
+    task: &TaskId,
+    epoch: Epoch,
+) -> Result<Session, PostgresError> {
+    let mut connection = config.connection.clone();
+    connection.application_name(task.session_name(epoch));
+    let doing = || format!("connecting to the sink at {}", config.target());
+    let (client, driver) = connection.connect(config.tls.connector()?).await.doing(doing)?;
+    let connection = tokio::spawn(async move {
+        // Every request that is under way gets the error too.
+        if let Err(error) = driver.await {
+            tracing::debug!(%error, "the connection to the sink ended");
+        }
+    });
+    let session = Session {
+        client,
+        connection,
+        statements: HashMap::new(),
+        stages: Vec::new(),
+        stages_made: 0,
+        conflicts: HashMap::new(),
+    };
+    session.configure().await?;
+    Ok(session)
+}
+
+impl Session {
+    /// Text forms as the source prints them, whatever the database's defaults are; plans by the tables' present size;
+    /// and a commit that is on disk, because only that may move a checkpoint.
+    async fn configure(&self) -> Result<(), PostgresError> {
+        let settings = format!(
+            "SET datestyle = 'ISO, MDY'; SET timezone = 'UTC'; SET intervalstyle = 'postgres'; \
+             SET extra_float_digits = 1; SET bytea_output = 'hex'; SET client_encoding = 'UTF8'; \
+             SET standard_conforming_strings = on; SET statement_timeout = 0; SET lock_timeout = 0; \
+             SET idle_in_transaction_session_timeout = {}; SET plan_cache_mode = force_custom_plan; \
+             SET temp_buffers = '32MB'; SET jit = off; SET default_transaction_isolation = 'read committed'; \
+             SET default_transaction_read_only = off; SET default_transaction_deferrable = off; \
+             SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",
+            IDLE_IN_TRANSACTION_MAX.as_millis()
+        );
+        self.client.batch_execute(&settings).await.doing(|| "setting up the session at the sink".to_owned())
+    }
+
+    /// Ends the connection without waiting for its answer.
+    pub(crate) fn abort(&self) {
+        self.connection.abort();
+    }
+
+    /// A prepared statement for `sql`.
+    pub(crate) async fn prepared(&mut self, sql: &str) -> Result<Statement, PostgresError> {
+        if let Some(statement) = self.statements.get(sql) {
+            return Ok(statement.clone());
+        }
+        if self.statements.len() >= STATEMENTS_MAX {
+            self.statements.clear();
+        }
+        let statement = self.client.prepare(sql).await.doing(|| "preparing a statement at the sink".to_owned())?;
+        self.statements.insert(sql.to_owned(), statement.clone());
+        Ok(statement)
+    }
+
+    /// An empty temporary table with columns `c0`, `c1`, … of these types; its name.
+    pub(crate) async fn stage(&mut self, types: &[&str]) -> Result<String, PostgresError> {
+        if let Some(stage) = self.stages.iter_mut().find(|stage| stage.types == types && !stage.used) {
+            stage.used = true;
+            return Ok(stage.name.clone());
+        }
+        if self.stages.len() >= STAGES_MAX
+            && let Some(stage) = self.stages.iter().find(|stage| stage.types == types)
+        {
+            let name = stage.name.clone();
+            let emptied = self.client.batch_execute(&format!("TRUNCATE {name}")).await;
+            emptied.doing(|| "emptying a temporary table at the sink".to_owned())?;
+            return Ok(name);
+        }
+        self.stages_made += 1;
+        let name = format!("pg_temp.wallaby_stage_{}", self.stages_made);
+        let columns: Vec<_> = types.iter().enumerate().map(|(n, sql_type)| format!("c{n} {sql_type}")).collect();
+        let create = format!("CREATE TABLE {name} ({}) ON COMMIT DELETE ROWS", columns.join(", "));
+        self.client.batch_execute(&create).await.doing(|| "making a temporary table at the sink".to_owned())?;
+        let types = types.iter().map(|&sql_type| sql_type.to_owned()).collect();
+        self.stages.push(Stage { name: name.clone(), types, used: true });
+        Ok(name)
+    }
+
+    /// How many temporary tables there are: what a savepoint remembers.
+    pub(crate) fn mark(&self) -> usize {
+        self.stages.len()
+    }
+
+    /// Forgets the temporary tables that a rollback took back.
+    pub(crate) fn rolled_back_to(&mut self, mark: usize) {
+        self.stages.truncate(mark);
+    }
+
+    /// The transaction is over: all temporary tables that are left are empty.
+    pub(crate) async fn transaction_ended(&mut self) -> Result<(), PostgresError> {
+        for stage in &mut self.stages {
+            stage.used = false;
+        }
+        for left in self.conflicts.values_mut() {
+            *left = left.saturating_sub(1);
+        }
+        self.conflicts.retain(|_, left| *left > 0);
+        if self.stages.len() > STAGES_MAX {
+            self.stages.clear();
+            self.statements.clear();
+            self.client.batch_execute("DISCARD TEMP").await.doing(|| "dropping temporary tables".to_owned())?;
+        }
+        Ok(())
+    }
+
+    /// Whether new rows of this table may be tried as a direct copy.
+    pub(crate) fn may_copy(&self, table: &TableName) -> bool {
+        !self.conflicts.contains_key(table)
+    }
+
+    /// Rows of this table were in the way of a direct copy.
+    pub(crate) fn copy_met_rows(&mut self, table: &TableName) {
+        self.conflicts.insert(table.clone(), UPSERTS_AFTER_CONFLICT);
+    }
+
+    /// Runs a `COPY … FROM STDIN BINARY`, encoding while the server reads, and then `after`, which is sent at once behind
+    /// it. `encode` writes row `n`. Returns the rows that `after` touched.
+    pub(crate) async fn copy(
+        &mut self,
+        sql: &str,
+        rows: usize,
+        mut encode: impl FnMut(usize, &mut Vec<u8>) -> Result<(), PostgresError>,
+        after: Option<&str>,
+        doing: &str,
+    ) -> Result<u64, PostgresError> {
+        let statement = self.prepared(sql).await?;
+        let after = match after {
+            Some(sql) => Some(self.prepared(sql).await?),
+            None => None,
+        };
+        let doing = || doing.to_owned();
+        let mut sink = std::pin::pin!(self.client.copy_in::<_, Bytes>(&statement).await.doing(doing)?);
+        let mut buffer = Vec::with_capacity(COPY_CHUNK + 4096);
+        buffer.extend_from_slice(HEADER);
+        for row in 0..rows {
+            encode(row, &mut buffer)?;
+            if buffer.len() >= COPY_CHUNK {
+                let full = std::mem::replace(&mut buffer, Vec::with_capacity(COPY_CHUNK + 4096));
+                if sink.feed(Bytes::from(full)).await.is_err() {
+                    break;
+                }
+            }
+        }
+        buffer.extend_from_slice(TRAILER);
+        // A server that refused a row has said so already; `finish` reads the answer.
+        let _ = sink.feed(Bytes::from(buffer)).await;
+        let Some(after) = after else {
+            return sink.finish().await.doing(doing);
+        };
+        let (copied, touched) = join(sink.finish(), self.client.execute(&after, &[])).await;
+        copied.doing(doing)?;
+        touched.doing(doing)
+    }
+
+    /// Runs a statement without parameters; the rows that it touched.
+    pub(crate) async fn run(&mut self, sql: &str, doing: &str) -> Result<u64, PostgresError> {
+        let statement = self.prepared(sql).await?;
+        self.client.execute(&statement, &[]).await.doing(|| doing.to_owned())
+    }
+
+    /// Runs a command that is not worth preparing.
+    pub(crate) async fn command(&self, sql: &str) -> Result<(), PostgresError> {
+        self.client.batch_execute(sql).await.doing(|| format!("running {sql} at the sink"))
+    }
+}
+
+/// The answer of an `apply` without `open`.
+pub(crate) fn not_open() -> SinkError {
+    SinkError::Transient("the sink is not open: open it first".to_owned())
+}
