@@ -5,12 +5,14 @@
 //! | [`shop`] | a sample schema with everything that makes change streams hard, and a seeded load on it |
 //! | [`typ`] | the typical row that figures are given for: quick backlogs and an open-loop load |
 //! | [`compare()`] | source and target, row by row |
+//! | [`measure`] | ceilings, pipeline and latencies, each part of the path in a process of its own |
 //! | [`demo`] | the story that `make demo` tells |
 
 pub mod compare;
 mod connection;
 pub mod demo;
 mod error;
+pub mod measure;
 pub mod shop;
 pub mod typ;
 

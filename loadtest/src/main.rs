@@ -1,2 +1,161 @@
-//! Entry point.
-fn main() {}
+//! `make loadtest`: measures WALlaby on this machine and writes the figures as JSON and as Markdown.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use wallaby_loadtest::measure::bench::{Bench, BenchOptions};
+use wallaby_loadtest::measure::figures::Figures;
+use wallaby_loadtest::measure::parts::{self, Part};
+use wallaby_loadtest::measure::report;
+
+/// Measures WALlaby on this machine. Build it with --release, and let the machine rest meanwhile.
+#[derive(Debug, Parser)]
+#[command(name = "wallaby-loadtest", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Runs every measurement and writes figures.json and figures.md.
+    Run(RunArguments),
+    /// One part of the path, run by `run` in a process of its own.
+    #[command(hide = true)]
+    Part {
+        #[command(subcommand)]
+        part: Part,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct RunArguments {
+    /// How often each kind is run, in turn.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pairs: u32,
+    /// Rows of a backlog in transactions of 100 rows.
+    #[arg(long, default_value_t = 1_000_000)]
+    rows: u64,
+    /// Rows of a backlog in transactions of one row.
+    #[arg(long, default_value_t = 300_000)]
+    rows_one: u64,
+    /// Transactions per second while latencies are measured.
+    #[arg(long, default_value_t = 1_000)]
+    per_second: u32,
+    /// Seconds that latencies are measured for.
+    #[arg(long, default_value_t = 20)]
+    latency_seconds: u64,
+    /// Where figures.json and figures.md go.
+    #[arg(long, default_value = "target/loadtest")]
+    out: PathBuf,
+    /// A small form that only shows that everything runs: its figures mean nothing.
+    #[arg(long)]
+    quick: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let runtime = match &arguments.command {
+        // One thread, so that the client costs as little as it can.
+        Task::Part { part: Part::Discard { .. } } => tokio::runtime::Builder::new_current_thread().enable_all().build(),
+        _ => tokio::runtime::Builder::new_multi_thread().enable_all().build(),
+    };
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("wallaby-loadtest: no runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let interrupted = async {
+        let _ = tokio::signal::ctrl_c().await;
+    };
+    let outcome = runtime.block_on(async {
+        tokio::select! {
+            outcome = perform(arguments.command) => outcome.map(|()| ExitCode::SUCCESS),
+            () = interrupted => Ok(ExitCode::from(130)),
+        }
+    });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    outcome.unwrap_or_else(|error| {
+        eprintln!("wallaby-loadtest: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+async fn perform(task: Task) -> anyhow::Result<()> {
+    match task {
+        Task::Part { part } => parts::run(part).await,
+        Task::Run(arguments) => measure(arguments).await,
+    }
+}
+
+async fn measure(arguments: RunArguments) -> anyhow::Result<()> {
+    if cfg!(debug_assertions) {
+        println!("This is a debug build: the figures say nothing about WALlaby. Use --release, or `make loadtest`.");
+    }
+    let quick = arguments.quick;
+    let options = BenchOptions {
+        pairs: if quick { 1 } else { arguments.pairs },
+        rows: if quick { 4_000 } else { arguments.rows },
+        rows_one: if quick { 500 } else { arguments.rows_one },
+        per_second: if quick { 200 } else { arguments.per_second },
+        latency_for: Duration::from_secs(if quick { 1 } else { arguments.latency_seconds }),
+        program: std::env::current_exe().context("finding this program")?,
+    };
+    let mut figures = Figures { command: command_line(), at_s: seconds_since_1970(), ..Figures::default() };
+    describe_machine(&mut figures);
+    println!(
+        "Filling the source's WAL: {} rows, and {} in transactions of one row ...",
+        options.rows, options.rows_one
+    );
+    let bench = Bench::prepare(options).await?;
+    let told = |run: &wallaby_loadtest::measure::figures::Run| {
+        println!("pair {} {:<34} {:>8.0} rows/s, load {:.2}", run.pair, run.kind.title(), run.rate(), run.load_average);
+    };
+    bench.run_pairs(&mut figures, told).await?;
+    println!("Latencies ...");
+    bench.latency(&mut figures).await?;
+    drop(bench);
+    write(&arguments.out, &figures)
+}
+
+fn write(folder: &Path, figures: &Figures) -> anyhow::Result<()> {
+    let page = report::markdown(figures);
+    std::fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+    for (name, text) in [("figures.json", serde_json::to_string_pretty(figures)?), ("figures.md", page.clone())] {
+        let path = folder.join(name);
+        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
+    println!("\n{page}\nWritten to {}/figures.json and figures.md.", folder.display());
+    Ok(())
+}
+
+fn command_line() -> String {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let build = if cfg!(debug_assertions) { "" } else { "--release " };
+    format!("cargo run {build}-p wallaby-loadtest --bin wallaby-loadtest -- {}", arguments.join(" "))
+}
+
+fn seconds_since_1970() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+fn describe_machine(figures: &mut Figures) {
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let memory = memory.lines().next().and_then(|line| line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok());
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let build = if cfg!(debug_assertions) { "debug" } else { "release" };
+    let facts = [
+        ("cores", cores.to_string()),
+        ("memory", format!("{} GiB", memory.unwrap_or_default() >> 20)),
+        ("kernel", kernel.trim().to_owned()),
+        ("postgres", wallaby_stack::POSTGRES_VERSION.to_owned()),
+        ("build", build.to_owned()),
+    ];
+    figures.machine.extend(facts.into_iter().map(|(what, value)| (what.to_owned(), value)));
+}
