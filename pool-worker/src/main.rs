@@ -31,17 +31,19 @@ fn main() -> ExitCode {
 }
 
 async fn run(options: Options) -> anyhow::Result<()> {
-    let failpoints = Failpoints::parse(&std::env::var("WALLABY_FAILPOINTS").unwrap_or_default()).map_err(anyhow::Error::msg)?;
+    let failpoints =
+        Failpoints::parse(&std::env::var("WALLABY_FAILPOINTS").unwrap_or_default()).map_err(anyhow::Error::msg)?;
     let name = match &options.name {
         Some(name) => WorkerId::new(name.clone())?,
         None => WorkerId::new(format!("worker-{:08x}", rand::random::<u32>()))?,
     };
     let telemetry = wallaby_telemetry::init(TelemetryOptions {
-        service: "wallaby-worker".to_owned(),
+        instance: Some(name.to_string()),
         otlp_endpoint: options.otlp.clone(),
         metrics_listen: Some(options.metrics),
         log_format: if options.log_format == "json" { LogFormat::Json } else { LogFormat::Text },
-        filter: options.log.clone(),
+        filter: Some(options.log.clone()),
+        ..TelemetryOptions::new("wallaby-worker", env!("CARGO_PKG_VERSION"))
     })
     .await?;
     wallaby_pool_worker::describe_metrics();
@@ -51,7 +53,9 @@ async fn run(options: Options) -> anyhow::Result<()> {
     let shutdown = CancellationToken::new();
     tokio::spawn(watch_signals(shutdown.clone()));
     let address = telemetry.metrics_address().map(|address| address.to_string()).unwrap_or_default();
-    live(options, name, failpoints, address, shutdown).await
+    let outcome = live(options, name, failpoints, address, shutdown).await;
+    telemetry.shutdown().await;
+    outcome
 }
 
 /// One life after another: a lease that was lost is followed by a new one.

@@ -17,10 +17,18 @@ pub fn describe() {
     describe_gauge!("wallaby_retained_wal_bytes", Unit::Bytes, "WAL that the slot keeps the source from removing");
     describe_counter!("wallaby_applied_rows_total", "Rows applied to a sink, before-images included");
     describe_histogram!("wallaby_apply_seconds", Unit::Seconds, "Time a sink took for one batch");
-    describe_histogram!("wallaby_commit_to_sink_seconds", Unit::Seconds, "From the commit at the source to durable in the sink");
+    describe_histogram!(
+        "wallaby_commit_to_sink_seconds",
+        Unit::Seconds,
+        "From the commit at the source to durable in the sink"
+    );
     describe_gauge!("wallaby_applied_lsn", "Commit LSN up to which a sink has everything");
     describe_gauge!("wallaby_sink_lag_bytes", Unit::Bytes, "WAL between what this worker read of the log and the sink");
-    describe_gauge!("wallaby_sink_lag_seconds", Unit::Seconds, "Age of the last applied change while the sink is behind; 0 when caught up");
+    describe_gauge!(
+        "wallaby_sink_lag_seconds",
+        Unit::Seconds,
+        "Age of the last applied change while the sink is behind; 0 when caught up"
+    );
     describe_gauge!("wallaby_tasks", "Tasks that this worker owns");
     describe_counter!("wallaby_tasks_taken_total", "Tasks that this worker took");
     describe_counter!("wallaby_tasks_ended_total", "Tasks that ended, by outcome: released, given_up, lock_lost");

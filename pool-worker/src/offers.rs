@@ -70,7 +70,8 @@ impl Offers {
         };
         let fetch = consumer.fetch().max_messages(OFFER_PULL_BATCH).expires(PULL_EXPIRES);
         let messages = tokio::time::timeout(ANSWER_TIMEOUT, fetch.messages()).await;
-        let mut messages = messages.map_err(|_| "no answer to a pull".to_owned())?.map_err(|error| error.to_string())?;
+        let mut messages =
+            messages.map_err(|_| "no answer to a pull".to_owned())?.map_err(|error| error.to_string())?;
         // The server ends a pull that expired; without its word the pull is given up a little later.
         let first = tokio::time::timeout(PULL_EXPIRES + ANSWER_TIMEOUT, messages.next()).await;
         let pulled = match first {

@@ -60,6 +60,7 @@ impl Pulse {
     }
 
     /// What the task waits for, if it said so.
+    #[cfg(test)]
     pub fn waiting(&self) -> Option<Wait> {
         self.state().wait.clone()
     }

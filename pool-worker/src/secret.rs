@@ -6,7 +6,9 @@ use wallaby_model::flow::SecretRef;
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
     /// The variable is not set, or is not text.
-    #[error("the environment variable {0} is not set for this worker: set it where the worker is started, or use `file`")]
+    #[error(
+        "the environment variable {0} is not set for this worker: set it where the worker is started, or use `file`"
+    )]
     Env(String),
     /// The file cannot be read.
     #[error("the secret file {path} cannot be read by this worker: {source}. Check that it is mounted and readable")]

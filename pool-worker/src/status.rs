@@ -73,11 +73,6 @@ impl StatusBoard {
         self.edit(|status| status.epoch = Some(epoch));
     }
 
-    /// The epoch, once it is fixed.
-    pub fn fixed_epoch(&self) -> Option<Epoch> {
-        self.lock().epoch
-    }
-
     /// Says where the task stands.
     pub fn phase(&self, phase: TaskPhase) {
         self.edit(|status| {

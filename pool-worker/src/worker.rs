@@ -11,13 +11,13 @@ use wallaby_model::{TaskId, WorkerId};
 
 use crate::failpoint::{Failpoint, Failpoints};
 use crate::flows::{Demand, Flow, FlowWatch, Flows, demand};
+use crate::metrics;
 use crate::offers::{Offers, Pulled};
 use crate::options::Options;
 use crate::pulse::Pulse;
 use crate::shared::Shared;
 use crate::status::{StatusBoard, now};
 use crate::task::{self, TaskContext};
-use crate::metrics;
 
 /// How long a drain may take before the tasks are cut off.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(30);
@@ -69,7 +69,8 @@ pub async fn run(start: Start, shutdown: CancellationToken) -> Result<Outcome, w
     tracing::info!(worker = %session.worker(), ttl_ms = session.ttl().as_millis() as u64, "worker started");
     let watch = FlowWatch::start(&coordination);
     let shared = Arc::new(Shared::new(options, coordination, session, failpoints));
-    let mut worker = Worker { shared, flows: watch.subscribe(), tasks: JoinSet::new(), drain: CancellationToken::new(), info };
+    let mut worker =
+        Worker { shared, flows: watch.subscribe(), tasks: JoinSet::new(), drain: CancellationToken::new(), info };
     let outcome = worker.serve(&shutdown).await;
     if outcome == Outcome::Drained
         && let Err(error) = worker.shared.session.revoke().await
@@ -215,7 +216,11 @@ impl Worker {
     /// The lease may have run out: nothing more is written, tasks are cut off where they stand.
     async fn fenced(&mut self) -> Outcome {
         let reason = self.shared.session.fence_reason().unwrap_or(FenceReason::Deadline);
-        tracing::error!(?reason, tasks = self.tasks.len(), "the lease is no longer certain: every task is dropped at once");
+        tracing::error!(
+            ?reason,
+            tasks = self.tasks.len(),
+            "the lease is no longer certain: every task is dropped at once"
+        );
         self.tasks.shutdown().await;
         metrics::tasks(0);
         Outcome::Fenced

@@ -52,11 +52,6 @@ impl BatchAssembler {
         self.at
     }
 
-    /// The log's epoch where the sink stands.
-    pub fn epoch(&self) -> Epoch {
-        self.epoch
-    }
-
     /// Where the reader stands: everything up to here was pushed.
     pub fn end(&self) -> Position {
         self.end
@@ -198,7 +193,7 @@ mod tests {
         assembler.push(segment(middle, end(25), end(25), &[(20, 13, 1)]));
         let batch = assembler.batch(1 << 20).unwrap();
         assert_eq!((batch.from, batch.to, batch.rows()), (end(10), end(25), 3));
-        assembler.applied(batch.to); 
+        assembler.applied(batch.to);
         assert_eq!((assembler.held_bytes(), assembler.held_rows()), (0, 0));
     }
 
@@ -209,7 +204,7 @@ mod tests {
         assembler.push(segment(end(10), middle, end(25), &[(20, 11, 1), (40, 30, 1), (40, 31, 1)]));
         let first = assembler.batch(1 << 20).unwrap();
         assert_eq!((first.to, first.rows()), (end(25), 1));
-        assembler.applied(first.to); 
+        assembler.applied(first.to);
         assert!(assembler.batch(1 << 20).is_none());
         assembler.push(segment(middle, end(45), end(45), &[(40, 32, 1)]));
         let second = assembler.batch(1 << 20).unwrap();

@@ -62,8 +62,13 @@ impl ApplyError {
             ) => Directive::Stop,
             ApplyError::Segment { .. } | ApplyError::SourceDsn(_) => Directive::Stop,
             ApplyError::Coordination(error) if error.is_ownership_lost() => Directive::GiveUp,
-            ApplyError::Coordination(wallaby_coordination::Error::HoldGone { .. }) | ApplyError::Invalid => Directive::GiveUp,
-            ApplyError::Staging(_) | ApplyError::Coordination(_) | ApplyError::Secret { .. } | ApplyError::Silent(_) => again,
+            ApplyError::Coordination(wallaby_coordination::Error::HoldGone { .. }) | ApplyError::Invalid => {
+                Directive::GiveUp
+            }
+            ApplyError::Staging(_)
+            | ApplyError::Coordination(_)
+            | ApplyError::Secret { .. }
+            | ApplyError::Silent(_) => again,
         }
     }
 

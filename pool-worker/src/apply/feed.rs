@@ -35,7 +35,8 @@ impl Feed {
     pub fn start(reader: LogReader, bytes: usize) -> Feed {
         let waiting = reader.waiting();
         let (sender, received) = mpsc::channel(SEGMENTS_MAX);
-            let task = tokio::spawn(read(reader, sender, bytes.clamp(1 << 16, Semaphore::MAX_PERMITS.min(u32::MAX as usize))));
+        let task =
+            tokio::spawn(read(reader, sender, bytes.clamp(1 << 16, Semaphore::MAX_PERMITS.min(u32::MAX as usize))));
         Feed { received, waiting, _task: AbortOnDropHandle::new(task) }
     }
 

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::OwnedSemaphorePermit;
 use wallaby_connector_api::{Applied as Outcome, Batch, Faults, Opened, Sink, SinkFactory, SinkTask};
 use wallaby_coordination::{Key, Mark, PacedWriter};
-use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::Position;
+use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_postgres::{PostgresSinkConfig, PostgresSinkFactory};
 use wallaby_postgres_source::{ConnectConfig, Lookup};
 use wallaby_staging::{Log, LogReader, ReaderOptions, SegmentCache, Start};
 
 use super::assemble::BatchAssembler;
-use super::feed::{self, Feed, Fed};
+use super::feed::{self, Fed, Feed};
 use super::{Applied, ApplyError};
 use crate::backoff::Backoff;
 use crate::failpoint::Failpoint;
@@ -319,13 +319,20 @@ fn enter(context: &TaskContext, phase: TaskPhase, waits_for: &str) {
 }
 
 fn last_commit(batch: &Batch) -> Option<i64> {
-    batch.parts.iter().flat_map(|part| part.transactions()).filter(|t| t.commit < batch.to.commit).map(|t| t.committed_at_micros).max()
+    batch
+        .parts
+        .iter()
+        .flat_map(|part| part.transactions())
+        .filter(|t| t.commit < batch.to.commit)
+        .map(|t| t.committed_at_micros)
+        .max()
 }
 
 /// The transactions that end inside the batch: one that is spread over several segments stands in each of them.
 fn transactions_of(batch: &Batch) -> u64 {
     let commits = batch.parts.iter().flat_map(|part| part.transactions()).map(|transaction| transaction.commit);
-    let mut inside: Vec<_> = commits.filter(|commit| *commit >= batch.from.commit && *commit < batch.to.commit).collect();
+    let mut inside: Vec<_> =
+        commits.filter(|commit| *commit >= batch.from.commit && *commit < batch.to.commit).collect();
     inside.sort_unstable();
     inside.dedup();
     inside.len() as u64

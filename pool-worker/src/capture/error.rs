@@ -121,23 +121,26 @@ impl CaptureError {
     /// One word for an error of the log.
     pub fn staging_reason(error: &StagingError) -> &'static str {
         match error {
-                StagingError::Connect { .. } | StagingError::Unavailable { .. } => "LogUnreachable",
-                StagingError::ServerTooOld { .. } => "NatsServerTooOld",
-                StagingError::NoJetStream { .. } => "NoJetStream",
-                StagingError::NoRoom { .. } | StagingError::TooSmall { .. } => "LogSize",
-                StagingError::NoServers { .. } => "LogReplicas",
-                StagingError::NotALog { .. } | StagingError::Record { .. } => "NotALog",
-                StagingError::Missing { .. } | StagingError::TailLost { .. } => "LogLost",
-                StagingError::Fenced { .. } | StagingError::EpochTaken { .. } => "Fenced",
-                StagingError::NotContinuing { .. } | StagingError::Closed { .. } => "LogInterrupted",
-                StagingError::TooLarge { .. } => "RowTooLarge",
-                StagingError::Gap { .. } => "LogGap",
-                StagingError::PastHold { .. } => "PastHold",
+            StagingError::Connect { .. } | StagingError::Unavailable { .. } => "LogUnreachable",
+            StagingError::ServerTooOld { .. } => "NatsServerTooOld",
+            StagingError::NoJetStream { .. } => "NoJetStream",
+            StagingError::NoRoom { .. } | StagingError::TooSmall { .. } => "LogSize",
+            StagingError::NoServers { .. } => "LogReplicas",
+            StagingError::NotALog { .. } | StagingError::Record { .. } => "NotALog",
+            StagingError::Missing { .. } | StagingError::TailLost { .. } => "LogLost",
+            StagingError::Fenced { .. } | StagingError::EpochTaken { .. } => "Fenced",
+            StagingError::NotContinuing { .. } | StagingError::Closed { .. } => "LogInterrupted",
+            StagingError::TooLarge { .. } => "RowTooLarge",
+            StagingError::Gap { .. } => "LogGap",
+            StagingError::PastHold { .. } => "PastHold",
         }
     }
 }
 
 /// What a person mends at the source without telling us: worth another try by itself.
 fn is_mended_elsewhere(error: &SourceError) -> bool {
-    matches!(error.reason(), "AuthenticationFailed" | "PrivilegeMissing" | "WalLevelTooLow" | "SlotInUse" | "TableMissing")
+    matches!(
+        error.reason(),
+        "AuthenticationFailed" | "PrivilegeMissing" | "WalLevelTooLow" | "SlotInUse" | "TableMissing"
+    )
 }

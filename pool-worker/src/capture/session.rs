@@ -8,7 +8,7 @@ use wallaby_postgres_source::{
     connect_control, ensure_publication, ensure_slot,
 };
 use wallaby_staging::{
-    Log, LogConfig, LogWriter, SegmentCache, Takeover, TailClaims, TailVerdict, WriterOptions, judge_tail, sync_policy,
+    Log, LogConfig, LogWriter, SegmentCache, TailClaims, TailVerdict, Takeover, WriterOptions, judge_tail, sync_policy,
 };
 
 use std::sync::Arc;

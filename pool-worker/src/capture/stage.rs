@@ -12,8 +12,8 @@ use wallaby_staging::{DataAppend, Log, LogWriter, Wait};
 use super::{CaptureError, Owned};
 use crate::failpoint::Failpoint;
 use crate::flows::CaptureDemand;
-use crate::task::TaskContext;
 use crate::metrics;
+use crate::task::TaskContext;
 
 /// How often figures and conditions are brought up to date.
 const TICK: Duration = Duration::from_secs(1);
