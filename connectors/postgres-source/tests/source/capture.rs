@@ -1,0 +1,259 @@
+//! Rows, positions, restarts.
+
+use wallaby_model::{ColumnType, Op, Position};
+use wallaby_postgres_source::CaptureEvent;
+use wallaby_testkit::{Database, eventually};
+
+use crate::kit::{Flow, LIMIT, confirmed, rows_of, wal_end};
+
+fn ops(rows: &[crate::kit::Row]) -> Vec<Op> {
+    rows.iter().map(|row| row.op).collect()
+}
+
+#[tokio::test]
+async fn b35_changes_come_with_the_old_values_that_each_identity_gives() {
+    let db = Database::create("identities").await;
+    db.batch_execute(
+        "CREATE TABLE by_key (id int PRIMARY KEY, v text);
+         CREATE TABLE by_index (id int, code int NOT NULL, v text);
+         CREATE UNIQUE INDEX by_index_code ON by_index (code);
+         ALTER TABLE by_index REPLICA IDENTITY USING INDEX by_index_code;
+         CREATE TABLE whole (id int, v text);
+         ALTER TABLE whole REPLICA IDENTITY FULL;",
+    )
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let mut run = flow.start(1, flow.first_position()).await;
+    db.batch_execute(
+        "BEGIN;
+         INSERT INTO by_key VALUES (1, 'a');
+         UPDATE by_key SET v = 'b';
+         UPDATE by_key SET id = 2;
+         DELETE FROM by_key;
+         INSERT INTO by_index VALUES (1, 10, 'a');
+         UPDATE by_index SET code = 11;
+         DELETE FROM by_index;
+         INSERT INTO whole VALUES (1, 'a');
+         UPDATE whole SET v = 'b';
+         DELETE FROM whole;
+         TRUNCATE by_key, whole;
+         COMMIT;",
+    )
+    .await
+    .unwrap();
+    let rows = run.rows(15).await;
+    use Op::*;
+    assert_eq!(
+        ops(&rows),
+        [
+            Insert, Update, OldKey, Update, DeleteKey, Insert, OldKey, Update, DeleteKey, Insert, OldRow, Update, DeleteRow,
+            Truncate, Truncate
+        ]
+    );
+    let values: Vec<String> = rows.iter().map(|row| row.values.join(",")).collect();
+    assert_eq!(
+        values,
+        [
+            "1,a", "1,b", "1,NULL", "2,b", "2,NULL", "1,10,a", "NULL,10,NULL", "1,11,a", "NULL,11,NULL", "1,a", "1,a", "1,b",
+            "1,b", "NULL,NULL", "NULL,NULL"
+        ]
+    );
+    assert_eq!(rows[2].position, rows[3].position, "a before-image stands at the position of its row");
+    assert_eq!((rows[13].position.index, rows[14].position.index), (1, 2), "a truncate of two tables counts two");
+    assert_eq!(rows[13].position.change, rows[14].position.change);
+    assert!(run.end.is_between_transactions());
+    run.feedback.confirm(run.end.commit);
+    let end = run.end.commit;
+    eventually(LIMIT, "the confirmation arrives", async || match confirmed(&db, &flow.name).await {
+        lsn if lsn == end => Ok(()),
+        lsn => Err(lsn),
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn b43_unchanged_toast_is_distinct_from_null_and_b44_full_gives_the_value() {
+    let db = Database::create("toast").await;
+    db.batch_execute(
+        "CREATE TABLE t (id int PRIMARY KEY, n int, big text, bytes bytea, absent text);
+         ALTER TABLE t ALTER big SET STORAGE EXTERNAL, ALTER bytes SET STORAGE EXTERNAL;
+         CREATE TABLE f (id int PRIMARY KEY, n int, big text);
+         ALTER TABLE f REPLICA IDENTITY FULL;
+         ALTER TABLE f ALTER big SET STORAGE EXTERNAL;",
+    )
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let mut run = flow.start(1, flow.first_position()).await;
+    db.batch_execute(
+        "INSERT INTO t VALUES (1, 1, repeat('x', 5000), decode(repeat('ab', 4000), 'hex'), NULL);
+         UPDATE t SET n = 2;
+         UPDATE t SET id = 2;
+         INSERT INTO f VALUES (1, 1, repeat('y', 5000));
+         UPDATE f SET n = 2;",
+    )
+    .await
+    .unwrap();
+    let rows = run.rows(7).await;
+    assert_eq!(rows[0].values[2].len(), 5000);
+    assert_eq!(rows[0].values[3].len(), 8000);
+    assert_eq!(rows[1].values, ["1", "2", "(unchanged)", "(unchanged)", "NULL"]);
+    assert_eq!(rows[3].values, ["2", "2", "(unchanged)", "(unchanged)", "NULL"]);
+    assert_eq!(rows[6].op, Op::Update);
+    assert_eq!(rows[6].values[2], "y".repeat(5000));
+}
+
+#[tokio::test]
+async fn b53_shapes_change_in_mid_stream_and_in_mid_transaction() {
+    let db = Database::create("shapes").await;
+    db.batch_execute("CREATE TABLE t (id int PRIMARY KEY, a text)").await.unwrap();
+    let flow = Flow::create(&db).await;
+    // All of it happens while nothing reads: each row must come in the shape of its time (b56).
+    db.batch_execute(
+        "BEGIN;
+         INSERT INTO t VALUES (1, 'x');
+         ALTER TABLE t ADD COLUMN b numeric(10,2) DEFAULT 1.5;
+         INSERT INTO t VALUES (2, 'y', 2.50);
+         COMMIT;
+         ALTER TABLE t DROP COLUMN a;
+         INSERT INTO t VALUES (3, 3);
+         ALTER TABLE t RENAME COLUMN b TO c;
+         INSERT INTO t VALUES (4, 4);",
+    )
+    .await
+    .unwrap();
+    let mut run = flow.start(1, flow.first_position()).await;
+    let mut shapes = Vec::new();
+    let mut rows = Vec::new();
+    while rows.len() < 4 {
+        let segment = run.segment().await;
+        for table in &segment.body.tables {
+            let names: Vec<&str> = table.schema.columns.iter().map(|column| column.name.as_str()).collect();
+            shapes.push((names.join(","), table.schema.key()));
+        }
+        rows.extend(rows_of(&segment.body));
+    }
+    let values: Vec<String> = rows.iter().map(|row| row.values.join(",")).collect();
+    assert_eq!(values, ["1,x", "2,y,2.50", "3,3.00", "4,4.00"]);
+    let names: Vec<&str> = shapes.iter().map(|(names, _)| names.as_str()).collect();
+    assert_eq!(names, ["id,a", "id,a,b", "id,b", "id,c"]);
+    assert!(shapes.iter().all(|(_, key)| key == &[0]), "{shapes:?}");
+}
+
+#[tokio::test]
+async fn types_are_resolved_through_domains_enums_and_arrays() {
+    let db = Database::create("types").await;
+    db.batch_execute(
+        "CREATE SCHEMA other;
+         CREATE TYPE other.mood AS ENUM ('sad', 'ok');
+         CREATE DOMAIN price AS numeric(8,2);
+         CREATE DOMAIN net_price AS price;
+         CREATE TABLE t (id int PRIMARY KEY, m other.mood NOT NULL, p net_price, ps net_price[], ms other.mood[], ints int[],
+                         r int4range, j jsonb, rs int4range[], c char(5), i interval(3), o oid);
+         INSERT INTO t VALUES (0, 'ok');",
+    )
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let mut run = flow.start(1, flow.first_position()).await;
+    db.batch_execute(
+        "INSERT INTO t VALUES (1, 'ok', 1.10, '{1.1,NULL}', '{sad}', '{{1,2},{3,4}}', '[1,5)', '{\"a\": 1}', '{\"[1,2)\"}',
+                               'ab', '1 year 2 days 3.5 seconds', 4000000000)",
+    )
+    .await
+    .unwrap();
+    let segment = run.segment().await;
+    let schema = &segment.body.tables[0].schema;
+    let kinds: Vec<(ColumnType, &str)> =
+        schema.columns.iter().map(|column| (column.kind, column.sql_type.as_str())).collect();
+    use ColumnType as T;
+    assert_eq!(
+        kinds,
+        [
+            (T::Int4, "integer"),
+            (T::Enum, "other.mood"),
+            (T::Numeric, "numeric(8,2)"),
+            (T::Array, "numeric[]"),
+            (T::Array, "other.mood[]"),
+            (T::Array, "integer[]"),
+            (T::Other, "int4range"),
+            (T::Jsonb, "jsonb"),
+            (T::Other, "int4range[]"),
+            (T::Text, "character(5)"),
+            (T::Interval, "interval(3)"),
+            (T::Oid, "oid"),
+        ]
+    );
+    assert!(schema.columns[1].not_null && !schema.columns[2].not_null);
+    let rows = rows_of(&segment.body);
+    assert_eq!(
+        rows[0].values,
+        [
+            "1", "ok", "1.10", "{1.10,NULL}", "{sad}", "{{1,2},{3,4}}", "[1,5)", "{\"a\": 1}", "{\"[1,2)\"}", "ab   ",
+            "12/2/3500000", "4000000000"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn b58_a_restart_inside_a_transaction_goes_on_with_the_next_row() {
+    let db = Database::create("inside").await;
+    db.batch_execute("CREATE TABLE t (id int PRIMARY KEY, pad text)").await.unwrap();
+    let flow = Flow::create(&db).await;
+    // One multi-insert: many rows share an LSN (b59).
+    db.batch_execute("INSERT INTO t VALUES (0, ''); COPY t FROM PROGRAM 'seq 1 500 | sed s/$/\\\\t/'").await.unwrap();
+    let mut options = flow.options(1);
+    options.segment_target_bytes = 4000;
+    let mut run = flow.start_with(options.clone(), flow.first_position()).await.unwrap();
+    let mut all = Vec::new();
+    let mut shared = 0;
+    let mut epoch = 1;
+    while all.len() < 501 {
+        let segment = run.segment().await;
+        let rows = rows_of(&segment.body);
+        shared += rows.iter().filter(|row| row.position.index > 1).count();
+        all.extend(rows.into_iter().map(|row| row.values[0].parse::<i32>().unwrap()));
+        let inside = !segment.to.is_between_transactions();
+        if inside {
+            assert!(segment.complete_to < Position::before(segment.to.commit.max(segment.complete_to.commit)) || segment.complete_to.commit <= segment.to.commit);
+            let end = run.end;
+            drop(run);
+            epoch += 1;
+            options.owner.epoch.0 = epoch;
+            run = flow.start_with(options.clone(), end).await.unwrap();
+        }
+    }
+    assert_eq!(all, (0..=500).collect::<Vec<_>>());
+    assert!(epoch > 3, "it was cut {epoch} times");
+    assert!(shared > 100, "rows share an LSN: {shared}");
+}
+
+#[tokio::test]
+async fn b84_heartbeats_follow_the_wal_without_any_captured_change() {
+    let db = Database::create("quiet").await;
+    db.batch_execute("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE uncaptured (id int)").await.unwrap();
+    db.batch_execute("ALTER TABLE uncaptured REPLICA IDENTITY FULL").await.unwrap();
+    let flow = Flow::create(&db).await;
+    db.batch_execute(&format!("ALTER PUBLICATION \"{}\" DROP TABLE uncaptured", flow.name)).await.unwrap();
+    let mut run = flow.start(1, flow.first_position()).await;
+    db.batch_execute("INSERT INTO uncaptured SELECT generate_series(1, 1000)").await.unwrap();
+    let target = wal_end(&db).await;
+    let mut beats = Vec::new();
+    while run.end < Position::before(target) {
+        match run.next().await.unwrap() {
+            CaptureEvent::Heartbeat { to } => beats.push((to, std::time::Instant::now())),
+            CaptureEvent::Segment(segment) => panic!("{segment:?}"),
+        }
+    }
+    run.feedback.confirm(run.end.commit);
+    eventually(LIMIT, "the slot follows", async || match confirmed(&db, &flow.name).await {
+        lsn if lsn >= target => Ok(()),
+        lsn => Err(lsn),
+    })
+    .await;
+    for pair in beats.windows(2) {
+        let apart = pair[1].1 - pair[0].1;
+        assert!(apart.as_millis() >= 900, "heartbeats at most once a second: {apart:?}");
+    }
+}

@@ -1,0 +1,5 @@
+//! The source against a real PostgreSQL.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a failed unwrap is the test's failure")]
+
+mod capture;
+mod kit;
