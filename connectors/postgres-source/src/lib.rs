@@ -1,8 +1,8 @@
 //! Reads the WAL of one PostgreSQL database through its own replication client.
 //!
-//! From the server to a segment: [`transport`](crate::config) and TLS, [`replication`] (bytes to frames), [`pgoutput`]
+//! From the server to a segment: transport and TLS, [`replication`] (bytes to frames), [`pgoutput`]
 //! (frames to messages), `assemble` (messages to Arrow segments), [`Capture`] (the loop that the capture task runs).
-//! Beside it: publication and slot ([`setup`]), checks before streaming, `wallaby doctor`'s [`preflight`], rows by key
+//! Beside it: publication and slot ([`ensure_publication`], [`ensure_slot`]), checks before streaming, `wallaby doctor`'s [`preflight()`], rows by key
 //! ([`Lookup`]), and what the slot holds back ([`source_status`]).
 
 mod assemble;
@@ -14,6 +14,7 @@ mod error;
 mod lookup;
 mod metrics;
 pub mod pgoutput;
+mod preflight;
 mod prepare;
 pub mod replication;
 mod sessions;
@@ -32,6 +33,7 @@ pub use control::{Control, ControlEnd, connect_control};
 pub use error::{ServerError, SourceError};
 pub use lookup::Lookup;
 pub use metrics::describe_metrics;
+pub use preflight::{Finding, Status, preflight};
 pub use prepare::{Prepared, SourceIdentity};
 pub use replication::{Feedback, Frame, FrameReader, GulpPolicy, ReplicationClient, StartOptions};
 pub use sessions::SessionOwner;

@@ -28,7 +28,7 @@ pub(crate) struct SourceTable {
 pub(crate) struct ExistingPublication {
     pub(crate) all_tables: bool,
     pub(crate) tables: BTreeSet<TableName>,
-    /// Tables in it without an identity.
+    /// Whether no operation is left out.
     pub(crate) publishes_all_operations: bool,
 }
 
