@@ -7,9 +7,12 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use wallaby_loadtest::measure::bench::{Bench, BenchOptions};
-use wallaby_loadtest::measure::figures::Figures;
+use wallaby_loadtest::measure::figures::{Figures, Run, Skipped};
 use wallaby_loadtest::measure::parts::{self, Part};
 use wallaby_loadtest::measure::report;
+use wallaby_loadtest::measure::sink::{SinkBench, SinkOptions};
+use wallaby_loadtest::system::Programs;
+use wallaby_stack::Folder;
 
 /// Measures WALlaby on this machine. Build it with --release, and let the machine rest meanwhile.
 #[derive(Debug, Parser)]
@@ -51,6 +54,9 @@ struct RunArguments {
     /// Where figures.json and figures.md go.
     #[arg(long, default_value = "target/loadtest")]
     out: PathBuf,
+    /// Where wallaby-controller and wallaby-worker are; beside this program when absent. Without them the sink is skipped.
+    #[arg(long)]
+    programs: Option<PathBuf>,
     /// A small form that only shows that everything runs: its figures mean nothing.
     #[arg(long)]
     quick: bool,
@@ -112,15 +118,42 @@ async fn measure(arguments: RunArguments) -> anyhow::Result<()> {
         "Filling the source's WAL: {} rows, and {} in transactions of one row ...",
         options.rows, options.rows_one
     );
-    let bench = Bench::prepare(options).await?;
-    let told = |run: &wallaby_loadtest::measure::figures::Run| {
+    let bench = Bench::prepare(options.clone()).await?;
+    let told = |run: &Run| {
         println!("pair {} {:<34} {:>8.0} rows/s, load {:.2}", run.pair, run.kind.title(), run.rate(), run.load_average);
     };
     bench.run_pairs(&mut figures, told).await?;
-    println!("Latencies ...");
+    println!("Latencies to a reader of the log ...");
     bench.latency(&mut figures).await?;
     drop(bench);
+    let sink = SinkOptions {
+        pairs: options.pairs,
+        rows: options.rows,
+        per_second: options.per_second,
+        latency_for: options.latency_for,
+    };
+    match Programs::find(arguments.programs.as_deref()) {
+        Ok(programs) => measure_sink(sink, &programs, &mut figures, told).await?,
+        Err(error) => figures.skipped.push(Skipped { what: "the Postgres sink".to_owned(), why: format!("{error:#}") }),
+    }
     write(&arguments.out, &figures)
+}
+
+async fn measure_sink(
+    options: SinkOptions,
+    programs: &Programs,
+    figures: &mut Figures,
+    told: impl FnMut(&Run),
+) -> anyhow::Result<()> {
+    println!("The Postgres sink: filling the log ...");
+    let folder = Folder::temporary("loadtest")?;
+    let bench = SinkBench::prepare(options, programs, folder.path()).await?;
+    let measured = async {
+        bench.run_pairs(figures, told).await?;
+        println!("Latencies to the sink ...");
+        bench.latency(figures).await
+    };
+    measured.await.map_err(|error| anyhow::anyhow!("{error:#}{}", bench.last_words()))
 }
 
 fn write(folder: &Path, figures: &Figures) -> anyhow::Result<()> {

@@ -4,22 +4,21 @@
 //! when it is dropped, so an error, Ctrl-C or the end of the story leaves nothing behind; after a kill -9 of the demo itself the
 //! stack's reaper does it.
 
-pub mod api;
 pub mod board;
-pub mod scene;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use wallaby_model::Lsn;
+use wallaby_model::flow::FlowDocument;
 use wallaby_proto::v1;
-use wallaby_stack::FolderLock;
+use wallaby_stack::{FolderLock, NatsOptions, PostgresOptions};
 
-use self::api::FlowApi;
 use self::board::Board;
-use self::scene::{LEASE_TTL, Programs, Servers, Wallaby, check_alive, until};
 use crate::shop::{self, Load, LoadOptions};
+use crate::system::api::{self, FlowApi};
+use crate::system::{self, LEASE_TTL, Programs, Servers, ServersOptions, Wallaby, check_alive, until};
 use crate::{Comparison, compare};
 
 /// How long a fresh flow may take until rows can flow.
@@ -82,9 +81,9 @@ pub async fn run(options: &DemoOptions) -> anyhow::Result<Told> {
     let programs = Programs::find(options.programs.as_deref())?;
     let document = api::read_flow(&options.flow)?;
     let folder = FolderLock::acquire(&options.folder)?;
-    scene::clear(folder.path())?;
+    system::clear(folder.path())?;
     let mut stage = raise(options, &programs, folder.path(), document.metadata.name.clone()).await?;
-    match tell(options, &mut stage, &document.publication_name()).await {
+    match tell(options, &mut stage, &document).await {
         Ok(outcome) => Ok(Told { outcome, stage, folder }),
         Err(error) => {
             let (words, logs) = (stage.wallaby.last_words(), folder.path().display());
@@ -95,15 +94,15 @@ pub async fn run(options: &DemoOptions) -> anyhow::Result<Told> {
     }
 }
 
-async fn tell(options: &DemoOptions, stage: &mut Stage, publication: &str) -> anyhow::Result<Outcome> {
-    apply_flow(stage, options).await?;
+async fn tell(options: &DemoOptions, stage: &mut Stage, document: &FlowDocument) -> anyhow::Result<Outcome> {
+    apply_flow(stage, options, document).await?;
     let load = start_load(stage, options).await?;
     watch_rows_flow(stage, &load, options.flow_for).await?;
     let takeover = kill_and_take_over(stage, &load).await?;
     watch_rows_flow(stage, &load, options.flow_for).await?;
     let end = stop_load(stage, load).await?;
     catch_up(stage, end).await?;
-    let comparison = compare_all(stage, publication).await?;
+    let comparison = compare_all(stage, &document.publication_name()).await?;
     Ok(Outcome { comparison, takeover })
 }
 
@@ -117,7 +116,9 @@ async fn raise(
     let mut board = Board::new();
     let started = Instant::now();
     board.say("Starting two Postgres, three NATS nodes and etcd ...");
-    let servers = Servers::start(folder).await?;
+    let postgres = PostgresOptions { fsync: true, ..PostgresOptions::default() };
+    let nats = NatsOptions { nodes: 3, ..NatsOptions::default() };
+    let servers = Servers::start(folder, &ServersOptions { postgres, nats }).await?;
     shop::create_schema(&servers.source_dsn()).await?;
     board.say("Starting one controller and two workers ...");
     let wallaby = Wallaby::start(&servers, programs, folder, &["worker-1", "worker-2"])?;
@@ -129,17 +130,13 @@ async fn raise(
 }
 
 /// Applies the flow and waits until changes are captured and the sink knows where it begins.
-async fn apply_flow(stage: &mut Stage, options: &DemoOptions) -> anyhow::Result<()> {
+async fn apply_flow(stage: &mut Stage, options: &DemoOptions, document: &FlowDocument) -> anyhow::Result<()> {
     stage.board.say(&format!("\nApplying {} ...", options.flow.display()));
-    stage.api.create(&options.flow).await?;
+    stage.api.create(document).await?;
     let alive = || check_alive(&stage.servers, &stage.wallaby);
     let ready = || async {
         let flow = stage.api.get().await?;
-        let is_true = |kind: &str| {
-            let conditions = flow.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-            conditions.iter().any(|c| c.r#type == kind && c.status == i32::from(v1::ConditionStatus::True))
-        };
-        ensure!(is_true("Capturing"), "the flow does not capture yet: {}", api::complaints(&flow));
+        ensure!(api::is_true(&flow, "Capturing"), "the flow does not capture yet: {}", api::complaints(&flow));
         ensure!(api::applied(&flow) > Lsn::ZERO, "the sink has no position yet: {}", api::complaints(&flow));
         Ok(())
     };
@@ -220,7 +217,7 @@ async fn kill_and_take_over(stage: &mut Stage, load: &Load) -> anyhow::Result<Du
 /// Stops the load at transaction boundaries. Returns the end of the source's WAL.
 async fn stop_load(stage: &mut Stage, load: Load) -> anyhow::Result<Lsn> {
     let done = load.stop().await?;
-    let client = stage.servers.source.connect(scene::SOURCE_DATABASE).await?;
+    let client = stage.servers.source.connect(system::SOURCE_DATABASE).await?;
     let row = client.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await?;
     let end: Lsn = row.try_get::<_, String>(0)?.parse()?;
     let (rows, transactions) = (done.rows, done.transactions);
@@ -245,7 +242,7 @@ async fn catch_up(stage: &mut Stage, end: Lsn) -> anyhow::Result<()> {
 
 /// Compares every table of the flow's publication.
 async fn compare_all(stage: &mut Stage, publication: &str) -> anyhow::Result<Comparison> {
-    let client = stage.servers.source.connect(scene::SOURCE_DATABASE).await?;
+    let client = stage.servers.source.connect(system::SOURCE_DATABASE).await?;
     let sql = "SELECT schemaname || '.' || tablename FROM pg_publication_tables WHERE pubname = $1 ORDER BY 1";
     let rows = client.query(sql, &[&publication]).await.context("reading the publication")?;
     let tables: Vec<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
@@ -265,13 +262,13 @@ impl Told {
         let mut text = format!(
             "The shop          psql '{}'\n\
              The warehouse     psql '{}'\n\
-             The flow          wallaby --server {} status --watch\n\
+             The flow          wallaby --server 127.0.0.1:{} status --watch\n\
              NATS              {}\n\
              etcd              etcdctl --endpoints {} get --prefix /wallaby/\n\
              Logs              {}/*.log\n",
             servers.source_dsn(),
             servers.target_dsn(),
-            wallaby.endpoint(),
+            wallaby.api.port(),
             servers.nats.client_url(),
             servers.etcd.endpoints().join(","),
             self.folder.path().display(),
@@ -291,7 +288,7 @@ impl Told {
     pub fn end(self) -> anyhow::Result<Outcome> {
         drop(self.stage);
         if self.outcome.comparison.is_equal() {
-            scene::clear(self.folder.path())?;
+            system::clear(self.folder.path())?;
         }
         Ok(self.outcome)
     }

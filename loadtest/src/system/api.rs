@@ -1,13 +1,15 @@
-//! The demo as a client of WALlaby's API.
+//! A client of WALlaby's API, as far as the demo and the measurements need one.
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
 use tonic::transport::{Channel, Endpoint};
-use wallaby_model::{FlowId, Lsn, Position};
+use wallaby_model::flow::FlowDocument;
+use wallaby_model::{FlowId, Lsn, Position, SinkId};
 use wallaby_proto::v1;
 use wallaby_proto::v1::flow_service_client::FlowServiceClient;
+use wallaby_proto::v1::sink_service_client::SinkServiceClient;
 
 /// How long one call may take.
 const CALL_PATIENCE: Duration = Duration::from_secs(5);
@@ -15,7 +17,8 @@ const CALL_PATIENCE: Duration = Duration::from_secs(5);
 /// One flow at one controller.
 #[derive(Debug, Clone)]
 pub struct FlowApi {
-    client: FlowServiceClient<Channel>,
+    flows: FlowServiceClient<Channel>,
+    sinks: SinkServiceClient<Channel>,
     flow: FlowId,
 }
 
@@ -27,18 +30,32 @@ impl FlowApi {
     pub fn new(endpoint: &str, flow: FlowId) -> anyhow::Result<FlowApi> {
         let endpoint =
             Endpoint::from_shared(endpoint.to_owned())?.connect_timeout(CALL_PATIENCE).timeout(CALL_PATIENCE);
-        Ok(FlowApi { client: FlowServiceClient::new(endpoint.connect_lazy()), flow })
+        let channel = endpoint.connect_lazy();
+        Ok(FlowApi { flows: FlowServiceClient::new(channel.clone()), sinks: SinkServiceClient::new(channel), flow })
     }
 
-    /// Makes the flow that a file describes.
+    /// Makes the flow that a document describes.
     ///
     /// # Errors
-    /// When the file is wrong, or the controller refuses: both say what and where.
-    pub async fn create(&self, file: &Path) -> anyhow::Result<()> {
-        let message = wallaby_model::api::flow_to_message(&read_flow(file)?);
-        let request = v1::CreateFlowRequest { flow: Some(message) };
-        let made = self.client.clone().create_flow(request).await;
-        made.map(drop).map_err(|status| refused(&status)).with_context(|| format!("applying {}", file.display()))
+    /// When the controller refuses: it says what and where.
+    pub async fn create(&self, document: &FlowDocument) -> anyhow::Result<()> {
+        let request = v1::CreateFlowRequest { flow: Some(wallaby_model::api::flow_to_message(document)) };
+        let made = self.flows.clone().create_flow(request).await;
+        made.map(drop).map_err(|status| refused(&status)).context("applying the flow")
+    }
+
+    /// Lets one sink go on, or stops it.
+    ///
+    /// # Errors
+    /// When the controller refuses.
+    pub async fn set_sink_running(&self, sink: &SinkId, is_running: bool) -> anyhow::Result<()> {
+        let name = wallaby_model::api::sink_name(&self.flow, sink);
+        let mut sinks = self.sinks.clone();
+        let answer = match is_running {
+            true => sinks.resume_sink(v1::ResumeSinkRequest { name }).await.map(drop),
+            false => sinks.pause_sink(v1::PauseSinkRequest { name }).await.map(drop),
+        };
+        answer.map_err(|status| refused(&status)).with_context(|| format!("pausing or resuming the sink {sink}"))
     }
 
     /// The flow as it is.
@@ -47,7 +64,7 @@ impl FlowApi {
     /// When the controller does not answer or does not know it.
     pub async fn get(&self) -> anyhow::Result<v1::Flow> {
         let name = wallaby_model::api::flow_name(&self.flow);
-        let answer = self.client.clone().get_flow(v1::GetFlowRequest { name }).await;
+        let answer = self.flows.clone().get_flow(v1::GetFlowRequest { name }).await;
         let answer = answer.map_err(|status| refused(&status))?.into_inner();
         answer.flow.context("the controller answered without a flow")
     }
@@ -58,7 +75,7 @@ impl FlowApi {
     /// When it does not.
     pub async fn is_up(&self) -> anyhow::Result<()> {
         let request = v1::ListFlowsRequest { page_size: 1, page_token: String::new() };
-        self.client.clone().list_flows(request).await.map(drop).map_err(|status| refused(&status))
+        self.flows.clone().list_flows(request).await.map(drop).map_err(|status| refused(&status))
     }
 }
 
@@ -66,7 +83,7 @@ impl FlowApi {
 ///
 /// # Errors
 /// When it cannot be read, or is wrong: names the line.
-pub fn read_flow(file: &Path) -> anyhow::Result<wallaby_model::flow::FlowDocument> {
+pub fn read_flow(file: &Path) -> anyhow::Result<FlowDocument> {
     let text = std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
     Ok(wallaby_model::flow::parse(&text, &file.display().to_string())?)
 }
@@ -89,11 +106,27 @@ pub fn staged(flow: &v1::Flow) -> Position {
 
 /// How far the slowest sink is; zero while one has no position.
 pub fn applied(flow: &v1::Flow) -> Lsn {
-    let sinks = flow.status.as_ref().map(|status| status.sinks.as_slice()).unwrap_or_default();
-    let position = |sink: &v1::Sink| {
-        sink.progress.as_ref().and_then(|progress| progress.position.parse::<Position>().ok()).unwrap_or_default()
-    };
-    sinks.iter().map(position).min().unwrap_or_default().commit
+    sinks(flow).iter().map(position).min().unwrap_or_default().commit
+}
+
+/// How far one sink is; zero while it has no position.
+pub fn applied_by(flow: &v1::Flow, name: &SinkId) -> Lsn {
+    let is_it = |sink: &&v1::Sink| sink.name.ends_with(&format!("/sinks/{name}"));
+    sinks(flow).iter().find(is_it).map(position).unwrap_or_default().commit
+}
+
+/// Whether a condition of the flow holds.
+pub fn is_true(flow: &v1::Flow, kind: &str) -> bool {
+    let conditions = flow.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+    conditions.iter().any(|c| c.r#type == kind && c.status == i32::from(v1::ConditionStatus::True))
+}
+
+fn sinks(flow: &v1::Flow) -> &[v1::Sink] {
+    flow.status.as_ref().map(|status| status.sinks.as_slice()).unwrap_or_default()
+}
+
+fn position(sink: &v1::Sink) -> Position {
+    sink.progress.as_ref().and_then(|progress| progress.position.parse().ok()).unwrap_or_default()
 }
 
 /// What is not true of the flow, for messages.

@@ -1,4 +1,8 @@
-//! Everything the demo starts, and how it finds out that something of it died.
+//! A whole WALlaby on this machine: the servers, the controller, the workers; and how to find out that something of it died.
+//!
+//! Used by the demo and by the measurements of a sink. Everything is a value that ends its processes when it is dropped.
+
+pub mod api;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -8,7 +12,7 @@ use wallaby_stack::{
     EtcdCluster, EtcdOptions, NatsCluster, NatsOptions, PortLease, Postgres, PostgresOptions, Process, ProcessSpec,
 };
 
-/// How long a dead worker's tasks stay without an owner in the demo; 10 s by default elsewhere.
+/// How long a dead worker's tasks stay without an owner here; 10 s by default elsewhere.
 pub const LEASE_TTL: Duration = Duration::from_secs(3);
 /// How many log lines are shown of what died.
 const LOG_LINES: usize = 25;
@@ -50,7 +54,7 @@ impl Programs {
     }
 }
 
-/// The servers of a demo. Dropping it ends them.
+/// The servers. Dropping it ends them.
 #[derive(Debug)]
 pub struct Servers {
     /// Where the rows come from.
@@ -63,19 +67,27 @@ pub struct Servers {
     pub etcd: EtcdCluster,
 }
 
+/// How the servers are set up, beyond where they are kept.
+#[derive(Debug, Clone)]
+pub struct ServersOptions {
+    /// For both Postgres.
+    pub postgres: PostgresOptions,
+    /// For NATS.
+    pub nats: NatsOptions,
+}
+
 impl Servers {
-    /// Starts all of them at once, in folders below `folder`.
+    /// Starts all of them at once, in folders below `folder`, and makes the two databases.
     ///
     /// # Errors
     /// When one does not start; the error carries its log.
-    pub async fn start(folder: &Path) -> anyhow::Result<Servers> {
+    pub async fn start(folder: &Path, options: &ServersOptions) -> anyhow::Result<Servers> {
         let postgres = |name: &str| {
-            let options =
-                PostgresOptions { folder: Some(folder.join(name)), fsync: true, ..PostgresOptions::default() };
+            let options = PostgresOptions { folder: Some(folder.join(name)), ..options.postgres.clone() };
             // The path of a socket is limited to about 100 bytes, and this folder's is whatever the user's checkout is.
-            Postgres::start(options.setting("unix_socket_directories", "").setting("wal_sender_timeout", "10s"))
+            Postgres::start(options.setting("unix_socket_directories", ""))
         };
-        let nats = NatsOptions { nodes: 3, folder: Some(folder.join("nats")), ..NatsOptions::default() };
+        let nats = NatsOptions { folder: Some(folder.join("nats")), ..options.nats.clone() };
         let etcd = EtcdOptions { folder: Some(folder.join("etcd")), ..EtcdOptions::default() };
         let (source, target, nats, etcd) = tokio::try_join!(
             postgres("source"),
@@ -168,8 +180,7 @@ impl Wallaby {
     /// When there is no such worker, or it was dead already.
     pub async fn kill_worker(&mut self, name: &str) -> anyhow::Result<()> {
         let index = self.workers.iter().position(|(known, _)| known == name);
-        let index =
-            index.with_context(|| format!("the capture is owned by {name:?}, which is no worker of this demo"))?;
+        let index = index.with_context(|| format!("the capture is owned by {name:?}, which is no worker of ours"))?;
         let (_, worker) = self.workers.swap_remove(index);
         anyhow::ensure!(worker.process.is_alive(), "{name} was dead already{}", worker.process.log_tail(LOG_LINES));
         worker.process.kill().await?;
@@ -220,7 +231,7 @@ pub fn check_alive(servers: &Servers, wallaby: &Wallaby) -> anyhow::Result<()> {
     }
 }
 
-/// Empties the demo's folder, which must be locked.
+/// Empties a folder that is ours: the caller holds its lock.
 ///
 /// # Errors
 /// When something cannot be removed.
@@ -233,7 +244,7 @@ pub fn clear(folder: &Path) -> anyhow::Result<()> {
         }
         let path = entry.path();
         let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
-        removed.with_context(|| format!("removing what a demo left at {}", path.display()))?;
+        removed.with_context(|| format!("removing what an earlier run left at {}", path.display()))?;
     }
     Ok(())
 }
