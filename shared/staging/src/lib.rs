@@ -1,1 +1,52 @@
 //! The log of a flow: one JetStream stream, one writer at a time, any number of readers.
+//!
+//! Everything that protocol.md says of the log is here, behind one type, [`Log`], so that another placement (many small
+//! flows in one stream) would not be a redesign:
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`connection`] | the connections to NATS, and the refusal of servers that are too old |
+//! | [`log`] | [`Log`]: the stream is made, checked, asked (by its leader only), deleted |
+//! | [`record`] | a record as the headers of a message |
+//! | [`rule`] | the reader rule: what a reader accepts, trims, drops, and when it stops. Pure |
+//! | [`tail`] | the end of the log: the reader rule over its tail |
+//! | [`chain`] | the append chain: predicted sequences, the window, what a resync leaves to send. Pure |
+//! | [`writer`] | takeover, appends, resync: the owner's side |
+//! | [`durability`], [`sync`] | when an acknowledged record may be confirmed to Postgres; what the servers say of their fsync |
+//! | [`reader`] | a reader that heals itself, in front of it an optional cache |
+//! | [`retention`] | the purge, and what a tail that came back shorter means |
+//! | [`metrics`] | the names of what is counted |
+
+pub mod chain;
+pub mod connection;
+pub mod durability;
+mod error;
+mod leader;
+pub mod log;
+pub mod metrics;
+mod pull;
+pub mod reader;
+pub mod record;
+pub mod retention;
+pub mod rule;
+pub mod segment_cache;
+pub mod sync;
+pub mod tail;
+mod takeover;
+pub mod waiting;
+pub mod writer;
+mod writer_task;
+
+pub use connection::{Connections, NatsTarget};
+pub use error::{Result, StagingError};
+pub use log::{Log, LogConfig, LogInfo};
+pub use reader::{Accepted, LogReader, ReaderOptions, Start};
+pub use record::{Incarnation, Staged};
+pub use retention::{Purged, Retention, TailClaims, TailVerdict, judge_tail};
+pub use rule::ReaderState;
+pub use segment_cache::{SegmentCache, SegmentKey};
+pub use sync::{SyncPolicy, SyncReport, SyncSource, sync_policy};
+pub use tail::Tail;
+pub use takeover::Takeover;
+pub use waiting::{Wait, Waiting};
+pub use writer::{Acked, DataAppend, LogWriter, WriterOptions};

@@ -1,0 +1,182 @@
+//! One consumer of a reader: made, pulled from within a bound of bytes, and given up at the first thing that is not right.
+//!
+//! The consumer is ephemeral, without acknowledgements, one replica in memory: its whole state is the next sequence, which the
+//! reader knows. So nothing is repaired here: the reader makes another one.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use async_nats::client::Request;
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, ReplayPolicy, pull};
+use async_nats::jetstream::{self};
+use async_nats::{Message, StatusCode, Subscriber};
+use bytes::Bytes;
+use futures::StreamExt;
+use serde::Serialize;
+use tokio::time::Instant;
+
+use crate::error::{Result, StagingError};
+use crate::log::Log;
+use crate::record::{self, Staged};
+
+/// Pulls that wait at the server at a time: one that fills, one that follows without a pause.
+const PULLS: usize = 2;
+/// Records of one pull at most; the bytes end it first.
+const BATCH: usize = 4096;
+const EXPIRES: Duration = Duration::from_secs(30);
+const HEARTBEAT: Duration = Duration::from_secs(2);
+/// Silence for longer means that the consumer is gone.
+const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// A consumer that nobody pulls from is deleted by the server after this.
+const INACTIVE: Duration = Duration::from_secs(120);
+const CREATE_TIMEOUT: Duration = Duration::from_secs(5);
+
+#[derive(Serialize)]
+struct PullRequest {
+    /// Nanoseconds.
+    expires: u64,
+    batch: usize,
+    max_bytes: usize,
+    /// Nanoseconds.
+    idle_heartbeat: u64,
+}
+
+#[derive(Debug)]
+struct Outstanding {
+    number: u64,
+    left: usize,
+    until: Instant,
+}
+
+/// A consumer and the pulls that wait at it.
+#[derive(Debug)]
+pub(crate) struct PullSession {
+    log: Log,
+    context: jetstream::Context,
+    consumer: String,
+    inbox: String,
+    messages: Subscriber,
+    pulls: VecDeque<Outstanding>,
+    next_pull: u64,
+    pull_bytes: usize,
+    /// The consumer's own count of what it delivered.
+    delivered: u64,
+}
+
+impl PullSession {
+    /// Makes a consumer that begins at `sequence`.
+    pub(crate) async fn open(log: &Log, sequence: u64, pull_bytes: usize) -> Result<PullSession> {
+        let client = log.connections().pull.clone();
+        let mut context = log.reader_leader().context.clone();
+        context.set_timeout(CREATE_TIMEOUT);
+        let what = || format!("a consumer of {}", log.stream());
+        let consumer = format!("wallaby-{:016x}", rand::random::<u64>());
+        let config = pull::Config {
+            name: Some(consumer.clone()),
+            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: sequence.max(1) },
+            ack_policy: AckPolicy::None,
+            replay_policy: ReplayPolicy::Instant,
+            inactive_threshold: INACTIVE,
+            num_replicas: 1,
+            memory_storage: true,
+            ..pull::Config::default()
+        };
+        let made = context.create_consumer_on_stream(config, log.stream()).await;
+        made.map_err(|error| StagingError::unavailable(what(), error))?;
+        let inbox = client.new_inbox();
+        let messages = client.subscribe(format!("{inbox}.*")).await;
+        let messages = messages.map_err(|error| StagingError::unavailable(what(), error))?;
+        let pulls = VecDeque::with_capacity(PULLS);
+        let log = log.clone();
+        Ok(PullSession { log, context, consumer, inbox, messages, pulls, next_pull: 0, pull_bytes, delivered: 0 })
+    }
+
+    /// The next message of the stream. Cancel-safe. After an error the session is of no more use.
+    pub(crate) async fn next(&mut self) -> Result<Staged> {
+        loop {
+            self.pull().await?;
+            let message = match tokio::time::timeout(SILENCE_MAX, self.messages.next()).await {
+                Ok(Some(message)) => message,
+                Ok(None) => return Err(self.gone("the connection was closed")),
+                Err(_) => return Err(self.gone("it says nothing any more")),
+            };
+            if let Some(staged) = self.take(message)? {
+                return Ok(staged);
+            }
+        }
+    }
+
+    fn gone(&self, reason: &str) -> StagingError {
+        StagingError::unavailable(format!("the consumer of {}", self.log.stream()), reason)
+    }
+
+    /// Keeps pulls waiting at the server.
+    async fn pull(&mut self) -> Result<()> {
+        let now = Instant::now();
+        self.pulls.retain(|pull| pull.left > 0 && pull.until > now);
+        while self.pulls.len() < PULLS {
+            // A message larger than the pull would never come.
+            let max_bytes = self.pull_bytes.max(self.log.connections().pull.max_payload() + (64 << 10));
+            let request = PullRequest {
+                expires: nanos(EXPIRES),
+                batch: BATCH,
+                max_bytes,
+                idle_heartbeat: nanos(HEARTBEAT),
+            };
+            let body = serde_json::to_vec(&request).map_err(|error| self.gone(&error.to_string()))?;
+            let number = self.next_pull;
+            let subject = format!("CONSUMER.MSG.NEXT.{}.{}", self.log.stream(), self.consumer);
+            let request = Request::new().payload(Bytes::from(body)).inbox(format!("{}.{number}", self.inbox));
+            // Counted before it is sent: if this call is cancelled, the pull expires.
+            self.next_pull += 1;
+            self.pulls.push_back(Outstanding { number, left: BATCH, until: now + EXPIRES + HEARTBEAT });
+            self.context.send_request(subject, request).await.map_err(|error| self.gone(&error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, message: Message) -> Result<Option<Staged>> {
+        let number: Option<u64> = message.subject.as_str().rsplit('.').next().and_then(|number| number.parse().ok());
+        let pull = self.pulls.iter_mut().find(|pull| Some(pull.number) == number);
+        match message.status {
+            None | Some(StatusCode::OK) => {}
+            Some(StatusCode::IDLE_HEARTBEAT) => return Ok(None),
+            // The pull is over: its bytes are used up, it expired, or there is nothing.
+            Some(StatusCode::TIMEOUT | StatusCode::NOT_FOUND) => {
+                self.pulls.retain(|pull| Some(pull.number) != number);
+                return Ok(None);
+            }
+            Some(StatusCode::REQUEST_TERMINATED) => {
+                let description = message.description.unwrap_or_default();
+                let lower = description.to_ascii_lowercase();
+                if lower.contains("consumer") || lower.contains("leadership") || lower.contains("shutdown") {
+                    return Err(self.gone(&description));
+                }
+                self.pulls.retain(|pull| Some(pull.number) != number);
+                return Ok(None);
+            }
+            Some(status) => return Err(self.gone(&status.to_string())),
+        }
+        if let Some(pull) = pull {
+            pull.left = pull.left.saturating_sub(1);
+        }
+        let message = jetstream::Message { message, context: self.context.clone() };
+        let (sequence, delivered) = match message.info() {
+            Ok(info) => (info.stream_sequence, info.consumer_sequence),
+            Err(error) => return Err(self.gone(&error.to_string())),
+        };
+        if delivered != self.delivered + 1 {
+            return Err(self.gone("a delivery was lost on the way"));
+        }
+        self.delivered = delivered;
+        let jetstream::Message { message, .. } = message;
+        let headers = message.headers.unwrap_or_default();
+        record::decode(&headers, message.payload, sequence, self.log.flow())
+            .map(Some)
+            .map_err(|reason| StagingError::Record { stream: self.log.stream().to_owned(), sequence, reason })
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

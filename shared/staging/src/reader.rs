@@ -1,0 +1,290 @@
+//! A reader of the log.
+//!
+//! The truth is the position; a sequence is a hint that is checked. The reader finds its place by position, takes records
+//! from the cache while it has them and from the servers from the first miss on, and applies the reader rule to each. A consumer
+//! that is lost is made anew from where the reader stands. A gap is looked at twice: sequences are used again after a
+//! loss of data, so before it is believed the place is searched by position once more.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+use wallaby_model::{Epoch, Position, RecordKind};
+
+use crate::error::{Result, StagingError};
+use crate::log::Log;
+use crate::metrics::ReaderMetrics;
+use crate::pull::PullSession;
+use crate::record::Staged;
+use crate::retention::{Place, locate};
+use crate::rule::{ReaderState, Verdict};
+use crate::segment_cache::{SegmentCache, SegmentKey};
+use crate::waiting::{Wait, WaitSender, Waiting};
+
+const BACKOFF_FIRST: Duration = Duration::from_millis(20);
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// How long the stream may seem not to exist before it is believed.
+const MISSING_CONFIRMED_AFTER: Duration = Duration::from_secs(10);
+
+/// Where a reader begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// At the first resume of the log: a sink made with the flow. `PastHold` when it was purged.
+    FirstResume,
+    /// At the first record that is there.
+    Available,
+    /// After a position.
+    At {
+        /// It has everything up to here.
+        position: Position,
+        /// The log's epoch of its checkpoint, if it has one.
+        epoch: Option<Epoch>,
+        /// Where the record of that position was last seen. Checked, never trusted.
+        sequence_hint: Option<u64>,
+    },
+}
+
+/// How a reader reads.
+#[derive(Clone)]
+pub struct ReaderOptions {
+    /// Bytes of one pull; two wait at the server at a time. Raised to `max_payload` when smaller.
+    pub pull_bytes: usize,
+    /// Asked before the servers; gets what they deliver.
+    pub cache: Option<Arc<dyn SegmentCache>>,
+}
+
+impl Default for ReaderOptions {
+    fn default() -> Self {
+        ReaderOptions { pull_bytes: 2 << 20, cache: None }
+    }
+}
+
+/// A record that the reader rule accepted: a resume, rows or a heartbeat.
+#[derive(Clone, Debug)]
+pub struct Accepted {
+    /// The record, its body undecoded.
+    pub staged: Staged,
+    /// Rows at or before this are not for this reader.
+    pub after: Position,
+    /// Where the reader stands now. A resume moves nothing: then it equals `after`.
+    pub to: Position,
+    /// The end of the last whole transaction that the reader has seen, if it has seen one.
+    pub complete_to: Option<Position>,
+    /// The log's epoch now.
+    pub log_epoch: Epoch,
+}
+
+/// A reader of one log.
+pub struct LogReader {
+    log: Log,
+    start: Start,
+    options: ReaderOptions,
+    metrics: ReaderMetrics,
+    waiting: WaitSender,
+    state: ReaderState,
+    /// The next sequence to read, once the place is known.
+    next: Option<u64>,
+    session: Option<PullSession>,
+    /// A gap was seen, and the place searched again because of it.
+    searched_for_gap: bool,
+    backoff: Duration,
+    missing_since: Option<Instant>,
+}
+
+impl LogReader {
+    /// A reader that has not read yet; no I/O.
+    pub fn new(log: &Log, start: Start, options: ReaderOptions) -> LogReader {
+        let state = match start {
+            Start::FirstResume => ReaderState::at_first_resume(),
+            Start::Available => ReaderState::anywhere(),
+            Start::At { position, epoch, .. } => ReaderState::at(position, epoch),
+        };
+        LogReader {
+            metrics: ReaderMetrics::new(log.flow()),
+            log: log.clone(),
+            start,
+            options,
+            waiting: WaitSender::new(),
+            state,
+            next: None,
+            session: None,
+            searched_for_gap: false,
+            backoff: BACKOFF_FIRST,
+            missing_since: None,
+        }
+    }
+
+    /// Where the reader stands.
+    pub fn state(&self) -> ReaderState {
+        self.state
+    }
+
+    /// The sequence that it reads next: a hint for a checkpoint.
+    pub fn next_sequence(&self) -> Option<u64> {
+        self.next
+    }
+
+    /// What the reader waits for besides new records.
+    pub fn waiting(&self) -> watch::Receiver<Option<Waiting>> {
+        self.waiting.subscribe()
+    }
+
+    /// The next record for this reader. Waits for one as long as it takes; reconnects and searches by itself. Cancel-safe.
+    ///
+    /// # Errors
+    /// `PastHold`, `Gap`, `Record` and `Missing` end the reader: it would lose changes if it went on.
+    pub async fn next(&mut self) -> Result<Accepted> {
+        loop {
+            match self.read().await {
+                Ok(staged) => {
+                    self.backoff = BACKOFF_FIRST;
+                    self.missing_since = None;
+                    self.waiting.set(None, Instant::now());
+                    // Only now: cancelled before, the record is read again.
+                    self.next = Some(staged.sequence + 1);
+                    if let Some(accepted) = self.judge(staged).await? {
+                        return Ok(accepted);
+                    }
+                }
+                Err(error) => {
+                    self.session = None;
+                    self.wait_after(error).await?;
+                }
+            }
+        }
+    }
+
+    /// Decides whether an error is worth another try, and waits before it.
+    async fn wait_after(&mut self, error: StagingError) -> Result<()> {
+        if matches!(error, StagingError::Missing { .. }) {
+            if self.missing_since.get_or_insert_with(Instant::now).elapsed() >= MISSING_CONFIRMED_AFTER {
+                return Err(error);
+            }
+        } else if !error.is_transient() {
+            return Err(error);
+        }
+        tracing::debug!(flow = %self.log.flow(), %error, "the reader starts again from where it stands");
+        self.metrics.recovered();
+        self.waiting.set(Some(Wait::Unreachable), Instant::now());
+        let delay = self.backoff;
+        self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
+        tokio::time::sleep(delay).await;
+        Ok(())
+    }
+
+    /// The next record of the stream, from the cache or the servers.
+    async fn read(&mut self) -> Result<Staged> {
+        let next = match self.next {
+            Some(next) => next,
+            None => self.search().await?,
+        };
+        self.next = Some(next);
+        if self.session.is_none() {
+            if let Some(staged) = self.cached(next) {
+                self.metrics.cache_hit();
+                return Ok(staged);
+            }
+            self.check_numbering(next).await?;
+            let Some(next) = self.next else {
+                return Err(StagingError::unavailable("the reader's place", "the log was numbered anew"));
+            };
+            self.session = Some(PullSession::open(&self.log, next, self.options.pull_bytes).await?);
+        }
+        let Some(session) = &mut self.session else {
+            return Err(StagingError::unavailable("the reader's consumer", "it is not there"));
+        };
+        let staged = session.next().await?;
+        if let (Some(cache), Some(incarnation)) = (&self.options.cache, staged.incarnation) {
+            let key = SegmentKey { flow: self.log.flow().clone(), incarnation, sequence: staged.sequence };
+            cache.put(key, &staged);
+        }
+        Ok(staged)
+    }
+
+    fn cached(&self, sequence: u64) -> Option<Staged> {
+        let cache = self.options.cache.as_ref()?;
+        let incarnation = self.state.incarnation?;
+        cache.get(&SegmentKey { flow: self.log.flow().clone(), incarnation, sequence })
+    }
+
+    /// A log that ends before what was read was numbered anew after a loss: the place is searched by position.
+    async fn check_numbering(&mut self, next: u64) -> Result<()> {
+        let info = self.log.reader_leader().info(&self.log).await?;
+        if info.state.last_sequence + 1 < next {
+            self.next = None;
+        }
+        Ok(())
+    }
+
+    /// Finds the sequence to begin at.
+    async fn search(&mut self) -> Result<u64> {
+        self.state.jump();
+        let Some(end) = self.state.end else {
+            let info = self.log.reader_leader().info(&self.log).await?;
+            return Ok(info.state.first_sequence.max(1));
+        };
+        if let Start::At { sequence_hint: Some(hint), .. } = self.start
+            && !self.searched_for_gap
+            && let Some(message) = self.log.reader_leader().message(&self.log, hint).await?
+            && message.staged.record.kind.to().is_some_and(|to| to <= end)
+        {
+            // What lies before the hint is behind the reader, if the hint is of this life of the log. If it is not, and
+            // something is missing, the rule says so and the place is searched.
+            return Ok(hint);
+        }
+        match locate(&self.log, self.log.reader_leader(), end, None).await? {
+            Place::Holds { from, before: None, .. } if from > end => {
+                Err(StagingError::PastHold { flow: self.log.flow().clone(), position: Some(end), begins: Some(from) })
+            }
+            Place::Holds { before, sequence, .. } => Ok(before.unwrap_or(sequence)),
+            Place::AtEnd { before, next, .. } => Ok(before.unwrap_or(next)),
+        }
+    }
+
+    /// Applies the rule. `None`: nothing for the caller.
+    async fn judge(&mut self, staged: Staged) -> Result<Option<Accepted>> {
+        let before = self.state.end;
+        match self.state.observe(&staged) {
+            Verdict::Fence => Ok(None),
+            Verdict::Drop(_) => {
+                self.metrics.dropped();
+                Ok(None)
+            }
+            Verdict::Resumed { rewound } => {
+                if rewound {
+                    self.metrics.rewound();
+                }
+                Ok(self.accepted(staged, before))
+            }
+            Verdict::Accept { after } => {
+                self.metrics.read(staged.body.len());
+                self.searched_for_gap = false;
+                Ok(self.accepted(staged, Some(after)))
+            }
+            Verdict::Gap { end: None, from } => {
+                Err(StagingError::PastHold { flow: self.log.flow().clone(), position: None, begins: Some(from) })
+            }
+            Verdict::Gap { end: Some(end), from } => {
+                self.session = None;
+                self.next = None;
+                if !std::mem::replace(&mut self.searched_for_gap, true) {
+                    return Ok(None);
+                }
+                self.metrics.gap();
+                let (flow, sequence) = (self.log.flow().clone(), staged.sequence);
+                Err(StagingError::Gap { flow, sequence, end, from })
+            }
+        }
+    }
+
+    fn accepted(&self, staged: Staged, after: Option<Position>) -> Option<Accepted> {
+        let to = self.state.end?;
+        let log_epoch = self.state.epoch?;
+        let after = match staged.record.kind {
+            RecordKind::Resume { .. } => to,
+            _ => after.unwrap_or(to),
+        };
+        Some(Accepted { staged, after, to, complete_to: self.state.complete_to, log_epoch })
+    }
+}

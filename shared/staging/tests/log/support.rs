@@ -1,0 +1,157 @@
+//! A flow's log on a test cluster, and a source whose history is known: position n is the n-th change.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use wallaby_model::flow::Replicas;
+use wallaby_model::{Codec, Epoch, FlowId, Lsn, Nonce, Position, ResumeInfo};
+use wallaby_staging::{
+    Accepted, Connections, DataAppend, Log, LogConfig, LogReader, LogWriter, NatsTarget, ReaderOptions, Result, Start,
+    SyncPolicy, WriterOptions,
+};
+use wallaby_testkit::{NatsCluster, NatsScope, unique};
+
+pub const MAX_BYTES: u64 = 256 << 20;
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// `(L, 0)`.
+pub fn at(lsn: u64) -> Position {
+    Position::before(Lsn(lsn))
+}
+
+/// The n-th change of the transaction that commits at `commit`.
+pub fn change(commit: u64, n: u64) -> Position {
+    Position::of(Lsn(commit), Lsn(n), 1)
+}
+
+pub fn info(rewind: bool) -> ResumeInfo {
+    ResumeInfo {
+        system_identifier: "7".to_owned(),
+        timeline: 1,
+        slot: "s".to_owned(),
+        publication: "p".to_owned(),
+        rewind,
+    }
+}
+
+pub fn options() -> WriterOptions {
+    WriterOptions { sync: SyncPolicy::Always, ..WriterOptions::default() }
+}
+
+/// A segment `(from, to]` between transactions. Its body tells what it covers, however it was cut.
+pub fn segment(from: u64, to: u64, bytes: usize) -> DataAppend {
+    let mut body = format!("{from}..{to};").into_bytes();
+    body.resize(body.len().max(bytes), b'.');
+    DataAppend {
+        from: at(from),
+        to: at(to),
+        complete_to: at(to),
+        rows: u32::try_from(to - from).unwrap(),
+        codec: Codec::None,
+        body: Bytes::from(body),
+    }
+}
+
+pub fn target(cluster_url: &str) -> NatsTarget {
+    NatsTarget {
+        servers: cluster_url.split(',').map(str::to_owned).collect(),
+        name: "wallaby-test".to_owned(),
+        ..NatsTarget::default()
+    }
+}
+
+/// A log of its own, deleted by `end`, or with the servers.
+pub struct Flow {
+    pub log: Log,
+    pub url: String,
+}
+
+impl Flow {
+    pub async fn on(url: &str, replicas: u8, max_bytes: u64) -> Flow {
+        let connections = Connections::open(&target(url)).await.unwrap();
+        let name = unique("f").replace('_', "-").to_lowercase();
+        let log = Log::new(FlowId::new(name.chars().take(40).collect::<String>()).unwrap(), connections);
+        let config = LogConfig { replicas: Replicas::Exactly(replicas), max_bytes };
+        let made = wallaby_testkit::eventually(PATIENCE, "the log", async || log.ensure(&config).await).await;
+        assert_eq!(made.replicas, usize::from(replicas));
+        Flow { log, url: url.to_owned() }
+    }
+
+    /// On the shared cluster of three; asserts that the copies stand on three servers, because one hides fencing.
+    pub async fn on_three() -> Flow {
+        let scope = NatsScope::three_nodes("log").await;
+        let flow = Flow::on(&scope.url(), 3, MAX_BYTES).await;
+        flow.assert_three_servers().await;
+        flow
+    }
+
+    pub async fn on_one() -> Flow {
+        let scope = NatsScope::one_node("log").await;
+        Flow::on(&scope.url(), 1, MAX_BYTES).await
+    }
+
+    pub async fn on_own(cluster: &NatsCluster, max_bytes: u64) -> Flow {
+        let flow = Flow::on(&cluster.client_url(), 3, max_bytes).await;
+        flow.assert_three_servers().await;
+        flow
+    }
+
+    pub async fn assert_three_servers(&self) {
+        wallaby_testkit::eventually(PATIENCE, "three copies on three servers", async || {
+            let info = self.log.info().await.map_err(|error| error.to_string())?;
+            let mut servers = info.servers.clone();
+            servers.sort();
+            servers.dedup();
+            if info.replicas == 3 && servers.len() == 3 { Ok(()) } else { Err(format!("{info:?}")) }
+        })
+        .await;
+    }
+
+    /// The same log over connections of its own: another worker.
+    pub async fn elsewhere(&self) -> Log {
+        Log::new(self.log.flow().clone(), Connections::open(&target(&self.url)).await.unwrap())
+    }
+
+    /// Takes over and resumes at the log's end, or at 1 when it is empty.
+    pub async fn owner(&self, epoch: u64) -> Result<LogWriter> {
+        owner(&self.log, epoch).await
+    }
+
+    pub fn reader(&self, start: Start) -> LogReader {
+        LogReader::new(&self.log, start, ReaderOptions::default())
+    }
+
+    pub async fn end(self) {
+        self.log.delete().await.unwrap();
+    }
+}
+
+pub async fn owner(log: &Log, epoch: u64) -> Result<LogWriter> {
+    let takeover = LogWriter::take_over(log, Epoch(epoch), Nonce::random(), options()).await?;
+    let position = takeover.tail().end.unwrap_or(at(1));
+    takeover.resume(position, info(false)).await
+}
+
+/// The position of a writer as a number.
+pub fn end_of(writer: &LogWriter) -> u64 {
+    writer.end().commit.0
+}
+
+/// Reads until the reader stands at `to` and checks that nothing is missing and nothing is doubled: what it accepts
+/// continues exactly where it stood.
+pub async fn read_to(reader: &mut LogReader, to: Position) -> Vec<Accepted> {
+    let mut accepted: Vec<Accepted> = Vec::new();
+    let read = async {
+        while reader.state().end.is_none_or(|end| end < to) {
+            let stood = reader.state().end;
+            let next = reader.next().await.unwrap();
+            assert!(stood.is_none_or(|stood| stood == next.after), "stood at {stood:?}, got {next:?}");
+            assert_eq!(reader.state().end, Some(next.to));
+            accepted.push(next);
+        }
+    };
+    match tokio::time::timeout(PATIENCE, read).await {
+        Ok(()) => accepted,
+        Err(_) => panic!("the reader stands at {:?}, not at {to:?}; waits: {:?}", reader.state(), *reader.waiting().borrow()),
+    }
+}
