@@ -101,7 +101,9 @@ impl Board {
         if self.in_place {
             let table = table(elapsed, load_rows_per_second, &now, &self.rates);
             self.erase();
-            table.iter().for_each(|line| println!("{line}"));
+            // A line that wraps would take two rows of the screen, and be erased by half.
+            let columns = columns();
+            table.iter().for_each(|line| println!("{}", line.chars().take(columns).collect::<String>()));
             self.drawn = table.len();
         } else {
             println!("{}", plain(elapsed, load_rows_per_second, &now, &self.rates));
@@ -148,13 +150,13 @@ fn rate(rates: &[(String, f64)], task: &str) -> f64 {
 fn table(elapsed: Duration, load: f64, lines: &[Line], rates: &[(String, f64)]) -> Vec<String> {
     let mut out = vec![format!("  {:>4.0} s   the shop writes {:.0} rows/s", elapsed.as_secs_f64(), load)];
     out.push(format!(
-        "  {:<24} {:<10} {:<14} {:>8} {:>10} {:>8}  {:<14}",
+        "  {:<21} {:<9} {:<13} {:>6} {:>8} {:>7}  {:<10}",
         "task", "owner", "state", "rows/s", "lag", "lag", "position"
     ));
     for line in lines {
         let owner = if line.worker.is_empty() { "nobody" } else { &line.worker };
         let mut text = format!(
-            "  {:<24} {:<10} {:<14} {:>8.0} {:>10} {:>6.1} s  {:<14}",
+            "  {:<21} {:<9} {:<13} {:>6.0} {:>8} {:>5.1} s  {:<10} ",
             line.task,
             owner,
             line.state,
@@ -190,6 +192,12 @@ fn plain(elapsed: Duration, load: f64, lines: &[Line], rates: &[(String, f64)]) 
         }
     }
     out
+}
+
+/// How wide the terminal is; 80 when it does not say.
+fn columns() -> usize {
+    let size = rustix::termios::tcgetwinsize(std::io::stdout());
+    size.ok().map(|size| usize::from(size.ws_col)).filter(|columns| *columns > 0).unwrap_or(80)
 }
 
 /// A number of bytes for people.
