@@ -73,6 +73,13 @@ impl StatusBoard {
         self.edit(|status| status.epoch = Some(epoch));
     }
 
+    /// Says which generation of the flow the task acts upon.
+    pub fn generation(&self, generation: u64) {
+        if self.lock().generation != generation {
+            self.edit(|status| status.generation = generation);
+        }
+    }
+
     /// Says where the task stands.
     pub fn phase(&self, phase: TaskPhase) {
         self.edit(|status| {

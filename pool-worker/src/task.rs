@@ -169,7 +169,14 @@ async fn run(context: Arc<TaskContext>) -> TaskEnd {
 }
 
 async fn write_status(context: Arc<TaskContext>) {
+    let mut flows = context.flows.clone();
     loop {
+        // A new generation that asks the same of this task is acted upon by going on.
+        if let Some(flow) = flows.borrow_and_update().get(&context.task.flow)
+            && demand(Some(flow), &context.task) == context.demand
+        {
+            context.status.generation(flow.record.generation);
+        }
         if let Err(error) = context.lock.put_status(&context.status.snapshot()).await {
             if error.is_ownership_lost() {
                 return;
@@ -177,7 +184,10 @@ async fn write_status(context: Arc<TaskContext>) {
             tracing::debug!(task = %context.task, %error, "status not written, trying again");
         }
         tokio::time::sleep(WRITE_EVERY).await;
-        context.status.changed().await;
+        tokio::select! {
+            () = context.status.changed() => {}
+            changed = flows.changed() => if changed.is_err() { return },
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_nats::jetstream;
 use clap::Parser;
 use tokio_util::sync::CancellationToken;
-use wallaby_coordination::Coordination;
+use wallaby_coordination::{Coordination, Key};
 use wallaby_model::offer::{OFFER_CONSUMER, Offer, offer_stream, offer_subject, offer_subjects};
 use wallaby_model::{FlowId, PoolId, SinkId, TaskId, WorkerId};
 use wallaby_pool_worker::failpoint::Failpoints;
@@ -49,6 +49,10 @@ impl Thread {
     }
 
     async fn create_flow(&self) {
+        self.create_flow_as(&self.source.dsn(), &self.target.dsn()).await;
+    }
+
+    async fn create_flow_as(&self, source: &str, target: &str) {
         let text = format!(
             r#"
 apiVersion: wallaby/v1
@@ -67,8 +71,6 @@ spec:
       onOverrun: backpressure
 "#,
             flow = self.flow,
-            source = self.source.dsn(),
-            target = self.target.dsn(),
         );
         let document = wallaby_model::flow::parse(&text, "test").unwrap();
         self.coordination.create_flow(document).await.unwrap();
@@ -142,16 +144,7 @@ async fn rows_flow_and_a_second_owner_goes_on_where_the_first_ended() {
     let first = CancellationToken::new();
     let worker = thread.start_worker("w1", &first);
     thread.offer_all().await;
-    let slot = thread.flow.slot_name();
-    eventually(Duration::from_secs(30), "the slot is read", async || {
-        let found =
-            thread.source.query("SELECT 1 FROM pg_replication_slots WHERE slot_name = $1 AND active", &[&slot]).await;
-        match found {
-            Ok(rows) if !rows.is_empty() => Ok(()),
-            other => Err(format!("{:?}", other.map(|rows| rows.len()))),
-        }
-    })
-    .await;
+    slot_is_read(&thread).await;
     thread
         .source
         .batch_execute("INSERT INTO t SELECT i, 'row ' || i, '2026-01-01' FROM generate_series(1, 1000) i")
@@ -181,15 +174,82 @@ async fn rows_flow_and_a_second_owner_goes_on_where_the_first_ended() {
     drop(thread.etcd);
 }
 
+async fn slot_is_read(thread: &Thread) {
+    let slot = thread.flow.slot_name();
+    eventually(Duration::from_secs(30), "the slot is read", async || {
+        let found =
+            thread.source.query("SELECT 1 FROM pg_replication_slots WHERE slot_name = $1 AND active", &[&slot]).await;
+        match found {
+            Ok(rows) if !rows.is_empty() => Ok(()),
+            other => Err(format!("{:?}", other.map(|rows| rows.len()))),
+        }
+    })
+    .await;
+}
+
+/// The SQL block of the operations page that is marked for `place`.
+fn documented_sql(place: &str) -> String {
+    let page = include_str!("../../docs/operations.md");
+    let (_, after) = page.split_once(&format!("<!-- run: {place} -->\n```sql\n")).unwrap();
+    after.split_once("```").unwrap().0.to_owned()
+}
+
+/// The same server and database for another role.
+fn dsn_as(dsn: &str, role: &str, password: &str) -> String {
+    let (_, address) = dsn.rsplit_once('@').unwrap();
+    format!("postgres://{role}:{password}@{address}")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_roles_of_the_operations_page_are_enough() {
+    let thread = Thread::new("roles").await;
+    // Roles belong to the whole server, which other tests share: names of our own.
+    let owner = unique("app_owner");
+    let (role, sink_role) = (unique("role_r"), unique("role_s"));
+    let source_sql = documented_sql("source").replace("app_owner", &owner).replace("wallaby", &role);
+    let sink_sql = documented_sql("sink").replace("wallaby_sink", &sink_role);
+    let table = "CREATE TABLE t (id int PRIMARY KEY, name text, at timestamptz)";
+    let as_owner = format!(
+        "CREATE ROLE {owner} NOLOGIN; GRANT CREATE ON SCHEMA public TO {owner}; SET ROLE {owner}; {table}; RESET ROLE"
+    );
+    thread.source.batch_execute(&as_owner).await.unwrap();
+    thread.source.batch_execute(&source_sql).await.unwrap();
+    thread.target.batch_execute(&sink_sql).await.unwrap();
+    let source = dsn_as(&thread.source.dsn(), &role, "choose-one");
+    thread.create_flow_as(&source, &dsn_as(&thread.target.dsn(), &sink_role, "choose-one")).await;
+    let shutdown = CancellationToken::new();
+    let worker = thread.start_worker("w1", &shutdown);
+    thread.offer_all().await;
+    slot_is_read(&thread).await;
+    let insert = "INSERT INTO t SELECT i, 'row ' || i, '2026-01-01' FROM generate_series(1, 100) i";
+    thread.source.batch_execute(insert).await.unwrap();
+    equal(&thread, "SELECT t::text FROM t ORDER BY id").await;
+    shutdown.cancel();
+    assert_eq!(worker.await.unwrap(), worker::Outcome::Drained);
+    thread.target.batch_execute(&format!("DROP OWNED BY {sink_role} CASCADE; DROP ROLE {sink_role}")).await.unwrap();
+}
+
+/// What the tasks say of themselves, for a failure's message.
+async fn statuses(thread: &Thread) -> String {
+    let sink = SinkId::new("target").unwrap();
+    let mut said = String::new();
+    for task in [TaskId::capture(&thread.flow), TaskId::apply(&thread.flow, &sink)] {
+        let entry = thread.coordination.get(&Key::TaskStatus(task)).await.unwrap();
+        said += &entry.map_or("no status".to_owned(), |entry| String::from_utf8_lossy(&entry.value).into_owned());
+        said += "; ";
+    }
+    said
+}
+
 async fn equal(thread: &Thread, sql: &str) {
     eventually(Duration::from_secs(30), "source and target are equal", async || {
         let source = rows(&thread.source, sql).await?;
-        let target = rows(&thread.target, sql).await?;
+        let target = rows(&thread.target, sql).await.unwrap_or_default();
         if source == target {
-            Ok(())
-        } else {
-            Err(format!("{} rows at the source, {} at the target", source.len(), target.len()))
+            return Ok(());
         }
+        let counts = format!("{} rows at the source, {} at the target", source.len(), target.len());
+        Err(format!("{counts}; {}", statuses(thread).await))
     })
     .await;
 }
