@@ -144,12 +144,13 @@ async fn commit_epoch(client: &Client, task: &TaskId, epoch: Epoch) -> Result<()
 }
 
 /// Ends sessions of this task whose epoch is not above ours, ourselves apart: of older owners, and of a connection of
-/// our own that was cut and whose backend does not know it yet. Returns how many there were of older owners.
+/// our own that was cut and whose backend does not know it yet. Only in this database: a task of the same name in
+/// another one is another installation's. Returns how many there were of older owners.
 async fn end_older_sessions(client: &Client, task: &TaskId, epoch: Epoch) -> Result<u32, PostgresError> {
     let doing = || "ending sessions of older owners at the sink".to_owned();
     let prefix = task.session_prefix();
     let query = "SELECT pid, backend_start, application_name FROM pg_stat_activity \
-        WHERE starts_with(application_name, $1) AND pid <> pg_backend_pid()";
+        WHERE starts_with(application_name, $1) AND datname = current_database() AND pid <> pg_backend_pid()";
     let sessions = client.query(query, &[&prefix]).await.doing(doing)?;
     let mut ended = 0;
     for session in sessions {

@@ -94,9 +94,11 @@ impl Session {
         self.client.batch_execute(&settings).await.doing(|| "setting up the session at the sink".to_owned())
     }
 
-    /// Ends the connection without waiting for its answer.
-    pub(crate) fn abort(&self) {
+    /// Cuts the connection, as the death of the process would.
+    pub(crate) async fn cut(&mut self) {
         self.connection.abort();
+        // Until it has ended it may still send what is asked of it next.
+        let _ = (&mut self.connection).await;
     }
 
     /// A prepared statement for `sql`.

@@ -222,7 +222,7 @@ impl Transaction<'_> {
         };
         match &self.config.faults.before_commit {
             None => {}
-            Some(CommitFault::Die) => self.open.session.abort(),
+            Some(CommitFault::Die) => self.open.session.cut().await,
             Some(CommitFault::Hang(point)) => point.hang().await,
         }
         self.open.session.client.batch_execute("COMMIT").await.doing(|| "committing at the sink".to_owned())?;
@@ -371,9 +371,9 @@ impl Sink for PostgresSink {
             // What came before the change of shape is good. It is applied now: once a person has changed the table,
             // its rows might not fit any more. The log's epoch there is not known; a reader then takes it from the log.
             let end = Position::before(first.commit);
-            if end > batch.from {
-                let parts = slice(&batch.parts, batch.from, end);
-                let before = Batch { from: batch.from, to: end, log_epoch: batch.log_epoch, parts };
+            let parts = slice(&batch.parts, batch.from, end);
+            let before = Batch { from: batch.from, to: end, log_epoch: batch.log_epoch, parts };
+            if before.rows() > 0 {
                 if let Err(error) = self.apply_batch(&before, None).await {
                     outcome = Err(error);
                 }

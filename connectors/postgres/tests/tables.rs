@@ -1,0 +1,296 @@
+//! Tables, types and rows: what is made, what stops the sink, how values arrive.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+
+mod target;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use target::{Target, apply, query, rows, try_apply};
+use wallaby_connector_api::conformance::{Change, Log, Shape, SinkUnderTest, Value};
+use wallaby_connector_api::{KeyValues, SinkError, SourceLookup, SourceRow};
+use wallaby_model::{ColumnType, Epoch, SegmentBody, TableSchema};
+
+fn misfit<T: std::fmt::Debug>(outcome: Result<T, SinkError>) -> (String, String) {
+    match outcome {
+        Err(SinkError::Configuration { reason, remedy }) => (reason, remedy),
+        other => panic!("not a configuration error: {other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn values_of_every_type_arrive_as_the_source_prints_them() {
+    use ColumnType as T;
+    let target = Target::fresh("types").await;
+    target.sql("CREATE TYPE mood AS ENUM ('sad', 'ok')").await;
+    let text = |s: &str| Value::Text(s.to_owned());
+    // Kind, SQL type, oid, value, what SELECT shows.
+    let cases: Vec<(T, &str, u32, Value, &str)> = vec![
+        (T::Bool, "boolean", 16, Value::Bool(true), "t"),
+        (T::Int2, "smallint", 21, Value::Int(-32768), "-32768"),
+        (T::Int8, "bigint", 20, Value::Int(i64::MIN), "-9223372036854775808"),
+        (T::Oid, "oid", 26, Value::Int(4_000_000_000), "4000000000"),
+        (T::Float4, "real", 700, Value::Float(3.3), "3.3"),
+        (T::Float8, "double precision", 701, Value::Float(f64::NAN), "NaN"),
+        (T::Float8, "double precision", 701, Value::Float(f64::NEG_INFINITY), "-Infinity"),
+        (T::Numeric, "numeric", 1700, text("-12345678901234567890.123400"), "-12345678901234567890.123400"),
+        (T::Numeric, "numeric", 1700, text("0.00000000100"), "0.00000000100"),
+        (T::Numeric, "numeric(10,2)", 1700, text("10000.00"), "10000.00"),
+        (T::Numeric, "numeric", 1700, text("Infinity"), "Infinity"),
+        (T::Numeric, "numeric", 1700, text("NaN"), "NaN"),
+        (T::Text, "text", 25, text("žš \" ' \\ \n"), "žš \" ' \\ \n"),
+        (T::Text, "character varying(5)", 1043, text("abcde"), "abcde"),
+        (T::Text, "character(4)", 1042, text("a   "), "a   "),
+        (T::Bytea, "bytea", 17, Value::Bytes(vec![0, 255, 92]), "\\x00ff5c"),
+        (T::Uuid, "uuid", 2950, Value::Bytes(vec![0xAB; 16]), "abababab-abab-abab-abab-abababababab"),
+        (T::Json, "json", 114, text("{\"b\": 1,  \"a\":2}"), "{\"b\": 1,  \"a\":2}"),
+        (T::Jsonb, "jsonb", 3802, text("{\"a\": 1.50}"), "{\"a\": 1.50}"),
+        (T::Date, "date", 1082, Value::Int(-2_440_588), "4714-11-24 BC"),
+        (T::Date, "date", 1082, Value::Int(i64::from(i32::MAX)), "infinity"),
+        (T::Time, "time without time zone", 1083, Value::Int(86_400_000_000), "24:00:00"),
+        (T::Timestamp, "timestamp without time zone", 1114, Value::Int(0), "2000-01-01 00:00:00"),
+        (T::Timestamptz, "timestamp with time zone", 1184, Value::Int(i64::MIN), "-infinity"),
+        (T::Interval, "interval", 1186, Value::Interval(14, -3, 4_000_001), "1 year 2 mons -3 days +00:00:04.000001"),
+        (T::Interval, "interval", 1186, Value::Interval(i32::MAX, i32::MAX, i64::MAX), "infinity"),
+        (T::Enum, "mood", 99_999, text("sad"), "sad"),
+        (T::Enum, "shop.colour", 99_998, text("red"), "red"),
+        (T::Array, "integer[]", 1007, text("[0:1]={1,NULL}"), "[0:1]={1,NULL}"),
+        (T::Array, "text[]", 1009, text("{{a,\"b,c\"},{NULL,\"\"}}"), "{{a,\"b,c\"},{NULL,\"\"}}"),
+        (T::Other, "inet", 869, text("192.168.2.0/12"), "192.168.2.0/12"),
+        (T::Other, "int4range", 3904, text("[1,5)"), "[1,5)"),
+        (T::Other, "shop.point3", 99_997, text("(1,2,3)"), "(1,2,3)"),
+        (T::Text, "text", 25, Value::Null, "~"),
+    ];
+    let mut shape = Shape::new("types").key("id", T::Int4);
+    for (index, (kind, sql_type, oid, ..)) in cases.iter().enumerate() {
+        shape = shape.typed(&format!("c{index}"), *kind, sql_type, *oid);
+    }
+    let types = shape.build();
+    let row =
+        |id: i64| -> Vec<Value> { [id.into()].into_iter().chain(cases.iter().map(|case| case.3.clone())).collect() };
+    let mut log = Log::new();
+    let mut sink = target.opened(&log).await;
+    // Insert as a new row, and as an update that meets it.
+    log.transaction([Change::insert(&types, row(1)), Change::insert(&types, row(2))]);
+    apply(&mut sink, &log.batch()).await;
+    log.transaction([Change::update(&types, row(2))]);
+    apply(&mut sink, &log.batch()).await;
+    let found = target.rows(&types.table).await;
+    assert_eq!(found.len(), 2);
+    for found in found {
+        for (index, (.., sql_type, _, _, expected)) in cases.iter().map(|c| ((), c.1, (), (), c.4)).enumerate() {
+            let expected = (expected != "~").then(|| expected.to_owned());
+            assert_eq!(found[index + 1], expected, "{sql_type}");
+        }
+    }
+    let moods =
+        query(&target.database, "SELECT pg_typeof(c26), pg_typeof(c27), pg_typeof(c30) FROM types LIMIT 1").await;
+    assert_eq!(moods, rows(&[&["mood", "text", "inet"]]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_changed_column_stops_the_sink_until_the_statement_was_run() {
+    let target = Target::fresh("shape").await;
+    let mut log = Log::new();
+    let shape = || Shape::new("t").key("id", ColumnType::Int4).column("a", ColumnType::Int4);
+    let before = shape().column("b", ColumnType::Text).build();
+    let after = shape().build();
+    let mut sink = target.opened(&log).await;
+    log.transaction([Change::insert(&before, [1.into(), 1.into(), "x".into()])]);
+    apply(&mut sink, &log.batch()).await;
+    // b is dropped at the source in mid-batch. What came before is applied, in the old shape, before the sink stops.
+    log.transaction([Change::update(&before, [1.into(), 2.into(), "y".into()])]);
+    log.transaction([Change::insert(&after, [2.into(), 2.into()])]);
+    let batch = log.batch();
+    let (reason, remedy) = misfit(try_apply(&mut sink, &batch).await);
+    assert!(reason.contains("public.t") && reason.contains("\"b\""), "{reason}");
+    let statement = "ALTER TABLE \"public\".\"t\" DROP COLUMN \"b\"";
+    assert!(remedy.contains(statement) && remedy.contains("wallaby resume"), "{remedy}");
+    assert_eq!(target.rows(&before.table).await, rows(&[&["1", "2", "y"]]));
+    // It stays stopped, and says the same.
+    let position = sink.open(Epoch(1)).await.unwrap().position.unwrap();
+    assert!(position > batch.from && position < batch.to && position.is_between_transactions());
+    let parts = batch.parts.iter().cloned().map(|part| wallaby_connector_api::BatchPart { after: position, ..part });
+    let rest = wallaby_connector_api::Batch { from: position, parts: parts.collect(), ..batch };
+    assert!(misfit(try_apply(&mut sink, &rest).await).1.contains(statement));
+    target.sql(statement).await;
+    sink.open(Epoch(1)).await.unwrap();
+    apply(&mut sink, &rest).await;
+    assert_eq!(target.rows(&before.table).await, rows(&[&["1", "2"], &["2", "2"]]));
+}
+
+/// Both shapes in one transaction: there is no place to stop in between, and the old rows must not bring the column back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_a_superseded_shape_do_not_bring_a_dropped_column_back() {
+    let target = Target::fresh("superseded").await;
+    let mut log = Log::new();
+    let shape = || Shape::new("t").key("id", ColumnType::Int4).column("a", ColumnType::Int4);
+    let before = shape().column("b", ColumnType::Text).build();
+    let after = shape().build();
+    let mut sink = target.opened(&log).await;
+    log.transaction([Change::insert(&before, [1.into(), 1.into(), "x".into()])]);
+    apply(&mut sink, &log.batch()).await;
+    log.transaction([
+        Change::insert(&before, [2.into(), 2.into(), "y".into()]),
+        Change::insert(&after, [3.into(), 3.into()]),
+    ]);
+    let batch = log.batch();
+    misfit(try_apply(&mut sink, &batch).await);
+    target.sql("ALTER TABLE t DROP COLUMN b").await;
+    sink.open(Epoch(1)).await.unwrap();
+    apply(&mut sink, &batch).await;
+    assert_eq!(target.rows(&before.table).await, rows(&[&["1", "1"], &["2", "2"], &["3", "3"]]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_without_a_key_is_a_bag_of_rows() {
+    let target = Target::fresh("bag").await;
+    let mut log = Log::new();
+    let bag = Shape::new("bag").column("n", ColumnType::Int4).column("j", ColumnType::Json).full().build();
+    let row = |n: i64, j: &str| vec![Value::from(n), Value::from(j)];
+    let null = || vec![Value::Null, Value::Null];
+    let mut sink = target.opened(&log).await;
+    log.transaction([
+        Change::insert(&bag, row(1, "{}")),
+        Change::insert(&bag, row(1, "{}")),
+        Change::insert(&bag, row(2, "[]")),
+        Change::insert(&bag, null()),
+    ]);
+    apply(&mut sink, &log.batch()).await;
+    // One of two equal rows goes; a row is changed, with its unchanged TOAST taken from the old row; one comes and goes.
+    log.transaction([
+        Change::delete_full(&bag, row(1, "{}")),
+        Change::update_full(&bag, row(2, "[]"), vec![3.into(), Value::Unchanged]),
+        Change::insert(&bag, row(9, "9")),
+        Change::delete_full(&bag, row(9, "9")),
+        Change::delete_full(&bag, null()),
+    ]);
+    apply(&mut sink, &log.batch()).await;
+    assert_eq!(target.rows(&bag.table).await, rows(&[&["1", "{}"], &["3", "[]"]]));
+    let positions = query(&target.database, "SELECT _wallaby_position FROM bag").await;
+    assert!(positions.iter().all(|row| row[0].as_ref().unwrap().parse::<wallaby_model::Position>().is_ok()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn truncate_empties_what_came_before_it_only() {
+    let target = Target::fresh("truncate").await;
+    let mut log = Log::new();
+    let t = Shape::new("t").key("id", ColumnType::Int4).column("a", ColumnType::Text).build();
+    let row = |id: i64, a: &str| vec![Value::from(id), Value::from(a)];
+    let mut sink = target.opened(&log).await;
+    log.transaction([Change::insert(&t, row(1, "a")), Change::insert(&t, row(2, "b"))]);
+    apply(&mut sink, &log.batch()).await;
+    log.transaction([Change::update(&t, row(1, "x")), Change::truncate(&t), Change::insert(&t, row(3, "c"))]);
+    log.transaction([Change::truncate(&t), Change::insert(&t, row(2, "d"))]);
+    apply(&mut sink, &log.batch_in_segments(2)).await;
+    assert_eq!(target.rows(&t.table).await, rows(&[&["2", "d"]]));
+    log.transaction([Change::truncate(&t)]);
+    apply(&mut sink, &log.batch()).await;
+    assert!(target.rows(&t.table).await.is_empty());
+}
+
+/// A source with one table: knows rows by the text of their key.
+struct OneTable {
+    rows: Vec<(String, SegmentBody)>,
+}
+
+#[async_trait]
+impl SourceLookup for OneTable {
+    async fn row_by_key(&self, _: &Arc<TableSchema>, key: &KeyValues) -> Result<SourceRow, SinkError> {
+        let key = key[0].clone().unwrap();
+        Ok(self.rows.iter().find(|(known, _)| *known == key).map(|(_, body)| body.clone()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partial_change_that_meets_no_row_is_read_again() {
+    let target = Target::fresh("again").await;
+    let mut log = Log::new();
+    let shape = || Shape::new("t").key("id", ColumnType::Int4).column("n", ColumnType::Int4);
+    let t = shape().column("big", ColumnType::Text).build();
+    // The source is ahead by a column already.
+    let ahead = shape().column("big", ColumnType::Text).column("new", ColumnType::Int4).build();
+    let found = |id: i64, big: &str| {
+        let mut log = Log::new();
+        log.transaction([Change::insert(&ahead, [id.into(), 7.into(), big.into(), 1.into()])]);
+        (id.to_string(), (*log.batch().parts[0].body).clone())
+    };
+    let lookup = Arc::new(OneTable { rows: vec![found(1, "one"), found(30, "thirty")] });
+    let mut sink = target.opened_with(&log, lookup).await;
+    log.transaction([Change::insert(&t, [9.into(), 9.into(), "nine".into()])]);
+    apply(&mut sink, &log.batch()).await;
+    let partial = |id: i64| vec![Value::from(id), 5.into(), Value::Unchanged];
+    log.transaction([
+        Change::update(&t, partial(1)),
+        // Gone at the source: a later change in the log deletes it.
+        Change::update(&t, partial(2)),
+        Change::update_key(&t, [3.into(), Value::Null, Value::Null], partial(30)),
+        Change::update(&t, partial(9)),
+    ]);
+    apply(&mut sink, &log.batch()).await;
+    let expected = rows(&[&["1", "7", "one"], &["30", "7", "thirty"], &["9", "5", "nine"]]);
+    assert_eq!(target.rows(&t.table).await, expected);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_were_there_before_are_taken_over() {
+    let target = Target::fresh("before").await;
+    let mut log = Log::new();
+    let t = Shape::new("t").key("id", ColumnType::Int4).column("a", ColumnType::Int4).build();
+    // Wider types, a column of one's own with a default, another order.
+    target.sql("CREATE TABLE t (loaded timestamptz DEFAULT now(), a bigint, id bigint UNIQUE NOT NULL)").await;
+    target.sql("INSERT INTO t (id, a) VALUES (1, 0)").await;
+    let mut sink = target.opened(&log).await;
+    log.transaction((0..5).map(|id| Change::insert(&t, [id.into(), 10.into()])));
+    apply(&mut sink, &log.batch()).await;
+    log.transaction([Change::insert(&t, [7.into(), 7.into()]), Change::delete(&t, [0.into(), Value::Null])]);
+    apply(&mut sink, &log.batch()).await;
+    let found = query(&target.database, "SELECT id, a FROM t ORDER BY id").await;
+    assert_eq!(found, rows(&[&["1", "10"], &["2", "10"], &["3", "10"], &["4", "10"], &["7", "7"]]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn odd_names_and_a_key_of_many_types_work() {
+    let target = Target::fresh("odd").await;
+    let mut log = Log::new();
+    let odd = Shape::new("O\"dd. t\\able é")
+        .key("Id", ColumnType::Text)
+        .key("id", ColumnType::Numeric)
+        .key("w\"hen", ColumnType::Timestamptz)
+        .column("'quoted'", ColumnType::Array)
+        .build();
+    let row =
+        |key: &str, value: &str| -> Vec<Value> { vec![key.into(), "1.50".into(), 86_400_000_000.into(), value.into()] };
+    let mut sink = target.opened(&log).await;
+    log.transaction([Change::insert(&odd, row("a", "{1}")), Change::insert(&odd, row("b", "{2}"))]);
+    apply(&mut sink, &log.batch()).await;
+    log.transaction([Change::update(&odd, row("a", "{3}")), Change::delete(&odd, row("b", "{}"))]);
+    apply(&mut sink, &log.batch()).await;
+    assert_eq!(target.rows(&odd.table).await, rows(&[&["a", "1.50", "2000-01-02 00:00:00+00", "{3}"]]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_password_and_a_missing_right_say_what_to_do() {
+    use wallaby_connector_api::{SinkFactory, SinkTask, conformance::EmptySource};
+    use wallaby_model::flow::{PostgresSinkSpec, SecretRef, SinkMode};
+    let target = Target::fresh("rights").await;
+    let role = wallaby_testkit::unique("sink_role");
+    target.sql(&format!("CREATE ROLE {role} LOGIN PASSWORD 'right'")).await;
+    let (port, name) = (target.database.postgres().port(), target.database.name());
+    let open = async |password: &str| {
+        let dsn = format!("postgres://{role}:{password}@127.0.0.1:{port}/{name}");
+        let spec =
+            PostgresSinkSpec { dsn: SecretRef::Value(String::new()), schema: "s".into(), mode: SinkMode::Upsert };
+        let factory =
+            wallaby_postgres::PostgresSinkFactory::new(wallaby_postgres::PostgresSinkConfig::new(&dsn, &spec).unwrap());
+        let mut sink = factory.make(SinkTask { task: target.task.clone(), lookup: Arc::new(EmptySource) });
+        sink.open(Epoch(1)).await
+    };
+    let (reason, remedy) = misfit(open("wrong").await);
+    assert!(reason.contains("28P01") && remedy.contains("password") && !reason.contains("wrong"), "{reason} {remedy}");
+    let (reason, remedy) = misfit(open("right").await);
+    assert!(reason.contains("42501") && remedy.contains("GRANT CREATE ON DATABASE"), "{reason} {remedy}");
+    target.sql(&format!("GRANT CREATE ON DATABASE {name} TO {role}")).await;
+    open("right").await.unwrap();
+    target.sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+}
