@@ -174,11 +174,17 @@ async fn rows_flow_and_a_second_owner_goes_on_where_the_first_ended() {
     drop(thread.etcd);
 }
 
+/// A walsender reads the slot. (A slot is also active while it is being made, and what commits then comes before it.)
 async fn slot_is_read(thread: &Thread) {
     let slot = thread.flow.slot_name();
     eventually(Duration::from_secs(30), "the slot is read", async || {
-        let found =
-            thread.source.query("SELECT 1 FROM pg_replication_slots WHERE slot_name = $1 AND active", &[&slot]).await;
+        let found = thread
+            .source
+            .query(
+                "SELECT 1 FROM pg_replication_slots JOIN pg_stat_replication ON pid = active_pid WHERE slot_name = $1",
+                &[&slot],
+            )
+            .await;
         match found {
             Ok(rows) if !rows.is_empty() => Ok(()),
             other => Err(format!("{:?}", other.map(|rows| rows.len()))),

@@ -1,6 +1,6 @@
 //! One connection to the source: set up, take over, stream until something ends it.
 
-use wallaby_coordination::Mark;
+use wallaby_coordination::{Mark, SourceSeen};
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::{Nonce, Position, ResumeInfo, TaskId};
 use wallaby_postgres_source::{
@@ -70,7 +70,13 @@ pub async fn run(
     }
     let Some(writer) = owned.writer.as_ref() else { return Err(CaptureError::Invalid) };
     writer.settled().await?;
-    let (capture, confirm) = prepared.start(writer.end(), None).await?;
+    let identity = prepared.identity().clone();
+    let previous = context
+        .lock
+        .source()
+        .map(|seen| SourceIdentity { system_identifier: seen.system_identifier, timeline: seen.timeline });
+    let (capture, confirm) = prepared.start(writer.end(), previous.as_ref()).await?;
+    context.lock.set_source(SourceSeen { system_identifier: identity.system_identifier, timeline: identity.timeline });
     let _feedback = feedback::start(confirm.clone(), writer.durable(), context.lock.clone());
     let _retention = retention::start(log.clone(), context.lock.clone(), demand.log.replay_window.0);
     let (figures, _figures) = figures::start(config, demand.slot.clone());

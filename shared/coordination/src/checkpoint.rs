@@ -16,6 +16,15 @@ pub struct Mark {
     pub seq_hint: Option<u64>,
 }
 
+/// Which server the positions of a flow belong to. Positions of another one say nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceSeen {
+    /// `IDENTIFY_SYSTEM`'s system identifier.
+    pub system_identifier: String,
+    /// `IDENTIFY_SYSTEM`'s timeline.
+    pub timeline: u32,
+}
+
 /// A stored checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checkpoint {
@@ -29,14 +38,17 @@ pub struct Checkpoint {
     /// The stream sequence that goes with the position; a hint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seq_hint: Option<u64>,
+    /// Capture: the server that was read last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<SourceSeen>,
     /// When it was written.
     pub at: Timestamp,
 }
 
 impl Checkpoint {
-    pub(crate) fn of(epoch: Epoch, mark: Mark, at: Timestamp) -> Checkpoint {
+    pub(crate) fn of(epoch: Epoch, mark: Mark, source: Option<SourceSeen>, at: Timestamp) -> Checkpoint {
         let Mark { position, stream, seq_hint } = mark;
-        Checkpoint { epoch, position: Some(position), stream, seq_hint, at }
+        Checkpoint { epoch, position: Some(position), stream, seq_hint, source, at }
     }
 }
 

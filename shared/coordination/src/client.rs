@@ -6,7 +6,7 @@ use std::time::Duration;
 use etcd_client::{GetOptions, Txn, TxnOpResponse, TxnResponse};
 use serde::Serialize;
 
-use crate::error::Failure;
+use crate::error::{Failure, tonic_code};
 use crate::keys::{Key, KeySpace};
 use crate::link::{Answer, Link, Purpose, Target};
 use crate::options::Options;
@@ -54,15 +54,18 @@ impl Coordination {
         let link = match opened {
             Ok(Ok(link)) => link,
             Ok(Err(Failure::Refused(error))) => {
-                return Err(Error::Settings(format!("etcd at {}: {error}", target.endpoints.join(","))));
+                return Err(unusable(&target, &tonic_code::text(&error)));
             }
             Ok(Err(Failure::Unknown(cause))) => return Err(target.unreachable("connecting", cause)),
             Err(_) => return Err(target.unreachable("connecting", format!("no answer within {patience:?}"))),
         };
         let inner = Inner { target, keys, requests: Arc::new(link) };
         let coordination = Coordination { inner: Arc::new(inner) };
-        coordination.probe(patience).await?;
-        Ok(coordination)
+        match coordination.probe(patience).await {
+            Ok(()) => Ok(coordination),
+            Err(Error::Refused { cause, .. }) => Err(unusable(coordination.target(), &cause)),
+            Err(error) => Err(error),
+        }
     }
 
     /// A read that needs a quorum.
@@ -163,6 +166,14 @@ impl Outcome {
     pub(crate) fn read(&self, operation: usize) -> Option<&Entry> {
         self.reads.get(operation).and_then(|entries| entries.first())
     }
+}
+
+/// etcd answered, and did not like who asks.
+fn unusable(target: &Target, cause: &str) -> Error {
+    let endpoints = target.endpoints.join(",");
+    Error::Settings(format!(
+        "etcd at {endpoints} says: {cause}. Check the name and the password for it, and their rights"
+    ))
 }
 
 /// A value as it is stored, refused when it would not fit.

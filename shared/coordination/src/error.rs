@@ -220,7 +220,11 @@ pub(crate) mod tonic_code {
                 let mut text = status.message().to_owned();
                 let mut source = status.source();
                 while let Some(cause) = source {
-                    text = format!("{text}: {cause}");
+                    let cause_text = cause.to_string();
+                    // Each layer repeats the one below.
+                    if !text.contains(&cause_text) {
+                        text = format!("{text}: {cause_text}");
+                    }
                     source = cause.source();
                 }
                 if text.is_empty() { format!("{:?}", status.code()) } else { text }

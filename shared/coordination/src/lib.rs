@@ -32,7 +32,7 @@ mod records;
 mod session;
 mod watch;
 
-pub use checkpoint::{Checkpoint, Mark};
+pub use checkpoint::{Checkpoint, Mark, SourceSeen};
 pub use client::Coordination;
 pub use clock::{BootTime, wall_clock_now};
 pub use election::{Candidate, Election, Leadership};

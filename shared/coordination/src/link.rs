@@ -63,6 +63,10 @@ impl Target {
                 "no etcd endpoint is given; write one or more as in http://127.0.0.1:2379".to_owned(),
             ));
         }
+        if endpoints.iter().any(|endpoint| endpoint.contains('@')) {
+            // Endpoints are printed in messages; this one is not.
+            return Err(Error::Settings("an etcd endpoint holds a password: give name and password apart".to_owned()));
+        }
         Ok(Target { endpoints: endpoints.into(), options: Arc::new(options) })
     }
 

@@ -1,7 +1,7 @@
 //! An owned task: its epoch, and writes that etcd does only while the lock is ours.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, Txn, TxnOp};
@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use wallaby_model::condition::TaskStatus;
 use wallaby_model::{Epoch, TaskId};
 
-use crate::checkpoint::{Checkpoint, Mark, epoch_above};
+use crate::checkpoint::{Checkpoint, Mark, SourceSeen, epoch_above};
 use crate::client::{Outcome, encode};
 use crate::clock::wall_clock_now;
 use crate::keys::Key;
@@ -42,6 +42,8 @@ pub(crate) struct LockInner {
     create_revision: Revision,
     lost: CancellationToken,
     found_checkpoint: OnceLock<Option<Checkpoint>>,
+    /// Set by the owner once it has verified the server; until then the found checkpoint's goes on.
+    source: std::sync::Mutex<Option<SourceSeen>>,
     epoch: OnceLock<Epoch>,
     /// The checkpoint's revision as we left it. Each write compares it, so a write that was given up as lost and is done
     /// late cannot land on a newer one. The mutex also keeps checkpoint writes in order.
@@ -60,6 +62,7 @@ impl TaskLock {
             create_revision: taken.create_revision,
             lost,
             found_checkpoint: OnceLock::new(),
+            source: std::sync::Mutex::new(None),
             epoch: OnceLock::new(),
             checkpoint: Mutex::new(taken.checkpoint_revision),
             is_released: AtomicBool::new(false),
@@ -102,6 +105,17 @@ impl TaskLock {
         &self.inner.lost
     }
 
+    /// Capture: the server that was read last and found to be the right one, by this owner or by one before it.
+    pub fn source(&self) -> Option<SourceSeen> {
+        let set = self.inner.source.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        set.or_else(|| self.found_checkpoint().and_then(|found| found.source.clone()))
+    }
+
+    /// Capture: names the server that is read, verified by now. Every later checkpoint carries it.
+    pub fn set_source(&self, source: SourceSeen) {
+        *self.inner.source.lock().unwrap_or_else(PoisonError::into_inner) = Some(source);
+    }
+
     /// Whether a write may be started now: the session is valid and the lock was not seen to be lost.
     pub fn is_valid_now(&self) -> bool {
         !self.inner.lost.is_cancelled() && self.inner.session.lease.validity().is_valid_now()
@@ -128,7 +142,7 @@ impl TaskLock {
         let now = wall_clock_now();
         let checkpoint = match found {
             Some(found) => Checkpoint { epoch, at: now, ..found.clone() },
-            None => Checkpoint { epoch, position: None, stream: None, seq_hint: None, at: now },
+            None => Checkpoint { epoch, position: None, stream: None, seq_hint: None, source: None, at: now },
         };
         self.write_checkpoint(&mut revision, "fixing the epoch", &checkpoint, false).await?;
         Ok(*self.inner.epoch.get_or_init(|| epoch))
@@ -147,7 +161,7 @@ impl TaskLock {
     fn checkpoint_of(&self, mark: Mark) -> Result<Checkpoint> {
         let unfixed =
             || Error::Refused { doing: "writing the checkpoint", cause: "the epoch is not fixed yet".to_owned() };
-        Ok(Checkpoint::of(self.epoch().ok_or_else(unfixed)?, mark, wall_clock_now()))
+        Ok(Checkpoint::of(self.epoch().ok_or_else(unfixed)?, mark, self.source(), wall_clock_now()))
     }
 
     /// Writes what the task says of itself.

@@ -74,7 +74,11 @@ impl Feed {
                 Ended::Dropped => return,
                 Ended::Compacted => "compacted",
                 Ended::Failed(cause) => {
-                    tracing::debug!(prefix = %self.prefix, %cause, "watch failed, opening it again");
+                    if pause == REOPEN_PAUSE_MAX {
+                        tracing::warn!(prefix = %self.prefix, %cause, "watch cannot be opened, trying on");
+                    } else {
+                        tracing::debug!(prefix = %self.prefix, %cause, "watch failed, opening it again");
+                    }
                     "failed"
                 }
             };
