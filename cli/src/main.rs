@@ -1,2 +1,7 @@
-//! Entry point.
-fn main() {}
+//! Entry point of the `wallaby` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    wallaby_cli::run(std::env::args_os())
+}

@@ -1,0 +1,212 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXAMPLES: &str = "\
+Examples:
+  wallaby apply -f flow.yaml          create or update the flows of a file
+  wallaby status --watch              rows per second, lag, positions and owners, live
+  wallaby describe shop               everything about a flow, and what to do when it waits
+  wallaby doctor -f flow.yaml         is this source ready? needs no controller
+  wallaby get sinks -o json           for programs
+
+Exit codes:
+  0 done   1 failed   2 usage or an invalid file   3 findings (doctor)   4 not reachable
+  5 not permitted   6 timed out waiting   130 interrupted";
+
+/// Moves committed changes out of PostgreSQL, in order, to many places at once.
+#[derive(Debug, Parser)]
+#[command(name = "wallaby", version, about, after_help = EXAMPLES, max_term_width = 120, subcommand_required = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// The controller, as host:port or http(s)://host:port.
+    #[arg(long, global = true, env = "WALLABY_SERVER", default_value = "127.0.0.1:7117", value_name = "ADDRESS")]
+    pub server: String,
+    /// The authority that signed the controller's certificate, PEM. Needed with https.
+    #[arg(long, global = true, env = "WALLABY_CA_CERT", value_name = "FILE")]
+    pub ca_cert: Option<PathBuf>,
+    /// Our certificate, PEM, for a controller that asks for one.
+    #[arg(long, global = true, env = "WALLABY_CLIENT_CERT", value_name = "FILE", requires = "client_key")]
+    pub client_cert: Option<PathBuf>,
+    /// The key of our certificate, PEM.
+    #[arg(long, global = true, env = "WALLABY_CLIENT_KEY", value_name = "FILE", requires = "client_cert")]
+    pub client_key: Option<PathBuf>,
+    /// How long to wait for an answer, or with --wait for the outcome: 500ms, 30s, 5m.
+    #[arg(long, global = true, default_value = "30s", value_name = "TIME", value_parser = time)]
+    pub timeout: Duration,
+    /// How to print.
+    #[arg(short, long, global = true, default_value = "table", value_name = "FORMAT")]
+    pub output: Output,
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    text.parse::<wallaby_model::flow::Span>().map(|span| span.0)
+}
+
+/// How to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+    /// For people and for `wallaby apply`.
+    Yaml,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create or update flows from a file.
+    #[command(
+        after_help = "Examples:\n  wallaby apply -f flow.yaml --wait\n  kubectl-like: cat flow.yaml | wallaby apply -f -"
+    )]
+    Apply(Apply),
+    /// List flows, sinks or workers, or show one.
+    #[command(
+        after_help = "Examples:\n  wallaby get flows\n  wallaby get flow shop -o yaml > flow.yaml\n  wallaby get sinks shop"
+    )]
+    Get(Get),
+    /// Show everything about a flow: conditions, tasks, sinks, and what to do.
+    #[command(after_help = "Examples:\n  wallaby describe shop\n  wallaby describe flow shop")]
+    Describe(Named),
+    /// Stop a flow and drop its slot, its publication and its log. Rows at the sinks stay.
+    #[command(after_help = "Examples:\n  wallaby delete shop --wait\n  wallaby delete -f flow.yaml")]
+    Delete(Delete),
+    /// Stop a flow, or one sink of it. Slot, log and positions stay.
+    #[command(after_help = "Examples:\n  wallaby pause shop\n  wallaby pause shop/warehouse")]
+    Pause(Named),
+    /// Let a paused flow or sink go on, and let a task that stopped for a person try again.
+    #[command(after_help = "Examples:\n  wallaby resume shop\n  wallaby resume shop/warehouse")]
+    Resume(Named),
+    /// Rates, lag, positions and owners of all flows, once or live.
+    #[command(after_help = "Examples:\n  wallaby status\n  wallaby status shop --watch")]
+    Status(Status),
+    /// List the workers that are alive and what they own.
+    Workers,
+    /// Ask a worker to hand its tasks over and end.
+    #[command(after_help = "Examples:\n  wallaby drain worker-1 --wait")]
+    Drain(Drain),
+    /// Is this source ready? Each finding comes with the SQL that mends it. Needs no controller.
+    #[command(
+        after_help = "Examples:\n  wallaby doctor -f flow.yaml\n  wallaby doctor --dsn postgres://wallaby@db/shop --table 'public.*'"
+    )]
+    Doctor(Doctor),
+    /// Print the completion script of a shell.
+    #[command(after_help = "Examples:\n  wallaby completion bash > /etc/bash_completion.d/wallaby")]
+    Completion {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Apply {
+    /// The file, or - for standard input; may be repeated.
+    #[arg(short, long = "file", required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Only say what is wrong with the file.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Wait until each flow runs, at most --timeout.
+    #[arg(long)]
+    pub wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Get {
+    /// What to list.
+    pub kind: Kind,
+    /// One of them: a flow's name, `flow/sink`, or a worker's name. For sinks also a flow's name.
+    pub name: Option<String>,
+}
+
+/// What can be listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// Flows.
+    #[value(alias = "flow")]
+    Flows,
+    /// Sinks.
+    #[value(alias = "sink")]
+    Sinks,
+    /// Workers.
+    #[value(alias = "worker")]
+    Workers,
+}
+
+#[derive(Debug, Args)]
+pub struct Named {
+    /// The name: a flow (`shop`), or a sink of it (`shop/warehouse`). The word `flow` or `sink` may stand before it.
+    #[arg(required = true, num_args = 1..=2, value_name = "NAME")]
+    pub words: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Delete {
+    /// The flows. The word `flow` may stand before them.
+    #[arg(value_name = "FLOW", required_unless_present = "files", conflicts_with = "files")]
+    pub words: Vec<String>,
+    /// Delete the flows of this file, or - for standard input.
+    #[arg(short, long = "file", value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// A flow that is not there is no error.
+    #[arg(long)]
+    pub if_exists: bool,
+    /// Forget the flow at once, without its source: only for a source that is gone for good. A slot that is still there goes
+    /// on holding WAL back until you drop it.
+    #[arg(long)]
+    pub force: bool,
+    /// Wait until each flow is gone, at most --timeout.
+    #[arg(long)]
+    pub wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Status {
+    /// Only this flow.
+    pub flow: Option<String>,
+    /// Keep going, until interrupted. A live table on a terminal, plain lines elsewhere.
+    #[arg(short, long)]
+    pub watch: bool,
+    /// The time between two looks.
+    #[arg(long, default_value = "1s", value_name = "TIME", value_parser = time)]
+    pub interval: Duration,
+}
+
+#[derive(Debug, Args)]
+pub struct Drain {
+    /// The worker.
+    pub worker: String,
+    /// Wait until it is gone, at most --timeout.
+    #[arg(long)]
+    pub wait: bool,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub struct Doctor {
+    /// Look at the source of each flow in this file, or - for standard input.
+    #[arg(short, long = "file", value_name = "FILE", conflicts_with = "dsn")]
+    pub file: Option<PathBuf>,
+    /// Look at this database: a URL or key=value text.
+    #[arg(long, env = "WALLABY_DOCTOR_DSN", hide_env_values = true)]
+    pub dsn: Option<String>,
+    /// With --dsn: a table to capture, schema.table or schema.*; may be repeated.
+    #[arg(long = "table", value_name = "TABLE", default_value = "public.*")]
+    pub tables: Vec<String>,
+    /// With --dsn: the name of the publication and the slot that would be made.
+    #[arg(long, value_name = "NAME", default_value = "wallaby_doctor")]
+    pub name: String,
+}

@@ -1,0 +1,105 @@
+//! The connection to the controller.
+
+use std::path::Path;
+use std::time::Duration;
+
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use wallaby_proto::v1::flow_service_client::FlowServiceClient;
+use wallaby_proto::v1::sink_service_client::SinkServiceClient;
+use wallaby_proto::v1::worker_service_client::WorkerServiceClient;
+
+use crate::args::Global;
+use crate::failure::Failure;
+
+/// Answers above this are refused: 1000 flows with all their sinks are far below.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// A connected controller.
+#[derive(Clone)]
+pub struct Server {
+    channel: Channel,
+    address: String,
+    timeout: Duration,
+}
+
+impl Server {
+    /// Connects.
+    pub async fn connect(global: &Global) -> Result<Server, Failure> {
+        let address = with_scheme(&global.server);
+        let invalid = |cause: String| Failure::Invalid(format!("--server {}: {cause}", global.server));
+        let mut endpoint = Endpoint::from_shared(address.clone())
+            .map_err(|_| invalid("not an address: write host:port or https://host:port".to_owned()))?
+            .connect_timeout(global.timeout.min(Duration::from_secs(5)))
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(10))
+            .keep_alive_while_idle(true);
+        if address.starts_with("https://") {
+            endpoint = endpoint.tls_config(tls(global)?).map_err(|error| invalid(chain(&error)))?;
+        }
+        let channel = endpoint.connect().await.map_err(|error| Failure::unreachable(&address, &chain(&error)))?;
+        Ok(Server { channel, address, timeout: global.timeout })
+    }
+
+    /// Flows.
+    pub fn flows(&self) -> FlowServiceClient<Channel> {
+        FlowServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_BYTES_MAX)
+    }
+
+    /// Sinks.
+    pub fn sinks(&self) -> SinkServiceClient<Channel> {
+        SinkServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_BYTES_MAX)
+    }
+
+    /// Workers.
+    pub fn workers(&self) -> WorkerServiceClient<Channel> {
+        WorkerServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_BYTES_MAX)
+    }
+
+    /// A request with the deadline that the user chose.
+    pub fn request<T>(&self, message: T) -> tonic::Request<T> {
+        let mut request = tonic::Request::new(message);
+        request.set_timeout(self.timeout);
+        request
+    }
+
+    /// What the server's answer means to the user.
+    pub fn failure(&self, status: &tonic::Status) -> Failure {
+        Failure::from_status(status, &self.address)
+    }
+}
+
+fn with_scheme(server: &str) -> String {
+    if server.contains("://") { server.to_owned() } else { format!("http://{server}") }
+}
+
+fn tls(global: &Global) -> Result<ClientTlsConfig, Failure> {
+    let Some(ca) = &global.ca_cert else {
+        return Err(Failure::Invalid(
+            "https needs --ca-cert: the authority that signed the controller's certificate".to_owned(),
+        ));
+    };
+    let mut config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?));
+    if let (Some(certificate), Some(key)) = (&global.client_cert, &global.client_key) {
+        config = config.identity(Identity::from_pem(read(certificate)?, read(key)?));
+    }
+    Ok(config)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path).map_err(|error| Failure::Invalid(format!("cannot read {}: {error}", path.display())))
+}
+
+/// An error with its causes, the innermost last: the transport's own message says only "transport error".
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,216 @@
+//! What people are told, for each situation.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+
+use wallaby_coordination::{Entry, FlowRecord, Key, LockRecord, Revision, WatchEvent};
+use wallaby_model::flow::{page::EXAMPLE, parse};
+use wallaby_model::{Epoch, FlowId, Lsn, Position};
+
+use super::*;
+
+/// A world to look at: the example flow, with what a test adds.
+struct World {
+    entries: Vec<Entry>,
+    record: FlowRecord,
+}
+
+fn key_task(text: &str) -> TaskId {
+    text.parse().unwrap()
+}
+
+impl World {
+    fn new() -> World {
+        let document = parse(EXAMPLE, "-").unwrap();
+        let created_at = Timestamp(1_000);
+        World {
+            entries: Vec::new(),
+            record: FlowRecord { document, generation: 3, resumes: 0, created_at, deleting_since: None },
+        }
+    }
+
+    fn put(&mut self, key: Key, value: &impl serde::Serialize) {
+        let value = serde_json::to_vec(value).unwrap();
+        let revision = Revision(40 + self.entries.len() as i64);
+        self.entries.push(Entry { key, value, create_revision: revision, mod_revision: revision, lease: 0 });
+    }
+
+    fn worker(mut self, name: &str, capacity: u32) -> World {
+        let info = WorkerInfo {
+            capacity,
+            load: 0,
+            version: "1".into(),
+            zone: None,
+            capabilities: Vec::new(),
+            address: "h:1".into(),
+            draining: false,
+            started_at: Timestamp(1),
+        };
+        self.put(Key::Worker(WorkerId::new(name).unwrap()), &info);
+        self
+    }
+
+    fn owned(mut self, task: &str, worker: &str) -> World {
+        let lock =
+            LockRecord { worker: WorkerId::new(worker).unwrap(), address: "h:1".into(), attempt: uuid::Uuid::nil() };
+        self.put(Key::TaskLock(key_task(task)), &lock);
+        self
+    }
+
+    fn status(mut self, task: &str, worker: &str, phase: TaskPhase, edit: impl FnOnce(&mut TaskStatus)) -> World {
+        let mut status = TaskStatus {
+            phase,
+            phase_since: Timestamp(2_000),
+            worker: Some(WorkerId::new(worker).unwrap()),
+            epoch: Some(Epoch(99)),
+            generation: 3,
+            at: Timestamp(3_000),
+            ..TaskStatus::default()
+        };
+        edit(&mut status);
+        self.put(Key::TaskStatus(key_task(task)), &status);
+        self
+    }
+
+    /// Both tasks owned by one worker and streaming.
+    fn running() -> World {
+        World::new()
+            .worker("w1", 8)
+            .owned("shop.capture", "w1")
+            .owned("shop.apply.warehouse", "w1")
+            .status("shop.capture", "w1", TaskPhase::Streaming, |status| {
+                status.progress.staged = Some(Position::before(Lsn(7)));
+                status.progress.rows = 5;
+                status.progress.lag_ms = Some(12);
+            })
+            .status("shop.apply.warehouse", "w1", TaskPhase::Streaming, |status| status.progress.lag_ms = Some(3))
+    }
+
+    fn shown(mut self) -> v1::Flow {
+        let record = self.record.clone();
+        self.put(Key::FlowSpec(FlowId::new("shop").unwrap()), &record);
+        let mut view = View::default();
+        view.take(WatchEvent::Snapshot { entries: self.entries, revision: Revision(100) });
+        let entry = view.flows().next().unwrap().clone();
+        flow(&view, &entry)
+    }
+}
+
+fn phase_of(flow: &v1::Flow) -> v1::Phase {
+    v1::Phase::try_from(flow.status.as_ref().unwrap().phase).unwrap()
+}
+
+#[track_caller]
+fn condition<'a>(flow: &'a v1::Flow, kind: &str) -> &'a v1::Condition {
+    let status = flow.status.as_ref().unwrap();
+    let all = status.conditions.iter().chain(status.sinks.iter().flat_map(|sink| &sink.conditions));
+    all.into_iter().find(|condition| condition.r#type == kind).unwrap()
+}
+
+#[test]
+fn a_flow_nobody_has_taken_says_what_to_do() {
+    let flow = World::new().shown();
+    assert_eq!(phase_of(&flow), v1::Phase::Pending);
+    let capturing = condition(&flow, "Capturing");
+    assert_eq!(capturing.reason, "NoWorker");
+    assert!(capturing.message.contains("start one with `wallaby-worker`"), "{}", capturing.message);
+    assert_eq!(flow.status.unwrap().observed_generation, 0);
+
+    let flow = World::new().worker("w1", 8).shown();
+    assert_eq!(condition(&flow, "Capturing").reason, "Offered");
+
+    let flow = World::new().worker("w1", 1).owned("other.capture", "w1").shown();
+    let delivering = condition(&flow, "Delivering");
+    assert_eq!(delivering.reason, "NoCapacity");
+    assert!(delivering.message.contains("--capacity"));
+}
+
+#[test]
+fn a_flow_that_runs_is_running() {
+    let flow = World::running().shown();
+    assert_eq!(phase_of(&flow), v1::Phase::Running);
+    for kind in ["Accepted", "Capturing", "Delivering", "CaughtUp"] {
+        assert_eq!(condition(&flow, kind).status, i32::from(v1::ConditionStatus::True), "{kind}");
+    }
+    let status = flow.status.unwrap();
+    assert_eq!(status.observed_generation, 3);
+    assert_eq!(
+        (status.tasks[0].task.as_str(), status.tasks[0].worker.as_str(), status.tasks[0].epoch),
+        ("shop.capture", "w1", 99)
+    );
+    assert_eq!(status.capture.unwrap().rows_total, 5);
+}
+
+#[test]
+fn the_word_of_an_owner_that_lost_its_lock_does_not_count() {
+    let world = World::new().worker("w1", 8).status("shop.capture", "w1", TaskPhase::Streaming, |status| {
+        status.progress.staged = Some(Position::before(Lsn(7)));
+    });
+    let flow = world.shown();
+    assert_eq!(condition(&flow, "Capturing").status, i32::from(v1::ConditionStatus::False));
+    assert_eq!(phase_of(&flow), v1::Phase::Degraded);
+    assert!(!flow.status.unwrap().capture.unwrap().staged_position.is_empty(), "how far it came is still true");
+
+    let world = World::new().worker("w2", 8).owned("shop.capture", "w2");
+    let flow = world.status("shop.capture", "w1", TaskPhase::Streaming, |_| {}).shown();
+    assert_eq!(condition(&flow, "Capturing").reason, "TakingOver");
+    assert_eq!(flow.status.unwrap().tasks[0].state, "LOCKED");
+}
+
+#[test]
+fn a_task_that_waits_for_a_person_blocks_the_flow() {
+    let world = World::running().status("shop.apply.warehouse", "w1", TaskPhase::Stopped, |status| {
+        status.last_error = Some("column x is missing: run ALTER TABLE".into());
+    });
+    let flow = world.shown();
+    assert_eq!(phase_of(&flow), v1::Phase::Blocked);
+    let delivering = condition(&flow, "Delivering");
+    assert!(delivering.message.contains("ALTER TABLE") && delivering.message.contains("wallaby resume"));
+    let status = flow.status.unwrap();
+    assert!(status.sinks[0].task.as_ref().unwrap().stopped);
+}
+
+#[test]
+fn a_task_that_retries_degrades_the_flow() {
+    let world = World::running().status("shop.capture", "w1", TaskPhase::Backoff, |status| {
+        status.last_error = Some("the source is away".into());
+        status.retry_at = Some(Timestamp(9_000));
+    });
+    let flow = world.shown();
+    assert_eq!(phase_of(&flow), v1::Phase::Degraded);
+    assert_eq!(condition(&flow, "Capturing").message, "the source is away");
+}
+
+#[test]
+fn pauses_and_deletions_are_told_apart() {
+    let mut world = World::new().worker("w1", 8);
+    world.record.document.spec.paused = true;
+    let flow = world.shown();
+    assert_eq!(phase_of(&flow), v1::Phase::Paused);
+    assert!(condition(&flow, "Capturing").message.contains("`wallaby resume shop` lets it go on"));
+
+    let mut world = World::running();
+    world.record.document.spec.sinks[0].paused = true;
+    let flow = world.shown();
+    assert_eq!(phase_of(&flow), v1::Phase::Running, "a sink paused by request is no trouble");
+    assert!(condition(&flow, "Delivering").message.contains("`wallaby resume shop/warehouse`"));
+
+    let mut world = World::new();
+    world.record.deleting_since = Some(Timestamp(5));
+    assert_eq!(phase_of(&world.shown()), v1::Phase::Deleting);
+}
+
+#[test]
+fn a_literal_secret_is_never_shown() {
+    let mut world = World::new();
+    world.record.document.spec.source.postgres.dsn = wallaby_model::flow::SecretRef::Value("hunter2".into());
+    world.record.document.spec.sinks[0].postgres.dsn = wallaby_model::flow::SecretRef::Value("hunter2".into());
+    assert!(!format!("{:?}", world.shown()).contains("hunter2"));
+}
+
+#[test]
+fn a_flow_that_this_version_cannot_act_upon_is_blocked() {
+    let mut world = World::running();
+    world.record.document.spec.source.postgres.snapshot = wallaby_model::flow::SnapshotMode::Initial;
+    let flow = world.shown();
+    assert_eq!(phase_of(&flow), v1::Phase::Blocked);
+    assert!(condition(&flow, "Accepted").message.contains("snapshot"));
+}

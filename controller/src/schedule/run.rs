@@ -1,0 +1,242 @@
+//! The loop around the core: looks at the view, publishes offers, and writes down what only the controller knows.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use futures::StreamExt;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use wallaby_coordination::{Election, FlowEntry, FlowStatus, wall_clock_now};
+use wallaby_model::condition::Timestamp;
+use wallaby_model::offer::Offer;
+use wallaby_model::{PoolId, TaskId};
+
+use super::core::{Scheduler, Situation};
+use super::queue::OfferQueue;
+use crate::backend::{Backend, Etcd};
+use crate::metrics;
+use crate::present;
+use crate::view::View;
+
+/// Offers on their way at a time.
+const OFFERS_AT_ONCE: usize = 16;
+
+/// How often status is written down and the queue is looked at, however quiet it is.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How often the queue is checked while nothing fails.
+const ENSURE_EVERY: Duration = Duration::from_secs(60);
+
+/// A task that found an owner sooner is not worth a write.
+const WORTH_SAYING: Duration = Duration::from_secs(2);
+
+/// What the loop works with.
+pub struct SchedulerParts {
+    /// The servers.
+    pub backend: Backend,
+    /// etcd, reached.
+    pub etcd: Etcd,
+    /// Who schedules.
+    pub election: Election,
+    /// Whom tasks are offered to.
+    pub pool: PoolId,
+}
+
+/// Schedules until the controller ends.
+pub async fn run(parts: SchedulerParts, shutdown: CancellationToken) {
+    let mut version = parts.etcd.view.version();
+    let mut leadership = parts.election.changes();
+    let mut looks = tokio::time::interval(LOOK_EVERY);
+    let started = Instant::now();
+    let mut state = State { parts, scheduler: Scheduler::default(), queue: None, ensured_at: None, was_failing: false };
+    loop {
+        let wake_at = state.step(started).await;
+        let wake = async {
+            match wake_at {
+                Some(at) => tokio::time::sleep_until(started + at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            changed = version.changed() => if changed.is_err() { break },
+            // An election that ended only means that this replica does not lead.
+            Ok(()) = leadership.changed() => {}
+            () = wake => {}
+            _ = looks.tick() => state.look_after(started).await,
+        }
+    }
+    state.parts.election.resign().await;
+}
+
+struct State {
+    parts: SchedulerParts,
+    scheduler: Scheduler,
+    queue: Option<OfferQueue>,
+    ensured_at: Option<Instant>,
+    was_failing: bool,
+}
+
+impl State {
+    /// Offers what is due; when to do so again at the latest.
+    async fn step(&mut self, started: Instant) -> Option<Duration> {
+        if !self.parts.etcd.view.is_filled() {
+            return None;
+        }
+        let is_leader = self.parts.election.is_leader();
+        let situation = self.parts.etcd.view.with(|view| situation(view, is_leader));
+        let unowned = situation.wanted.keys().filter(|task| !situation.owned.contains(*task)).count();
+        let (flows, workers) = self.parts.etcd.view.with(|view| (view.flows().count(), view.workers().count()));
+        metrics::seen(flows, workers, unowned, is_leader);
+        let plan = self.scheduler.plan(&situation, started.elapsed());
+        if !plan.offers.is_empty() {
+            self.publish(plan.offers).await;
+        }
+        plan.wake_at
+    }
+
+    async fn publish(&mut self, offers: Vec<(TaskId, i64)>) {
+        if !self.ensure_queue().await {
+            return;
+        }
+        let Some(queue) = &self.queue else { return };
+        let sends = offers.into_iter().map(|(task, spec_revision)| async move {
+            let outcome = queue.offer(&Offer { task: task.clone(), spec_revision }).await;
+            (task, outcome)
+        });
+        let outcomes: Vec<_> = futures::stream::iter(sends).buffer_unordered(OFFERS_AT_ONCE).collect().await;
+        let mut first_error = None;
+        for (task, outcome) in outcomes {
+            match outcome {
+                Ok(()) => {
+                    metrics::offered();
+                    tracing::debug!(%task, "offered");
+                }
+                Err(error) => {
+                    metrics::offer_failed();
+                    first_error.get_or_insert(error);
+                }
+            }
+        }
+        match first_error {
+            Some(error) => self.failing(&error.to_string()),
+            None => self.was_failing = false,
+        }
+    }
+
+    /// Makes the queue where it is not there. Whether it can be used.
+    async fn ensure_queue(&mut self) -> bool {
+        if self.ensured_at.is_some_and(|at| at.elapsed() < ENSURE_EVERY) {
+            return true;
+        }
+        let Some(connections) = self.parts.backend.nats() else { return false };
+        let fresh = || OfferQueue::new(connections.publish.clone(), self.parts.pool.clone());
+        let queue = self.queue.get_or_insert_with(fresh);
+        match queue.ensure().await {
+            Ok(()) => {
+                self.ensured_at = Some(Instant::now());
+                true
+            }
+            Err(error) => {
+                metrics::offer_failed();
+                self.failing(&error.to_string());
+                false
+            }
+        }
+    }
+
+    /// Whatever failed is tried again with the next offer; the queue may be gone, so it is looked at first.
+    fn failing(&mut self, error: &str) {
+        self.ensured_at = None;
+        if !self.was_failing {
+            tracing::warn!(%error, "tasks cannot be offered; trying again");
+        }
+        self.was_failing = true;
+    }
+
+    /// What is not urgent: the queue for workers that wait for it, what we know of each flow, flows that can go.
+    async fn look_after(&mut self, started: Instant) {
+        if !self.parts.etcd.view.is_filled() {
+            return;
+        }
+        if self.queue.is_none() || self.ensured_at.is_none() {
+            let is_new = self.ensure_queue().await;
+            if is_new {
+                self.was_failing = false;
+                self.scheduler.forget_offers();
+            }
+        }
+        if !self.parts.election.is_leader() {
+            return;
+        }
+        let now = wall_clock_now();
+        let elapsed = started.elapsed();
+        let since: BTreeMap<TaskId, Duration> =
+            self.scheduler.unowned_since().map(|(task, since)| (task.clone(), elapsed.saturating_sub(since))).collect();
+        let (statuses, goners) = self.parts.etcd.view.with(|view| (changed_statuses(view, &since, now), goners(view)));
+        for (flow, status) in statuses {
+            if let Err(error) = self.parts.etcd.coordination.put_flow_status(&flow.flow, &status).await {
+                tracing::debug!(flow = %flow.flow, %error, "the flow's status was not written; it is tried again");
+                return;
+            }
+        }
+        for entry in goners {
+            match self.parts.etcd.coordination.remove_flow(&entry).await {
+                Ok(()) => tracing::info!(flow = %entry.flow, "removed: it never captured anything"),
+                Err(error) => tracing::debug!(flow = %entry.flow, %error, "not removed; it is tried again"),
+            }
+        }
+    }
+}
+
+fn situation(view: &View, is_leader: bool) -> Situation {
+    let mut situation = Situation { is_leader, ..Situation::default() };
+    situation.has_workers = view.workers().any(|(worker, _)| !view.is_draining(worker));
+    for entry in view.flows() {
+        for task in View::wanted_tasks(entry) {
+            if view.is_owned(&task) {
+                situation.owned.insert(task.clone());
+            }
+            situation.wanted.insert(task, entry.revision.0);
+        }
+    }
+    situation
+}
+
+/// The flows whose status says something else than what is, with what it should say.
+fn changed_statuses(
+    view: &View,
+    unowned_for: &BTreeMap<TaskId, Duration>,
+    now: Timestamp,
+) -> Vec<(FlowEntry, FlowStatus)> {
+    let mut changed = Vec::new();
+    for entry in view.flows() {
+        let known = view.flow_status(&entry.flow).cloned().unwrap_or_default();
+        let mut offered_since = BTreeMap::new();
+        for task in View::wanted_tasks(entry) {
+            let Some(unowned_for) = unowned_for.get(&task).filter(|span| **span >= WORTH_SAYING) else { continue };
+            let ms = u64::try_from(unowned_for.as_millis()).unwrap_or(u64::MAX);
+            let since = known.offered_since.get(&task).copied().unwrap_or(Timestamp(now.0.saturating_sub(ms)));
+            offered_since.insert(task, since);
+        }
+        let status = FlowStatus {
+            generation: entry.record.generation,
+            conditions: vec![present::accepted(view, entry)],
+            offered_since,
+            at: known.at,
+        };
+        if status != known {
+            changed.push((entry.clone(), FlowStatus { at: now, ..status }));
+        }
+    }
+    changed
+}
+
+/// Flows that are to go and never made anything that a worker would have to drop.
+fn goners(view: &View) -> Vec<FlowEntry> {
+    let never_captured = |entry: &&FlowEntry| {
+        let capture = view.task(&TaskId::capture(&entry.flow));
+        entry.record.deleting_since.is_some() && capture.lock.is_none() && !capture.has_checkpoint
+    };
+    view.flows().filter(never_captured).cloned().collect()
+}

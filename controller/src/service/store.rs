@@ -1,0 +1,118 @@
+//! Reading and changing flows in etcd: read, change, write if nobody came between, again.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use wallaby_coordination::{Error as CoordinationError, FlowEntry};
+use wallaby_model::flow::FlowDocument;
+use wallaby_model::{FlowId, Position, SinkId};
+use wallaby_proto::v1;
+
+use crate::backend::Backend;
+use crate::present;
+use crate::reason::{ApiError, Reason};
+
+/// Tries at a change that others keep coming between.
+const ATTEMPTS_MAX: usize = 8;
+
+/// Flows, as the services use them.
+#[derive(Clone)]
+pub struct Store {
+    pub backend: Backend,
+}
+
+impl Store {
+    /// Reads a flow from etcd itself, so that what was just written is seen.
+    pub async fn read(&self, flow: &FlowId) -> Result<FlowEntry, ApiError> {
+        Ok(self.backend.etcd()?.coordination.flow(flow).await?)
+    }
+
+    /// A flow as the API shows it.
+    pub fn show(&self, entry: &FlowEntry) -> Result<v1::Flow, ApiError> {
+        Ok(self.backend.etcd()?.view.with(|view| present::flow(view, entry)))
+    }
+
+    /// Changes the document of a flow until nobody comes between. `edit` says false when there is nothing to change.
+    pub async fn edit(
+        &self,
+        flow: &FlowId,
+        edit: impl Fn(&mut FlowDocument) -> Result<bool, ApiError>,
+    ) -> Result<FlowEntry, ApiError> {
+        let coordination = &self.backend.etcd()?.coordination;
+        let mut last = None;
+        for _ in 0..ATTEMPTS_MAX {
+            let seen = coordination.flow(flow).await?;
+            let mut document = seen.record.document.clone();
+            if !edit(&mut document)? {
+                return Ok(seen);
+            }
+            match self.replace(&seen, document).await {
+                Err(error) if matches!(error.reason(), Reason::FlowChanged | Reason::LogMoved) => last = Some(error),
+                outcome => return outcome,
+            }
+        }
+        Err(last.unwrap_or_else(|| ApiError::new(Reason::FlowChanged, format!("flow {flow} changes all the time"))))
+    }
+
+    /// Writes a document in the place of the one that was seen.
+    pub async fn replace(&self, seen: &FlowEntry, document: FlowDocument) -> Result<FlowEntry, ApiError> {
+        let starts = self.starts(&seen.record.document, &document).await?;
+        Ok(self.backend.etcd()?.coordination.update_flow(seen, document, &starts).await?)
+    }
+
+    /// Where each sink that is new starts to read: at the log's end.
+    async fn starts(
+        &self,
+        before: &FlowDocument,
+        after: &FlowDocument,
+    ) -> Result<BTreeMap<SinkId, Option<Position>>, ApiError> {
+        let names = |document: &FlowDocument| -> BTreeSet<SinkId> {
+            document.spec.sinks.iter().map(|sink| sink.name.clone()).collect()
+        };
+        let added: Vec<SinkId> = names(after).difference(&names(before)).cloned().collect();
+        if added.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let end = self.backend.log_end(&after.metadata.name).await?;
+        Ok(added.into_iter().map(|sink| (sink, end)).collect())
+    }
+
+    /// Lets a task that stopped for a person try again.
+    pub async fn bump(&self, flow: &FlowId) -> Result<FlowEntry, ApiError> {
+        let coordination = &self.backend.etcd()?.coordination;
+        for _ in 0..ATTEMPTS_MAX {
+            let seen = coordination.flow(flow).await?;
+            match coordination.resume_flow(&seen).await {
+                Err(CoordinationError::FlowChanged { .. }) => {}
+                outcome => return Ok(outcome?),
+            }
+        }
+        Err(ApiError::new(Reason::FlowChanged, format!("flow {flow} changes all the time; try again")))
+    }
+
+    /// Marks a flow as to be deleted.
+    pub async fn mark_deleting(&self, flow: &FlowId, etag: &str) -> Result<FlowEntry, ApiError> {
+        let coordination = &self.backend.etcd()?.coordination;
+        for _ in 0..ATTEMPTS_MAX {
+            let seen = coordination.flow(flow).await?;
+            check_etag(&seen, etag)?;
+            match coordination.mark_flow_deleting(&seen).await {
+                Err(CoordinationError::FlowChanged { .. }) if etag.is_empty() => {}
+                outcome => return Ok(outcome?),
+            }
+        }
+        Err(ApiError::new(Reason::FlowChanged, format!("flow {flow} changes all the time; try again")))
+    }
+}
+
+/// Refuses a request that was made for another version of the flow.
+pub fn check_etag(seen: &FlowEntry, etag: &str) -> Result<(), ApiError> {
+    if etag.is_empty() || etag == present::etag(seen) {
+        return Ok(());
+    }
+    let flow = &seen.flow;
+    Err(ApiError::new(
+        Reason::FlowChanged,
+        format!("flow {flow} was changed by somebody else: read it again and repeat the change"),
+    )
+    .with("etag", present::etag(seen)))
+}

@@ -1,0 +1,208 @@
+//! What the controller knows of etcd: a fold of one watch over all keys.
+//!
+//! The fold is pure; a task feeds it and counts versions, so that the scheduler and the watchers of the API wake up.
+//! While etcd is away the view stands still, and the watch goes on behind it when etcd is back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
+use wallaby_coordination::{
+    Change, Coordination, Entry, FlowEntry, FlowStatus, Key, LockEntry, WatchEvent, WorkerInfo,
+};
+use wallaby_model::condition::TaskStatus;
+use wallaby_model::{FlowId, TaskId, WorkerId};
+
+/// One task as etcd has it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TaskView {
+    /// Its owner; none when nobody holds the lock.
+    pub lock: Option<LockEntry>,
+    /// What its last owner said.
+    pub status: Option<TaskStatus>,
+    /// Whether it ever had an owner that came so far as to fix an epoch.
+    pub has_checkpoint: bool,
+}
+
+/// Everything of ours in etcd.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct View {
+    flows: BTreeMap<FlowId, FlowEntry>,
+    statuses: BTreeMap<FlowId, FlowStatus>,
+    tasks: BTreeMap<TaskId, TaskView>,
+    workers: BTreeMap<WorkerId, WorkerInfo>,
+    draining: BTreeSet<WorkerId>,
+}
+
+impl View {
+    /// All flows, by name.
+    pub fn flows(&self) -> impl Iterator<Item = &FlowEntry> {
+        self.flows.values()
+    }
+
+    /// One flow.
+    pub fn flow(&self, flow: &FlowId) -> Option<&FlowEntry> {
+        self.flows.get(flow)
+    }
+
+    /// What the scheduling replica said of a flow.
+    pub fn flow_status(&self, flow: &FlowId) -> Option<&FlowStatus> {
+        self.statuses.get(flow)
+    }
+
+    /// One task; an empty view of one that etcd has nothing about.
+    pub fn task(&self, task: &TaskId) -> TaskView {
+        self.tasks.get(task).cloned().unwrap_or_default()
+    }
+
+    /// Whether somebody holds the lock of a task.
+    pub fn is_owned(&self, task: &TaskId) -> bool {
+        self.tasks.get(task).is_some_and(|task| task.lock.is_some())
+    }
+
+    /// The workers that are alive, by name.
+    pub fn workers(&self) -> impl Iterator<Item = (&WorkerId, &WorkerInfo)> {
+        self.workers.iter()
+    }
+
+    /// Whether a worker hands its tasks over, or was asked to.
+    pub fn is_draining(&self, worker: &WorkerId) -> bool {
+        self.draining.contains(worker) || self.workers.get(worker).is_some_and(|info| info.draining)
+    }
+
+    /// The tasks that a worker owns.
+    pub fn tasks_of(&self, worker: &WorkerId) -> Vec<TaskId> {
+        let owned = |task: &TaskView| task.lock.as_ref().is_some_and(|lock| lock.holder.worker == *worker);
+        self.tasks.iter().filter(|(_, task)| owned(task)).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// The tasks that a flow should have, the capture first: none of a paused one, only the capture of one that is being
+    /// deleted (its owner removes what the flow made).
+    pub fn wanted_tasks(entry: &FlowEntry) -> Vec<TaskId> {
+        let spec = &entry.record.document.spec;
+        let capture = TaskId::capture(&entry.flow);
+        if entry.record.deleting_since.is_some() {
+            return vec![capture];
+        }
+        if spec.paused {
+            return Vec::new();
+        }
+        let sinks = spec.sinks.iter().filter(|sink| !sink.paused);
+        std::iter::once(capture).chain(sinks.map(|sink| TaskId::apply(&entry.flow, &sink.name))).collect()
+    }
+
+    /// Takes an event of the watch in.
+    pub fn take(&mut self, event: WatchEvent) {
+        match event {
+            WatchEvent::Snapshot { entries, .. } => {
+                *self = View::default();
+                entries.iter().for_each(|entry| self.put(entry));
+            }
+            WatchEvent::Changes(changes) => {
+                for change in changes {
+                    match change {
+                        Change::Put(entry) => self.put(&entry),
+                        Change::Deleted { key, .. } => self.delete(&key),
+                    }
+                }
+            }
+        }
+    }
+
+    fn put(&mut self, entry: &Entry) {
+        if let Err(error) = self.try_put(entry) {
+            tracing::warn!(%error, "a record cannot be read and is left out");
+        }
+    }
+
+    fn try_put(&mut self, entry: &Entry) -> wallaby_coordination::Result<()> {
+        match &entry.key {
+            Key::FlowSpec(flow) => {
+                self.flows.insert(flow.clone(), FlowEntry::from_entry(flow.clone(), entry)?);
+            }
+            Key::FlowStatus(flow) => {
+                self.statuses.insert(flow.clone(), entry.decode()?);
+            }
+            Key::TaskLock(task) => {
+                let lock = LockEntry::from_entry(task.clone(), entry)?;
+                self.tasks.entry(task.clone()).or_default().lock = Some(lock);
+            }
+            Key::TaskStatus(task) => {
+                let status = entry.decode()?;
+                self.tasks.entry(task.clone()).or_default().status = Some(status);
+            }
+            Key::TaskCheckpoint(task) => self.tasks.entry(task.clone()).or_default().has_checkpoint = true,
+            Key::Worker(worker) => {
+                self.workers.insert(worker.clone(), entry.decode()?);
+            }
+            Key::WorkerDrain(worker) => {
+                self.draining.insert(worker.clone());
+            }
+            Key::FlowHold(..) | Key::FlowPurge(_) | Key::ControllerLeader => {}
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self, key: &Key) {
+        match key {
+            Key::FlowSpec(flow) => drop(self.flows.remove(flow)),
+            Key::FlowStatus(flow) => drop(self.statuses.remove(flow)),
+            Key::TaskLock(task) => self.edit_task(task, |view| view.lock = None),
+            Key::TaskStatus(task) => self.edit_task(task, |view| view.status = None),
+            Key::TaskCheckpoint(task) => self.edit_task(task, |view| view.has_checkpoint = false),
+            Key::Worker(worker) => drop(self.workers.remove(worker)),
+            Key::WorkerDrain(worker) => drop(self.draining.remove(worker)),
+            Key::FlowHold(..) | Key::FlowPurge(_) | Key::ControllerLeader => {}
+        }
+    }
+
+    fn edit_task(&mut self, task: &TaskId, edit: impl FnOnce(&mut TaskView)) {
+        let Some(view) = self.tasks.get_mut(task) else { return };
+        edit(view);
+        if *view == TaskView::default() {
+            self.tasks.remove(task);
+        }
+    }
+}
+
+/// The running view. Cheap to clone; the watch ends with the last clone.
+#[derive(Clone)]
+pub struct LiveView {
+    view: Arc<RwLock<View>>,
+    version: watch::Receiver<u64>,
+    _feed: Arc<AbortOnDropHandle<()>>,
+}
+
+impl LiveView {
+    /// Starts watching.
+    pub fn start(coordination: &Coordination) -> LiveView {
+        let view = Arc::new(RwLock::new(View::default()));
+        let (sender, version) = watch::channel(0_u64);
+        let mut events = coordination.watch(coordination.keys().everything());
+        let fed = Arc::clone(&view);
+        let feed = tokio::spawn(async move {
+            while let Some(event) = events.next().await {
+                // A fold that panicked left whole entries behind: the next snapshot mends what is missing.
+                fed.write().unwrap_or_else(PoisonError::into_inner).take(event);
+                sender.send_modify(|version| *version += 1);
+            }
+        });
+        LiveView { view, version, _feed: Arc::new(AbortOnDropHandle::new(feed)) }
+    }
+
+    /// Looks at the view; nothing else may wait in `look`.
+    pub fn with<T>(&self, look: impl FnOnce(&View) -> T) -> T {
+        look(&self.view.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Counts the changes; 0 before the first snapshot.
+    pub fn version(&self) -> watch::Receiver<u64> {
+        self.version.clone()
+    }
+
+    /// Whether the state of all flows was read once.
+    pub fn is_filled(&self) -> bool {
+        *self.version.borrow() > 0
+    }
+}
