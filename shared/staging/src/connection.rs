@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use async_nats::{Client, ConnectOptions};
+use async_nats::{Client, ConnectOptions, ServerAddr};
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::TcpStream;
@@ -51,6 +51,16 @@ impl NatsTarget {
         shown.collect::<Vec<_>>().join(", ")
     }
 
+    /// User and password, or a token alone, of the first address that has some.
+    fn credentials(&self) -> Option<(String, Option<String>)> {
+        let addresses = self.servers.iter().filter_map(|server| server.parse::<ServerAddr>().ok());
+        let mut found = addresses.filter_map(|address| {
+            let user = percent_decoded(address.username()?)?;
+            Some((user, address.password().and_then(percent_decoded)))
+        });
+        found.next()
+    }
+
     /// One connection of this target. `role` is appended to its name.
     ///
     /// # Errors
@@ -76,9 +86,35 @@ impl NatsTarget {
         if let Some((certificate, key)) = &self.client_certificate {
             options = options.add_client_certificate(certificate.clone(), key.clone());
         }
-        // async-nats reads user and password only from options or a URL it parses itself: hand the texts through.
+        // The client takes no credentials from addresses.
+        if let Some((user, password)) = self.credentials() {
+            options = match password {
+                Some(password) => options.user_and_password(user, password),
+                None => options.token(user),
+            };
+        }
         options.connect(self.servers.clone()).await.map_err(|error| failed(error.to_string()))
     }
+}
+
+/// Undoes the `%XX` of a URL; `None` when that is no text.
+fn percent_decoded(text: &str) -> Option<String> {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let code = if *first == b'%' { tail.get(..2).and_then(|hex| std::str::from_utf8(hex).ok()) } else { None };
+        match code.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(byte) => {
+                decoded.push(byte);
+                rest = &tail[2..];
+            }
+            None => {
+                decoded.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8(decoded).ok()
 }
 
 /// The two connections of a process to its log servers. Cheap to clone; shared by all logs.
@@ -182,5 +218,9 @@ mod tests {
         let servers = vec!["nats://me:secret@a:4222".to_owned(), "b:4222".to_owned(), "me:secret@c:4222".to_owned()];
         let target = NatsTarget { servers, ..NatsTarget::default() };
         assert_eq!(target.shown(), "nats://a:4222, b:4222, c:4222");
+        assert_eq!(target.credentials(), Some(("me".to_owned(), Some("secret".to_owned()))));
+        let servers = vec!["nats://a:4222".to_owned(), "nats://tok%2Fen@b:4222".to_owned()];
+        let target = NatsTarget { servers, ..NatsTarget::default() };
+        assert_eq!(target.credentials(), Some(("tok/en".to_owned(), None)));
     }
 }

@@ -61,6 +61,8 @@ pub(crate) struct PullSession {
     pull_bytes: usize,
     /// The consumer's own count of what it delivered.
     delivered: u64,
+    /// The last sequence of the stream that it delivered.
+    sequence: u64,
 }
 
 impl PullSession {
@@ -88,7 +90,7 @@ impl PullSession {
         let messages = messages.map_err(|error| StagingError::unavailable(what(), error))?;
         let pulls = VecDeque::with_capacity(PULLS);
         let log = log.clone();
-        Ok(PullSession { log, context, consumer, inbox, messages, pulls, next_pull: 0, pull_bytes, delivered: 0 })
+        Ok(PullSession { log, context, consumer, inbox, messages, pulls, next_pull: 0, pull_bytes, delivered: 0, sequence: 0 })
     }
 
     /// The next message of the stream. Cancel-safe. After an error the session is of no more use.
@@ -165,10 +167,11 @@ impl PullSession {
             Ok(info) => (info.stream_sequence, info.consumer_sequence),
             Err(error) => return Err(self.gone(&error.to_string())),
         };
-        if delivered != self.delivered + 1 {
+        if delivered != self.delivered + 1 || sequence <= self.sequence {
             return Err(self.gone("a delivery was lost on the way"));
         }
         self.delivered = delivered;
+        self.sequence = sequence;
         let jetstream::Message { message, .. } = message;
         let headers = message.headers.unwrap_or_default();
         record::decode(&headers, message.payload, sequence, self.log.flow())

@@ -16,7 +16,7 @@ use crate::error::{Result, StagingError};
 use crate::log::Log;
 use crate::metrics::ReaderMetrics;
 use crate::pull::PullSession;
-use crate::record::Staged;
+use crate::record::{Link, Staged};
 use crate::retention::{Place, locate};
 use crate::rule::{ReaderState, Verdict};
 use crate::segment_cache::{SegmentCache, SegmentKey};
@@ -75,6 +75,20 @@ pub struct Accepted {
     pub log_epoch: Epoch,
 }
 
+/// Tells a record from another one that has its sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Mark {
+    sequence: u64,
+    epoch: Epoch,
+    link: Option<Link>,
+}
+
+impl Mark {
+    fn of(staged: &Staged) -> Mark {
+        Mark { sequence: staged.sequence, epoch: staged.record.epoch, link: staged.link }
+    }
+}
+
 /// A reader of one log.
 pub struct LogReader {
     log: Log,
@@ -86,6 +100,10 @@ pub struct LogReader {
     /// The next sequence to read, once the place is known.
     next: Option<u64>,
     session: Option<PullSession>,
+    /// The last record that was read: what stands at its sequence when a consumer is made anew.
+    last: Option<Mark>,
+    /// The new consumer has to begin with this one, or the log was numbered anew.
+    expected: Option<Mark>,
     /// A gap was seen, and the place searched again because of it.
     searched_for_gap: bool,
     backoff: Duration,
@@ -109,6 +127,8 @@ impl LogReader {
             state,
             next: None,
             session: None,
+            last: None,
+            expected: None,
             searched_for_gap: false,
             backoff: BACKOFF_FIRST,
             missing_since: None,
@@ -143,6 +163,7 @@ impl LogReader {
                     self.waiting.set(None, Instant::now());
                     // Only now: cancelled before, the record is read again.
                     self.next = Some(staged.sequence + 1);
+                    self.last = Some(Mark::of(&staged));
                     if let Some(accepted) = self.judge(staged).await? {
                         return Ok(accepted);
                     }
@@ -185,16 +206,25 @@ impl LogReader {
                 self.metrics.cache_hit();
                 return Ok(staged);
             }
-            self.check_numbering(next).await?;
-            let Some(next) = self.next else {
-                return Err(StagingError::unavailable("the reader's place", "the log was numbered anew"));
-            };
-            self.session = Some(PullSession::open(&self.log, next, self.options.pull_bytes).await?);
+            // Sequences come again after a loss of data: the last record is read once more, to see whether it is still there.
+            self.expected = self.last.filter(|last| last.sequence + 1 == next);
+            let begin = self.expected.map_or(next, |last| last.sequence);
+            let info = self.log.reader_leader().info(&self.log).await?;
+            if self.expected.is_some() && info.state.last_sequence < begin {
+                return Err(self.numbered_anew());
+            }
+            self.session = Some(PullSession::open(&self.log, begin, self.options.pull_bytes).await?);
         }
         let Some(session) = &mut self.session else {
             return Err(StagingError::unavailable("the reader's consumer", "it is not there"));
         };
-        let staged = session.next().await?;
+        let mut staged = session.next().await?;
+        if let Some(expected) = self.expected.take() {
+            if Mark::of(&staged) != expected {
+                return Err(self.numbered_anew());
+            }
+            staged = session.next().await?;
+        }
         if let (Some(cache), Some(incarnation)) = (&self.options.cache, staged.incarnation) {
             let key = SegmentKey { flow: self.log.flow().clone(), incarnation, sequence: staged.sequence };
             cache.put(key, &staged);
@@ -202,19 +232,16 @@ impl LogReader {
         Ok(staged)
     }
 
+    /// The place is searched by position.
+    fn numbered_anew(&mut self) -> StagingError {
+        (self.next, self.last, self.expected) = (None, None, None);
+        StagingError::unavailable("the reader's place", "the log was purged or numbered anew")
+    }
+
     fn cached(&self, sequence: u64) -> Option<Staged> {
         let cache = self.options.cache.as_ref()?;
         let incarnation = self.state.incarnation?;
         cache.get(&SegmentKey { flow: self.log.flow().clone(), incarnation, sequence })
-    }
-
-    /// A log that ends before what was read was numbered anew after a loss: the place is searched by position.
-    async fn check_numbering(&mut self, next: u64) -> Result<()> {
-        let info = self.log.reader_leader().info(&self.log).await?;
-        if info.state.last_sequence + 1 < next {
-            self.next = None;
-        }
-        Ok(())
     }
 
     /// Finds the sequence to begin at.

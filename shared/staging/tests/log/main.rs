@@ -3,5 +3,7 @@
 
 mod support;
 
+mod faults;
 mod making;
+mod reading;
 mod takeover;

@@ -19,11 +19,6 @@ pub fn at(lsn: u64) -> Position {
     Position::before(Lsn(lsn))
 }
 
-/// The n-th change of the transaction that commits at `commit`.
-pub fn change(commit: u64, n: u64) -> Position {
-    Position::of(Lsn(commit), Lsn(n), 1)
-}
-
 pub fn info(rewind: bool) -> ResumeInfo {
     ResumeInfo {
         system_identifier: "7".to_owned(),

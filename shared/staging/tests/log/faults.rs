@@ -1,0 +1,313 @@
+//! Servers that die, stall and fill up under an owner that appends, and readers that must see neither gap nor duplicate.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use wallaby_model::{Epoch, Lsn};
+use wallaby_staging::{
+    LogReader, LogWriter, ReaderOptions, Retention, Start, StagingError, SyncPolicy, TailVerdict, Wait, judge_tail,
+};
+use wallaby_testkit::{NatsCluster, NatsOptions, SyncInterval, eventually};
+
+use crate::support::{Flow, PATIENCE, at, end_of, info, options, owner, read_to, segment};
+
+async fn own_cluster() -> NatsCluster {
+    let options = NatsOptions { nodes: 3, sync_interval: SyncInterval::Every(Duration::from_secs(60)), ..NatsOptions::default() };
+    NatsCluster::start(options).await.unwrap()
+}
+
+/// Appends without pause until told to stop; returns the writer, everything acknowledged.
+fn pipeline(writer: LogWriter, stop: Arc<AtomicBool>, bytes: usize) -> tokio::task::JoinHandle<Result<LogWriter, StagingError>> {
+    tokio::spawn(async move {
+        while !stop.load(Ordering::Relaxed) {
+            let end = end_of(&writer);
+            writer.append(segment(end, end + 1, bytes)).await?;
+        }
+        writer.settled().await?;
+        Ok(writer)
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leaders_killed_in_a_loop_leave_no_gap_and_no_duplicate() {
+    let cluster = own_cluster().await;
+    let flow = Flow::on_own(&cluster, 512 << 20).await;
+    let writer = flow.owner(5).await.unwrap();
+    let acked = writer.acked();
+    let stop = Arc::new(AtomicBool::new(false));
+    let appending = pipeline(writer, Arc::clone(&stop), 10_000);
+    // One reader is there all the time, through every fault.
+    let mut live = flow.reader(Start::FirstResume);
+    let (tell, told) = tokio::sync::oneshot::channel();
+    let reading = tokio::spawn(async move {
+        let mut told = std::pin::pin!(told);
+        loop {
+            let stood = live.state().end;
+            tokio::select! {
+                next = live.next() => {
+                    let next = next.unwrap();
+                    assert!(stood.is_none_or(|stood| stood == next.after), "{stood:?} {next:?}");
+                }
+                end = &mut told => {
+                    read_to(&mut live, end.unwrap()).await;
+                    return live.state();
+                }
+            }
+        }
+    });
+    for round in 0..4 {
+        let before = acked.borrow().position;
+        let leader = cluster.leader_of_stream(flow.log.stream()).await.unwrap();
+        cluster.node(leader).unwrap().kill9().await.unwrap();
+        eventually(PATIENCE, "appends go on without the old leader", async || {
+            let now = acked.borrow().position;
+            if now.commit.0 > before.commit.0 + 20 { Ok(()) } else { Err(format!("round {round}: {before:?} {now:?}")) }
+        })
+        .await;
+        cluster.start_node(leader).await.unwrap();
+        eventually(PATIENCE, "three copies", async || {
+            let info = flow.log.info().await.map_err(|error| error.to_string())?;
+            if info.has_quorum { Ok(()) } else { Err(format!("{info:?}")) }
+        })
+        .await;
+    }
+    stop.store(true, Ordering::Relaxed);
+    let writer = appending.await.unwrap().unwrap();
+    let end = writer.end();
+    tell.send(end).unwrap();
+    assert_eq!(reading.await.unwrap().end, Some(end));
+    read_to(&mut flow.reader(Start::FirstResume), end).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_zombie_is_refused_and_gives_up() {
+    for round in 0..3_u64 {
+        let flow = Flow::on_three().await;
+        let zombie = flow.owner(5).await.unwrap();
+        for n in 1..=10 {
+            zombie.append(segment(n, n + 1, 100)).await.unwrap();
+        }
+        zombie.settled().await.unwrap();
+        // It hears nothing while another takes over and writes.
+        let elsewhere = flow.elsewhere().await;
+        let successor = owner(&elsewhere, 6).await.unwrap();
+        for n in 11..=20 + round {
+            successor.append(segment(n, n + 1, 100)).await.unwrap();
+        }
+        successor.settled().await.unwrap();
+        let end = successor.end();
+        // Now it wakes with a full window.
+        let mut n = 11;
+        let error = loop {
+            match zombie.append(segment(n, n + 1, 100)).await {
+                Ok(()) => n += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, StagingError::Fenced { by: Epoch(6), .. }), "{error}");
+        assert_eq!(zombie.acked().borrow().position, at(11), "nothing of it counts as acknowledged");
+        assert!(zombie.durable().borrow().0 <= 11);
+        assert_eq!(flow.log.tail().await.unwrap().end, Some(end));
+        let next = end_of(&successor);
+        successor.append(segment(next, next + 1, 100)).await.unwrap();
+        successor.settled().await.unwrap();
+        read_to(&mut flow.reader(Start::FirstResume), at(next + 1)).await;
+        flow.end().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn late_fences_against_a_pipelining_owner_leave_no_hole() {
+    let flow = Flow::on_three().await;
+    let writer = flow.owner(7).await.unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let appending = pipeline(writer, Arc::clone(&stop), 2_000);
+    let elsewhere = flow.elsewhere().await;
+    for _ in 0..10 {
+        let error = owner(&elsewhere, 6).await.map(|_| ()).unwrap_err();
+        assert!(error.is_fenced(), "{error}");
+    }
+    stop.store(true, Ordering::Relaxed);
+    let writer = appending.await.unwrap().unwrap();
+    read_to(&mut flow.reader(Start::FirstResume), writer.end()).await;
+    flow.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_log_is_back_pressure_until_it_is_purged() {
+    let flow = {
+        let scope = wallaby_testkit::NatsScope::three_nodes("full").await;
+        Flow::on(&scope.url(), 3, wallaby_staging::log::MAX_BYTES_LEAST).await
+    };
+    let writer = Arc::new(flow.owner(5).await.unwrap());
+    let filling = {
+        let writer = Arc::clone(&writer);
+        tokio::spawn(async move {
+            for n in 1..=60 {
+                writer.append(segment(n, n + 1, 500_000)).await.unwrap();
+            }
+            writer.settled().await.unwrap();
+        })
+    };
+    let waiting = writer.waiting();
+    eventually(PATIENCE, "the writer waits for room", async || match *waiting.borrow() {
+        Some(waiting) if waiting.what == Wait::Full => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    let info_full = flow.log.info().await.unwrap();
+    assert!(info_full.bytes <= info_full.max_bytes - wallaby_staging::log::RESERVE_BYTES, "{info_full:?}");
+    assert!(!filling.is_finished());
+    // A reader takes what is there, and the log is purged behind it, until everything is through.
+    let mut reader = flow.reader(Start::FirstResume);
+    let mut retention = Retention::new(&flow.log);
+    while reader.state().end < Some(at(61)) {
+        let next = tokio::time::timeout(PATIENCE, reader.next()).await.unwrap().unwrap();
+        retention.purge(next.to, Duration::ZERO, SystemTime::now()).await.unwrap();
+    }
+    filling.await.unwrap();
+    eventually(PATIENCE, "no wait is left", async || match *waiting.borrow() {
+        None => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    // A full log still takes a successor's fence and resume.
+    flow.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_log_still_takes_a_successor_and_heartbeats() {
+    let scope = wallaby_testkit::NatsScope::three_nodes("full").await;
+    let flow = Flow::on(&scope.url(), 3, wallaby_staging::log::MAX_BYTES_LEAST).await;
+    let writer = flow.owner(5).await.unwrap();
+    let mut n = 1;
+    while tokio::time::timeout(Duration::from_millis(700), writer.append(segment(n, n + 1, 500_000))).await.is_ok() {
+        n += 1;
+        assert!(n < 100);
+    }
+    drop(writer);
+    let successor = owner(&flow.elsewhere().await, 6).await.unwrap();
+    let end = end_of(&successor);
+    successor.heartbeat(Lsn(end + 100)).await.unwrap();
+    tokio::time::timeout(PATIENCE, successor.settled()).await.unwrap().unwrap();
+    read_to(&mut flow.reader(Start::FirstResume), at(end + 100)).await;
+    flow.end().await;
+}
+
+/// Stops all servers, takes the stream's tail away, and starts them again: what a power cut leaves of a server that syncs late.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h11_a_lost_tail_is_noticed_rewound_and_read_without_a_gap() {
+    let flow = Flow::on_one().await;
+    let writer = flow.owner(5).await.unwrap();
+    for n in 1..=20 {
+        writer.append(segment(n, n + 1, 100)).await.unwrap();
+    }
+    writer.settled().await.unwrap();
+    let mut ahead = flow.reader(Start::FirstResume);
+    read_to(&mut ahead, at(21)).await;
+    lose_tail(&flow, 8).await;
+    // The owner that saw them acknowledged does not go on over the hole.
+    let error = tokio::time::timeout(PATIENCE, async {
+        writer.append(segment(21, 22, 100)).await.unwrap();
+        writer.ended().await
+    });
+    let error = error.await.unwrap();
+    assert!(matches!(error, StagingError::TailLost { acked, .. } if acked == at(21)), "{error}");
+    // The next one is told by the claims, rewinds, and cuts it in other segments.
+    let takeover = LogWriter::take_over(&flow.log, Epoch(6), wallaby_model::Nonce::random(), options()).await.unwrap();
+    let end = takeover.tail().end.unwrap();
+    assert!(end < at(21));
+    let claims = wallaby_staging::TailClaims {
+        log_end: Some(end),
+        furthest_sink: Some(at(21)),
+        confirmed: Some(at(5)),
+        ..Default::default()
+    };
+    assert_eq!(judge_tail(&claims), TailVerdict::Rewind { end, claimed: at(21) });
+    let was = takeover.tail().incarnation;
+    let successor = takeover.resume(end, info(true)).await.unwrap();
+    assert_ne!(Some(successor.incarnation()), was);
+    let mut from = end_of(&successor);
+    while from < 40 {
+        successor.append(segment(from, from + 3, 100)).await.unwrap();
+        from += 3;
+    }
+    successor.settled().await.unwrap();
+    // The reader that had the lost tail trims; one that starts anew sees everything.
+    read_to(&mut ahead, at(from)).await;
+    read_to(&mut flow.reader(Start::FirstResume), at(from)).await;
+    for position in [5, 12, 14, 20, 22] {
+        let start = Start::At { position: at(position), epoch: Some(Epoch(5)), sequence_hint: Some(position + 2) };
+        let accepted = read_to(&mut flow.reader(start), at(from)).await;
+        assert_eq!(accepted[0].after, at(position));
+    }
+    flow.end().await;
+}
+
+/// The newest `count` messages go, and their sequences come again: a copy of the stream without them takes its place.
+async fn lose_tail(flow: &Flow, count: u64) {
+    let context = async_nats::jetstream::new(target_client(&flow.url).await);
+    let info = flow.log.info().await.unwrap();
+    let stream = context.get_stream(flow.log.stream()).await.unwrap();
+    let mut kept = Vec::new();
+    for sequence in info.first_sequence..=info.last_sequence - count {
+        kept.push(stream.get_raw_message(sequence).await.unwrap());
+    }
+    let config = stream.cached_info().config.clone();
+    context.delete_stream(flow.log.stream()).await.unwrap();
+    context.create_stream(config).await.unwrap();
+    for message in kept {
+        let ack = context.publish_with_headers(message.subject.clone(), without_server_headers(&message.headers), message.payload).await;
+        assert_eq!(ack.unwrap().await.unwrap().sequence, message.sequence);
+    }
+}
+
+fn without_server_headers(headers: &async_nats::HeaderMap) -> async_nats::HeaderMap {
+    let mut ours = async_nats::HeaderMap::new();
+    for (name, values) in headers.iter().filter(|(name, _)| !name.to_string().starts_with("Nats-")) {
+        ours.insert(name.clone(), values[0].clone());
+    }
+    ours
+}
+
+async fn target_client(url: &str) -> async_nats::Client {
+    crate::support::target(url).connect("fault").await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h09_confirmation_waits_for_the_sync_interval_and_for_no_open_resync() {
+    let flow = Flow::on_three().await;
+    let interval = Duration::from_millis(500);
+    let options = wallaby_staging::WriterOptions { sync: SyncPolicy::Interval(interval), ..options() };
+    let takeover = LogWriter::take_over(&flow.log, Epoch(5), wallaby_model::Nonce::random(), options).await.unwrap();
+    let writer = takeover.resume(at(1), info(false)).await.unwrap();
+    let began = tokio::time::Instant::now();
+    writer.append(segment(1, 50, 100)).await.unwrap();
+    writer.settled().await.unwrap();
+    assert_eq!(writer.durable().borrow().0, 0);
+    let mut durable = writer.durable();
+    tokio::time::timeout(PATIENCE, durable.wait_for(|lsn| lsn.0 == 50)).await.unwrap().unwrap();
+    assert!(began.elapsed() >= 2 * interval + wallaby_staging::durability::MARGIN);
+    flow.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_survives_its_connection_and_all_servers() {
+    let cluster = own_cluster().await;
+    let flow = Flow::on_own(&cluster, 256 << 20).await;
+    let writer = flow.owner(5).await.unwrap();
+    let mut reader = LogReader::new(&flow.log, Start::FirstResume, ReaderOptions::default());
+    for round in 0..2 {
+        let end = end_of(&writer);
+        for n in end..end + 10 {
+            writer.append(segment(n, n + 1, 100)).await.unwrap();
+        }
+        read_to(&mut reader, at(end + 10)).await;
+        if round == 0 {
+            cluster.kill9_all().await.unwrap();
+            cluster.start_again().await.unwrap();
+        }
+    }
+    assert_eq!(writer.close().await.unwrap().position, at(21));
+}
