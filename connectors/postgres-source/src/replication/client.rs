@@ -169,7 +169,8 @@ impl ReplicationClient {
             quote_literal(&quote_identifier(&options.publication))
         );
         if options.streaming {
-            plugin.push_str(", streaming 'on'");
+            // Version 4 is there for parallel apply: with it an abort says where and when.
+            plugin.push_str(if options.protocol >= 4 { ", streaming 'parallel'" } else { ", streaming 'on'" });
         }
         if options.messages {
             plugin.push_str(", messages 'true'");

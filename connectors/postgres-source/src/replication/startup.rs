@@ -22,8 +22,9 @@ const SESSION_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=iso_8601 -c tim
 pub(super) struct MessageStream {
     pub(super) transport: Transport,
     pub(super) buffer: BytesMut,
-    /// For errors: what is being done.
+    /// For errors: where and as whom.
     pub(super) target: String,
+    user: String,
 }
 
 impl MessageStream {
@@ -55,6 +56,13 @@ impl MessageStream {
             match self.transport.read_buf(&mut self.buffer).await {
                 Ok(0) => return Err(self.lost("closed by the server")),
                 Ok(_) => {}
+                Err(error) if error.get_ref().is_some_and(|inner| inner.is::<ClearTextRefused>()) => {
+                    return Err(SourceError::Auth {
+                        user: self.user.clone(),
+                        target: self.target.clone(),
+                        reason: error.to_string(),
+                    });
+                }
                 Err(error) => return Err(self.lost(&error.to_string())),
             }
         }
@@ -110,7 +118,12 @@ pub(super) fn server_error(during: &str, body: &ErrorResponseBody) -> SourceErro
 /// Startup and authentication; returns when the server is ready for commands.
 pub(super) async fn start(config: &ConnectConfig, transport: Transport) -> Result<MessageStream, SourceError> {
     let mut stream =
-        MessageStream { transport, buffer: BytesMut::with_capacity(16 << 10), target: config.target() };
+        MessageStream {
+            transport,
+            buffer: BytesMut::with_capacity(16 << 10),
+            target: config.target(),
+            user: config.user.clone(),
+        };
     let mut out = BytesMut::new();
     let parameters = [
         ("user", config.user.as_str()),

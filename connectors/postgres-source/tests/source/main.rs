@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a failed unwrap is the test's failure")]
 
 mod capture;
+mod connect;
 mod faults;
+mod fixtures;
 mod kit;
+mod ready;
 mod types;

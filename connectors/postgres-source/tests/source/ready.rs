@@ -1,0 +1,208 @@
+//! `wallaby doctor`'s findings, set-up, and rows by key.
+
+use std::sync::Arc;
+
+use wallaby_connector_api::SourceLookup;
+use wallaby_model::Op;
+use wallaby_model::flow::Failover;
+use wallaby_postgres_source::{
+    Capture, ConnectConfig, Finding, Lookup, PublicationWanted, SlotWanted, Status, connect_control, drop_publication,
+    ensure_publication, ensure_slot, preflight, source_status,
+};
+use wallaby_testkit::{Database, Postgres, PostgresOptions};
+
+use crate::kit::{Flow, publication, rows_of, slot};
+
+fn find<'a>(findings: &'a [Finding], check: &str) -> &'a Finding {
+    findings.iter().find(|finding| finding.check == check).unwrap_or_else(|| panic!("no {check} in {findings:#?}"))
+}
+
+fn failed(findings: &[Finding]) -> Vec<&'static str> {
+    findings.iter().filter(|finding| finding.status == Status::Fail).map(|finding| finding.check).collect()
+}
+
+fn as_user(db: &Database<'_>, user: &str) -> ConnectConfig {
+    let port = db.postgres().port();
+    ConnectConfig::parse(&format!("host=127.0.0.1 port={port} user={user} password=pw dbname={}", db.name())).unwrap()
+}
+
+#[tokio::test]
+async fn a_ready_source_has_no_finding_that_fails_before_and_after_it_is_set_up() {
+    let db = Database::create("ready").await;
+    db.batch_execute("CREATE TABLE t (id int PRIMARY KEY)").await.unwrap();
+    let config = ConnectConfig::parse(&db.dsn()).unwrap();
+    let (wanted, slot) = (publication(db.name(), &["public.*"]), slot(db.name()));
+    let findings = preflight(&config, &wanted, &slot).await;
+    assert_eq!(failed(&findings), [""; 0], "{findings:#?}");
+    let flow = Flow::create(&db).await;
+    let _run = flow.start(1, flow.first_position()).await;
+    let findings = preflight(&config, &wanted, &slot).await;
+    assert_eq!(failed(&findings), [""; 0], "{findings:#?}");
+    assert!(find(&findings, "slot").message.contains("read by WALlaby"));
+    let status = source_status(&db, db.name()).await.unwrap();
+    assert!(status.active && status.wal_status == "reserved" && status.current >= status.confirmed);
+}
+
+#[tokio::test]
+async fn every_gap_of_a_poor_role_is_mended_by_the_statements_that_are_printed() {
+    let db = Database::create("poor").await;
+    let user = format!("u_{}", db.name());
+    db.batch_execute(&format!(
+        "CREATE ROLE {user} LOGIN PASSWORD 'pw';
+         CREATE TABLE keyed (id int PRIMARY KEY); CREATE TABLE keyless (id int);
+         REVOKE ALL ON DATABASE {0} FROM PUBLIC; GRANT CONNECT ON DATABASE {0} TO {user}",
+        db.name()
+    ))
+    .await
+    .unwrap();
+    let config = as_user(&db, &user);
+    let mut wanted = publication(db.name(), &["public.*"]);
+    let slot = slot(db.name());
+    let findings = preflight(&config, &wanted, &slot).await;
+    assert_eq!(failed(&findings), ["replication_role", "publication", "replica_identity", "select", "ownership"], "{findings:#?}");
+    for check in ["replication_role", "publication", "replica_identity", "select", "ownership"] {
+        let sql = find(&findings, check).remedy_sql.clone().unwrap();
+        db.batch_execute(&sql).await.unwrap_or_else(|error| panic!("{check}: {sql}: {error}"));
+    }
+    wanted.create = false;
+    let findings = preflight(&config, &wanted, &slot).await;
+    assert_eq!(failed(&findings), [""; 0], "{findings:#?}");
+    // What doctor calls ready is ready.
+    let control = connect_control(&config).await.unwrap();
+    ensure_publication(&control, &wanted).await.unwrap();
+    ensure_slot(&config, &control, &slot).await.unwrap();
+    let options = wallaby_postgres_source::CaptureOptions::new(config, crate::kit::owner(db.name(), 1), db.name(), db.name());
+    Capture::prepare(options).await.unwrap();
+    drop(control);
+    db.batch_execute(&format!("SELECT pg_drop_replication_slot('{}')", db.name())).await.unwrap();
+    db.batch_execute(&format!("DROP OWNED BY {user}; DROP ROLE {user}")).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_dsn_tables_publication_and_slot_is_said() {
+    let db = Database::create("wrong").await;
+    db.batch_execute("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE keyless (id int)").await.unwrap();
+    let config = ConnectConfig::parse(&db.dsn()).unwrap();
+    let name = db.name();
+
+    let wrong = ConnectConfig::parse(&db.dsn().replace("://postgres:", "://postgres:x")).unwrap();
+    let findings = preflight(&wrong, &publication(name, &["public.*"]), &slot(name)).await;
+    assert_eq!(failed(&findings), ["connection"]);
+    assert!(findings[0].message.contains("password"), "{findings:?}");
+
+    let findings = preflight(&config, &publication(name, &["public.T"]), &slot(name)).await;
+    assert_eq!(failed(&findings), ["tables"]);
+    assert!(find(&findings, "tables").message.contains("did you mean public.t?"));
+
+    let control = connect_control(&config).await.unwrap();
+    let refused = ensure_publication(&control, &publication(name, &["public.*"])).await.unwrap_err();
+    assert_eq!(refused.reason(), "TableWithoutKey");
+    assert!(refused.remedy().unwrap().contains("ALTER TABLE \"public\".\"keyless\" REPLICA IDENTITY FULL"));
+    let refused = ensure_publication(&control, &publication(name, &["public.none"])).await.unwrap_err();
+    assert_eq!(refused.reason(), "TableMissing");
+
+    let not_ours = PublicationWanted { create: false, ..publication(name, &[]) };
+    let slot_not_ours = SlotWanted { create: false, ..slot(name) };
+    assert_eq!(ensure_publication(&control, &not_ours).await.unwrap_err().reason(), "PublicationMissing");
+    assert_eq!(ensure_slot(&config, &control, &slot_not_ours).await.unwrap_err().reason(), "SlotMissing");
+    let findings = preflight(&config, &not_ours, &slot_not_ours).await;
+    assert_eq!(failed(&findings), ["slot", "publication"]);
+    assert!(find(&findings, "slot").remedy_sql.as_ref().unwrap().contains("pg_create_logical_replication_slot"));
+
+    db.batch_execute(&format!("SELECT pg_create_logical_replication_slot('{name}', 'test_decoding')")).await.unwrap();
+    let findings = preflight(&config, &publication(name, &["public.t"]), &slot(name)).await;
+    assert!(find(&findings, "slot").message.contains("test_decoding"));
+    assert_eq!(ensure_slot(&config, &control, &slot(name)).await.unwrap_err().reason(), "SlotUnfit");
+}
+
+#[tokio::test]
+async fn a_server_without_logical_wal_is_found_out() {
+    let options = PostgresOptions::default()
+        .setting("wal_level", "replica")
+        .setting("max_slot_wal_keep_size", "100MB")
+        .setting("wal_sender_timeout", "0");
+    let pg = Postgres::start(options).await.unwrap();
+    let db = Database::create_on(&pg, "level").await;
+    db.batch_execute("CREATE TABLE t (id int PRIMARY KEY)").await.unwrap();
+    let config = ConnectConfig::parse(&db.dsn()).unwrap();
+    let findings = preflight(&config, &publication(db.name(), &["public.*"]), &slot(db.name())).await;
+    assert_eq!(failed(&findings), ["wal_level"]);
+    assert_eq!(find(&findings, "wal_level").remedy_sql.as_deref(), Some("ALTER SYSTEM SET wal_level = 'logical';"));
+    assert_eq!(find(&findings, "max_slot_wal_keep_size").status, Status::Warn);
+    assert_eq!(find(&findings, "wal_sender_timeout").status, Status::Warn);
+    let control = connect_control(&config).await.unwrap();
+    let error = ensure_slot(&config, &control, &slot(db.name())).await.unwrap_err();
+    assert_eq!(error.reason(), "WalLevel");
+    assert!(error.remedy().unwrap().contains("ALTER SYSTEM SET wal_level"));
+}
+
+#[tokio::test]
+async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
+    let db = Database::create("follows").await;
+    db.batch_execute("CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE b (id int PRIMARY KEY); CREATE TABLE \"C.\"\"x\" (id int PRIMARY KEY)").await.unwrap();
+    let config = ConnectConfig::parse(&db.dsn()).unwrap();
+    let control = connect_control(&config).await.unwrap();
+    let name = format!("{} pub", db.name());
+    let tables = async || {
+        let rows = db.query("SELECT tablename::text FROM pg_publication_tables WHERE pubname = $1 ORDER BY 1", &[&name]).await.unwrap();
+        rows.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>()
+    };
+    ensure_publication(&control, &publication(&name, &["public.a"])).await.unwrap();
+    assert_eq!(tables().await, ["a"]);
+    let made: u32 = db.query_one("SELECT oid FROM pg_publication WHERE pubname = $1", &[&name]).await.unwrap().get(0);
+    let mut wanted = publication(&name, &["public.*"]);
+    wanted.exclude = vec!["public.a".into()];
+    ensure_publication(&control, &wanted).await.unwrap();
+    assert_eq!(tables().await, ["C.\"x", "b"]);
+    let now: u32 = db.query_one("SELECT oid FROM pg_publication WHERE pubname = $1", &[&name]).await.unwrap().get(0);
+    assert_eq!(made, now, "it was altered, not made again");
+    for (suffix, failover, wanted) in [("auto", Failover::Auto, true), ("off", Failover::Off, false)] {
+        let slot = SlotWanted { failover, ..slot(&format!("{}_{suffix}", db.name())) };
+        ensure_slot(&config, &control, &slot).await.unwrap();
+        ensure_slot(&config, &control, &slot).await.unwrap();
+        let row = db.query_one("SELECT failover FROM pg_replication_slots WHERE slot_name = $1", &[&slot.name]).await.unwrap();
+        assert_eq!(row.get::<_, bool>(0), wanted);
+    }
+    drop_publication(&control, &name).await.unwrap();
+    drop_publication(&control, &name).await.unwrap();
+}
+
+#[tokio::test]
+async fn b47_a_row_by_its_key_equals_the_row_that_was_streamed() {
+    let db = Database::create("lookup").await;
+    db.batch_execute(
+        "CREATE TABLE t (a int, b text, PRIMARY KEY (b, a), c char(5), ts timestamptz, by bytea, n numeric, i interval, ok bool, arr text[],
+                         g int GENERATED ALWAYS AS (a + 1) STORED)",
+    )
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let mut run = flow.start(1, flow.first_position()).await;
+    db.batch_execute(r"INSERT INTO t (a, b, c, ts, by, n, i, ok, arr) VALUES (1, 'it''s \', 'ab', '2026-01-01 12:00+02', '\x00ff', 3.30, '1 day', true, '{a,NULL}'); INSERT INTO t (a, b) VALUES (2, 'x')")
+        .await
+        .unwrap();
+    let segment = run.segment().await;
+    let schema = Arc::clone(&segment.body.tables[0].schema);
+    assert_eq!(schema.key(), [1, 0], "the key's own order");
+    let mut streamed = rows_of(&segment.body);
+    while streamed.len() < 2 {
+        streamed.extend(rows_of(&run.segment().await.body));
+    }
+    let lookup = Lookup::new(flow.config.clone(), &flow.name);
+    for (key, row) in [(["it's \\", "1"], &streamed[0]), (["x", "2"], &streamed[1])] {
+        let key = key.iter().map(|part| Some((*part).to_owned())).collect();
+        let body = lookup.row_by_key(&schema, &key).await.unwrap().unwrap();
+        assert_eq!(body.tables[0].schema.id(), schema.id(), "{:?}", body.tables[0].schema);
+        let found = &rows_of(&body)[0];
+        assert_eq!((&found.values, found.op), (&row.values, Op::Insert));
+    }
+    let gone = vec![Some("no".to_owned()), Some("9".to_owned())];
+    assert!(lookup.row_by_key(&schema, &gone).await.unwrap().is_none());
+    // The connection is lost, the next question opens another.
+    db.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'", &[]).await.unwrap();
+    wallaby_testkit::eventually(crate::kit::LIMIT, "it answers again", async || lookup.row_by_key(&schema, &gone).await.map(|_| ())).await;
+    db.batch_execute("ALTER TABLE t ADD COLUMN later text DEFAULT 'new'").await.unwrap();
+    let key = vec![Some("x".to_owned()), Some("2".to_owned())];
+    let body = lookup.row_by_key(&schema, &key).await.unwrap().unwrap();
+    assert_eq!(rows_of(&body)[0].values.last().unwrap(), "new");
+}
