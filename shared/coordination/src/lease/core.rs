@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use crate::clock::BootTime;
 
+/// Not shorter than this, for machines that are busy.
+const ATTEMPT_MIN: Duration = Duration::from_millis(250);
+
 /// Why a process must not act under its lease any more. Final: a new session is needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FenceReason {
@@ -90,7 +93,7 @@ impl LeaseCore {
             return Step::Wait(now.until(self.next_keepalive));
         }
         let until_deadline = if self.self_fencing { now.until(self.deadline) } else { self.ttl };
-        Step::KeepAlive((self.ttl / 6).min(until_deadline))
+        Step::KeepAlive(attempt_timeout(self.ttl).min(until_deadline))
     }
 
     /// Until when one may act. `None` for ever (only without self-fencing).
@@ -101,6 +104,12 @@ impl LeaseCore {
             (None, false) => None,
         }
     }
+}
+
+/// How long one keepalive may take. Short against the third of a TTL that is left for more attempts: one that a member
+/// forwarded to a leader that is gone hangs until the end of its time, and only a new one finds the new leader.
+fn attempt_timeout(ttl: Duration) -> Duration {
+    (ttl / 12).max(ATTEMPT_MIN).min(ttl / 6)
 }
 
 #[cfg(test)]
@@ -127,7 +136,9 @@ mod tests {
         // Sent at 3, answered at 5: valid until 9, not until 11.
         lease.answered(at(3), at(5));
         assert_eq!(lease.valid_until(), Some(at(9)));
-        assert_eq!(lease.step(at(8)), Step::KeepAlive(Duration::from_secs(1)));
+        assert_eq!(lease.step(at(8)), Step::KeepAlive(TTL / 12));
+        let last = BootTime(at(9).0 - Duration::from_millis(100));
+        assert_eq!(lease.step(last), Step::KeepAlive(Duration::from_millis(100)), "no longer than the deadline");
         assert_eq!(lease.step(at(9)), Step::Fenced(FenceReason::Deadline));
     }
 

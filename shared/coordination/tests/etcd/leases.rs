@@ -106,7 +106,7 @@ async fn a_frozen_member_of_three_is_left_aside() {
     let etcd = own_etcd(3).await;
     let coordination = connect_to(&etcd).await;
     let (flow, task) = shop(&coordination).await;
-    let session = worker(&coordination, "w1", lease(9, true)).await;
+    let session = worker(&coordination, "w1", lease(15, true)).await;
     let lock = take(&session, &task, flow.revision).await;
     lock.fix_epoch(None).await.unwrap();
     for frozen in 0..3 {
