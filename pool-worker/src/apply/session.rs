@@ -187,22 +187,25 @@ impl Run<'_> {
                 std::future::pending::<()>().await;
             }
             self.fill()?;
-            if self.is_worth_applying()
-                && let Some(batch) = self.assembler.batch(self.bytes_max)
-            {
-                self.apply(&batch).await?;
-                continue;
+            let batch = if self.is_worth_applying() { self.assembler.batch(self.bytes_max) } else { None };
+            let is_busy = batch.is_some();
+            match &batch {
+                Some(batch) => self.apply(batch).await?,
+                None => {
+                    // What is held of a transaction without its end gives its share of the bound back, or the reader would
+                    // never get to that end. Capture bounds a transaction by largeTransactionBytes.
+                    self.permits.clear();
+                    context.pulse.wait("changes in the log");
+                }
             }
-            // What is held of a transaction without its end gives its share of the bound back, or the reader would never
-            // get to that end. Capture bounds a transaction by largeTransactionBytes.
-            self.permits.clear();
-            context.pulse.wait("changes in the log");
+            // Also a sink that is always busy reports, moves its hold, and ends when it is asked to.
             tokio::select! {
                 biased;
                 _ = &mut ending => break,
-                fed = self.feed.next() => { let fed = fed?; self.take(fed); }
                 _ = ticks.tick() => self.report(),
                 _ = holds.tick() => self.move_hold().await?,
+                fed = self.feed.next(), if !is_busy => { let fed = fed?; self.take(fed); }
+                () = std::future::ready(()), if is_busy => {}
             }
             context.pulse.beat();
         }

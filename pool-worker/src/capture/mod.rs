@@ -13,6 +13,8 @@ mod retention;
 mod session;
 mod stage;
 
+use std::time::Instant;
+
 use wallaby_coordination::Mark;
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_staging::LogWriter;
@@ -28,10 +30,14 @@ pub(crate) use error::{CaptureError, Directive};
 pub(crate) struct Owned {
     /// The log's writer, once the fence landed and the first resume was written.
     pub(crate) writer: Option<LogWriter>,
-    /// Whether the flow has its holds and its log; said once.
+    /// Rows handed to the log.
     pub(crate) rows: u64,
+    /// Transactions that have rows in what was handed to the log.
     pub(crate) transactions: u64,
+    /// Packed bytes handed to the log.
     pub(crate) bytes: u64,
+    /// When the last transaction handed to the log committed (µs since 1970), and when it was handed over.
+    pub(crate) staged_last: Option<(i64, Instant)>,
 }
 
 /// Runs a capture task to its end.
@@ -58,13 +64,13 @@ async fn capture(context: &TaskContext, demand: &CaptureDemand) -> TaskEnd {
             Directive::Retry => {
                 let delay = backoff.next_delay();
                 tracing::warn!(task = %context.task, error = %said, retry_in_ms = delay.as_millis() as u64, "capture failed");
-                state(context, &error, false);
+                state(context, &error);
                 context.status.backoff(&said, delay);
                 context.pause("the next try", delay).await
             }
             Directive::Stop => {
                 tracing::error!(task = %context.task, error = %said, "capture stopped and waits for a person");
-                state(context, &error, true);
+                state(context, &error);
                 context.status.stopped(&said);
                 context.pulse.wait("a person (wallaby resume)");
                 let ending = context.ending_or_resume().await;
@@ -79,7 +85,7 @@ async fn capture(context: &TaskContext, demand: &CaptureDemand) -> TaskEnd {
 }
 
 /// Says in conditions what went wrong.
-fn state(context: &TaskContext, error: &CaptureError, _stopped: bool) {
+fn state(context: &TaskContext, error: &CaptureError) {
     let (kind, reason, message) = (error.condition(), error.reason(), error.to_string());
     context.status.condition(kind, false, reason, &message);
     if kind != ConditionType::Capturing {

@@ -1,6 +1,6 @@
 //! The loop that turns what the source sends into records of the log.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use wallaby_coordination::{Mark, PacedWriter};
@@ -12,13 +12,15 @@ use wallaby_staging::{DataAppend, Log, LogWriter, Wait};
 use super::{CaptureError, Owned};
 use crate::failpoint::Failpoint;
 use crate::flows::CaptureDemand;
-use crate::metrics;
 use crate::task::TaskContext;
+use crate::{metrics, status};
 
 /// How often figures and conditions are brought up to date.
 const TICK: Duration = Duration::from_secs(1);
 /// How often the checkpoint in etcd follows.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
+/// Without a change for this long the capture counts as caught up with the source.
+const QUIET_AFTER: Duration = Duration::from_secs(3);
 /// Cut off from the log's servers for this long, the task is given up: another worker may reach them.
 const UNREACHABLE_MAX: Duration = Duration::from_secs(60);
 
@@ -95,6 +97,9 @@ async fn stream(
                 owned.rows += draft.rows as u64;
                 owned.transactions += draft.body.transactions.len() as u64;
                 owned.bytes += append.body.len() as u64;
+                if let Some(transaction) = draft.body.transactions.last() {
+                    owned.staged_last = Some((transaction.committed_at_micros, Instant::now()));
+                }
                 metrics::staged(&context.task.flow, draft.rows, append.body.len());
                 context.pulse.wait("the log");
                 // Taken whole or not at all, so an end in the middle loses nothing: it is read from the source again.
@@ -198,10 +203,23 @@ fn report(stage: &Stage<'_>, server_end: Lsn, writer: &LogWriter, owned: &Owned)
         progress.source_lsn = Some(source_lsn);
         progress.retained_wal_bytes = figures.as_ref().map(|figures| figures.retained_bytes);
         progress.lag_bytes = Some(lag_bytes);
+        progress.lag_ms = Some(lag_ms(owned));
         progress.rows = owned.rows;
         progress.transactions = owned.transactions;
         progress.bytes = owned.bytes;
     });
+}
+
+/// How old the last change was when it was staged; 0 once nothing came for a while.
+fn lag_ms(owned: &Owned) -> u64 {
+    match owned.staged_last {
+        Some((committed_at_micros, staged_at)) if staged_at.elapsed() < QUIET_AFTER => {
+            let staged_ago = u64::try_from(staged_at.elapsed().as_millis()).unwrap_or(u64::MAX);
+            let committed_at_ms = (committed_at_micros / 1000).max(0) as u64;
+            status::now().0.saturating_sub(committed_at_ms).saturating_sub(staged_ago)
+        }
+        _ => 0,
+    }
 }
 
 fn slot_health(stage: &Stage<'_>, figures: &SourceStatus) {
