@@ -189,11 +189,11 @@ impl Capture {
                 }
                 Err(error) => {
                     // What came whole before the error is not held back by it.
-                    if self.assembler.has_whole_transactions() {
-                        if let Ok(Some(segment)) = self.assembler.take_segment() {
-                            self.failed = Some(error);
-                            return Ok(CaptureEvent::Segment(segment));
-                        }
+                    if self.assembler.has_whole_transactions()
+                        && let Ok(Some(segment)) = self.assembler.take_segment()
+                    {
+                        self.failed = Some(error);
+                        return Ok(CaptureEvent::Segment(segment));
                     }
                     return Err(error);
                 }

@@ -85,7 +85,8 @@ pub(crate) async fn resolve(
     }
     key.sort_unstable();
     let key_columns = now.values().filter(|(_, place)| place.is_some()).count();
-    let primary_key = if key.len() == key_columns { key.into_iter().map(|(_, index)| index).collect() } else { Vec::new() };
+    let primary_key =
+        if key.len() == key_columns { key.into_iter().map(|(_, index)| index).collect() } else { Vec::new() };
     metrics::shape(columns.iter().filter(|column| column.kind == ColumnType::Other).count());
     for column in columns.iter().filter(|column| column.kind == ColumnType::Other) {
         tracing::info!(table = %shape.table, column = %column.name, r#type = %column.sql_type, "a type without a rule of its own travels as text");
@@ -108,7 +109,6 @@ fn kind_of(row: &tokio_postgres::Row) -> ColumnType {
     }
     scalar(oid, type_kind.as_deref(), name.as_deref())
 }
-
 
 fn scalar(oid: u32, type_kind: Option<&str>, name: Option<&str>) -> ColumnType {
     match Type::from_oid(oid) {

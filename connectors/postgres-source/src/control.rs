@@ -87,9 +87,10 @@ pub async fn connect_control(config: &ConnectConfig) -> Result<Control, SourceEr
     };
     match timeout(config.connect_timeout, connecting).await {
         Ok(connected) => connected,
-        Err(_) => {
-            Err(SourceError::Timeout { what: format!("connecting to {}", config.target()), after: config.connect_timeout })
-        }
+        Err(_) => Err(SourceError::Timeout {
+            what: format!("connecting to {}", config.target()),
+            after: config.connect_timeout,
+        }),
     }
 }
 
@@ -127,10 +128,9 @@ async fn open(config: &ConnectConfig, transport: Transport) -> Result<Control, S
         let outcome = connection.await;
         let end = match outcome {
             Ok(()) => ControlEnd { sqlstate: None, message: "closed".into() },
-            Err(error) => ControlEnd {
-                sqlstate: error.code().map(|code| code.code().to_owned()),
-                message: error.to_string(),
-            },
+            Err(error) => {
+                ControlEnd { sqlstate: error.code().map(|code| code.code().to_owned()), message: error.to_string() }
+            }
         };
         ended.send_replace(Some(end));
     });

@@ -140,7 +140,9 @@ pub enum SourceError {
         limit: u64,
     },
     /// A row does not fit into a message of the log.
-    #[error("a row of {table} in transaction {xid} has {bytes} bytes; the largest that fits into a log message is {limit}")]
+    #[error(
+        "a row of {table} in transaction {xid} has {bytes} bytes; the largest that fits into a log message is {limit}"
+    )]
     RowTooLarge {
         /// The transaction.
         xid: u32,
@@ -174,7 +176,9 @@ pub enum SourceError {
         reason: String,
     },
     /// Somebody moved the slot past what is staged.
-    #[error("replication slot {slot} was moved past us: it is confirmed up to {confirmed}, the log ends at {log_end:?}")]
+    #[error(
+        "replication slot {slot} was moved past us: it is confirmed up to {confirmed}, the log ends at {log_end:?}"
+    )]
     SlotMoved {
         /// Its name.
         slot: String,
@@ -447,7 +451,9 @@ fn server_reason(sqlstate: &str) -> &'static str {
 fn server_remedy(error: &ServerError) -> Option<String> {
     let text = match error.sqlstate.as_str() {
         "28P01" => "Correct user and password of the source's dsn",
-        "28000" => "Let this worker in: pg_hba.conf needs an entry for the role and the database (walsenders match by database too), with the encryption that sslmode asks for; the role needs LOGIN and REPLICATION",
+        "28000" => {
+            "Let this worker in: pg_hba.conf needs an entry for the role and the database (walsenders match by database too), with the encryption that sslmode asks for; the role needs LOGIN and REPLICATION"
+        }
         "42501" => "Grant the role what it lacks; `wallaby doctor` prints the statements",
         "3D000" => "Correct dbname of the source's dsn",
         "53300" => "Raise max_connections or max_wal_senders, or end idle sessions",

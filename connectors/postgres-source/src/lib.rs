@@ -37,6 +37,6 @@ pub use preflight::{Finding, Status, preflight};
 pub use prepare::{Prepared, SourceIdentity};
 pub use replication::{Feedback, Frame, FrameReader, GulpPolicy, ReplicationClient, StartOptions};
 pub use sessions::SessionOwner;
-pub use slot::SlotState;
 pub use setup::{PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot};
+pub use slot::SlotState;
 pub use status::{SourceStatus, source_status};

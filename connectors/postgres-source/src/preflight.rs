@@ -195,7 +195,10 @@ fn check_server(settings: &Settings, findings: &mut Findings) {
     if settings.wal_level == "logical" {
         findings.ok("wal_level", "logical");
     } else {
-        let message = format!("wal_level is {}, it must be logical; the server has to be restarted after the change", settings.wal_level);
+        let message = format!(
+            "wal_level is {}, it must be logical; the server has to be restarted after the change",
+            settings.wal_level
+        );
         findings.fail("wal_level", message, Some("ALTER SYSTEM SET wal_level = 'logical';".into()));
     }
 }
@@ -219,7 +222,10 @@ fn check_senders(settings: &Settings, findings: &mut Findings) {
         let message = format!("{} of {} walsenders in use", settings.senders_used, settings.senders_max);
         findings.ok("max_wal_senders", message);
     } else {
-        let message = format!("all {} walsenders are in use; the server has to be restarted after the change", settings.senders_max);
+        let message = format!(
+            "all {} walsenders are in use; the server has to be restarted after the change",
+            settings.senders_max
+        );
         let sql = format!("ALTER SYSTEM SET max_wal_senders = {};", settings.senders_max + 5);
         findings.fail("max_wal_senders", message, Some(sql));
     }
@@ -277,7 +283,10 @@ fn check_retention(settings: &Settings, findings: &mut Findings) {
     if settings.idle_slot_timeout_s > 0 {
         findings.warn(
             "idle_replication_slot_timeout",
-            format!("a slot that nobody reads for {} s is invalidated, also while the flow is paused", settings.idle_slot_timeout_s),
+            format!(
+                "a slot that nobody reads for {} s is invalidated, also while the flow is paused",
+                settings.idle_slot_timeout_s
+            ),
             Some("ALTER SYSTEM SET idle_replication_slot_timeout = 0; SELECT pg_reload_conf();".into()),
         );
     }
@@ -301,7 +310,8 @@ async fn check_slot(
         if wanted.create {
             findings.ok("slot", format!("slot {} does not exist yet and will be made", wanted.name));
         } else {
-            let sql = format!("SELECT pg_create_logical_replication_slot({}, 'pgoutput');", quote_literal(&wanted.name));
+            let sql =
+                format!("SELECT pg_create_logical_replication_slot({}, 'pgoutput');", quote_literal(&wanted.name));
             findings.fail("slot", format!("slot {} does not exist, and slot.create is false", wanted.name), Some(sql));
         }
         return Ok(false);
@@ -318,13 +328,16 @@ async fn check_slot(
             let sql = "ALTER SYSTEM SET max_slot_wal_keep_size = -1; SELECT pg_reload_conf();";
             findings.warn("slot", message, Some(sql.into()));
         }
-        Ok(()) => findings.ok("slot", format!("slot {} exists, confirmed up to {}", wanted.name, state.confirmed_flush)),
+        Ok(()) => {
+            findings.ok("slot", format!("slot {} exists, confirmed up to {}", wanted.name, state.confirmed_flush))
+        }
     }
     Ok(true)
 }
 
 async fn check_holder(control: &Control, wanted: &SlotWanted, findings: &mut Findings) -> Result<(), SourceError> {
-    let sql = "SELECT coalesce(a.application_name, ''), coalesce(s.active_pid, 0) FROM pg_catalog.pg_replication_slots s
+    let sql =
+        "SELECT coalesce(a.application_name, ''), coalesce(s.active_pid, 0) FROM pg_catalog.pg_replication_slots s
                LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = $1";
     let rows = control.query_typed(sql, &[(&wanted.name, tokio_postgres::types::Type::TEXT)]).await;
     let rows = rows.map_err(|error| SourceError::from_client("looking for the slot's reader", &error))?;
@@ -332,7 +345,10 @@ async fn check_holder(control: &Control, wanted: &SlotWanted, findings: &mut Fin
     if application.starts_with("wallaby/") {
         findings.ok("slot", format!("slot {} is read by WALlaby ({application}, backend {pid})", wanted.name));
     } else {
-        let message = format!("slot {} is in use by {application:?} (backend {pid}); stop that reader, or give the flow a slot of its own", wanted.name);
+        let message = format!(
+            "slot {} is in use by {application:?} (backend {pid}); stop that reader, or give the flow a slot of its own",
+            wanted.name
+        );
         findings.fail("slot", message, Some(format!("SELECT pg_terminate_backend({pid});")));
     }
     Ok(())
@@ -382,8 +398,13 @@ fn check_publication_itself(
             findings.ok("publication", format!("publication {} does not exist yet and will be made", wanted.name));
         }
         None if wanted.create => {
-            let sql = format!("GRANT CREATE ON DATABASE {} TO {};", quote_identifier(config.dbname()), quote_identifier(config.user()));
-            let message = format!("role {} may not create a publication in database {}", config.user(), config.dbname());
+            let sql = format!(
+                "GRANT CREATE ON DATABASE {} TO {};",
+                quote_identifier(config.dbname()),
+                quote_identifier(config.user())
+            );
+            let message =
+                format!("role {} may not create a publication in database {}", config.user(), config.dbname());
             findings.fail("publication", message, Some(sql));
         }
         None => {
@@ -391,7 +412,10 @@ fn check_publication_itself(
             findings.fail("publication", message, Some(format!("CREATE PUBLICATION {name} FOR TABLE …;")));
         }
         Some(existing) if wanted.create && existing.all_tables => {
-            let message = format!("publication {} is FOR ALL TABLES and cannot be altered; set publication.create to false", wanted.name);
+            let message = format!(
+                "publication {} is FOR ALL TABLES and cannot be altered; set publication.create to false",
+                wanted.name
+            );
             findings.fail("publication", message, Some(format!("DROP PUBLICATION {name};")));
         }
         Some(existing) if !existing.publishes_all_operations => {
@@ -428,7 +452,11 @@ fn check_tables(config: &ConnectConfig, wanted: &PublicationWanted, chosen: &[So
     } else {
         let message = format!("role {} may not read: {}", config.user(), names(&unreadable));
         let sql = statements(&unreadable, &|name| {
-            format!("GRANT USAGE ON SCHEMA {} TO {user}; GRANT SELECT ON {} TO {user};", quote_identifier(&name.schema), name.quoted())
+            format!(
+                "GRANT USAGE ON SCHEMA {} TO {user}; GRANT SELECT ON {} TO {user};",
+                quote_identifier(&name.schema),
+                name.quoted()
+            )
         });
         findings.fail("select", message, Some(sql));
     }

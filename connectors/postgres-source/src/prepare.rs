@@ -44,8 +44,7 @@ impl Prepared {
         let sessions_ended = sessions::evict(&control, &options.owner, &options.slot, options.slot_wait).await?;
         let mut replication = ReplicationClient::connect(&session).await?;
         let system = replication.identify_system().await?;
-        let identity =
-            SourceIdentity { system_identifier: system.system_identifier, timeline: system.timeline };
+        let identity = SourceIdentity { system_identifier: system.system_identifier, timeline: system.timeline };
         let slot = read_slot(&control, &options.slot).await?;
         slot.check_usable(options.connect.dbname())?;
         check_publication(&control, &options.publication).await?;
@@ -167,11 +166,9 @@ async fn explain_start(client: &tokio_postgres::Client, slot: &str, error: Sourc
                        FROM pg_catalog.pg_replication_slots s \
                        LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = $1";
             match client.query_typed(sql, &[(&slot, Type::TEXT)]).await {
-                Ok(rows) if !rows.is_empty() => SourceError::SlotInUse {
-                    slot: slot.to_owned(),
-                    application: rows[0].get(1),
-                    pid: rows[0].get(0),
-                },
+                Ok(rows) if !rows.is_empty() => {
+                    SourceError::SlotInUse { slot: slot.to_owned(), application: rows[0].get(1), pid: rows[0].get(0) }
+                }
                 _ => error,
             }
         }

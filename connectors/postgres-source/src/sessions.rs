@@ -63,8 +63,7 @@ pub(crate) async fn evict(
     let mut ended = 0;
     let mut asked: Vec<(i32, String)> = Vec::new();
     loop {
-        let sessions =
-            client.query_typed(SESSIONS_SQL, &[(&owner.prefix, Type::TEXT)]).await.map_err(failed)?;
+        let sessions = client.query_typed(SESSIONS_SQL, &[(&owner.prefix, Type::TEXT)]).await.map_err(failed)?;
         let mut waiting = false;
         for session in &sessions {
             let (pid, started, name): (i32, String, String) = (session.get(0), session.get(1), session.get(2));

@@ -57,9 +57,7 @@ pub async fn ensure_publication(control: &Control, wanted: &PublicationWanted) -
     if !wanted.create {
         return match existing {
             Some(_) => Ok(()),
-            None => {
-                Err(SourceError::PublicationMissing { publication: wanted.name.clone(), when: PUBLICATION_NOW })
-            }
+            None => Err(SourceError::PublicationMissing { publication: wanted.name.clone(), when: PUBLICATION_NOW }),
         };
     }
     let chosen = tables::choose(control, &wanted.tables, &wanted.exclude).await?;
@@ -67,7 +65,10 @@ pub async fn ensure_publication(control: &Control, wanted: &PublicationWanted) -
     let names: BTreeSet<TableName> = chosen.into_iter().map(|table| table.name).collect();
     let publication = quote_identifier(&wanted.name);
     let Some(existing) = existing else {
-        let sql = format!("CREATE PUBLICATION {publication} FOR TABLE {} WITH (publish_via_partition_root = true)", list(&names));
+        let sql = format!(
+            "CREATE PUBLICATION {publication} FOR TABLE {} WITH (publish_via_partition_root = true)",
+            list(&names)
+        );
         return run(control, &sql, format!("creating publication {}", wanted.name)).await;
     };
     if existing.all_tables {
@@ -128,7 +129,8 @@ pub async fn ensure_slot(
     if wal_level != "logical" {
         return Err(SourceError::WalLevel { found: wal_level });
     }
-    let can_failover = setting(control, "server_version_num").await?.parse::<u32>().is_ok_and(|version| version >= 170_000);
+    let can_failover =
+        setting(control, "server_version_num").await?.parse::<u32>().is_ok_and(|version| version >= 170_000);
     let failover = match wanted.failover {
         Failover::Off => false,
         Failover::Auto => can_failover,

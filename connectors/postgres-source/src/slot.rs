@@ -80,11 +80,7 @@ impl SlotState {
     /// after `(L, 0)`, and Postgres sends them when it starts at L (hazard 5).
     pub(crate) fn check_not_past(&self, log_end: Position) -> Result<(), SourceError> {
         if self.confirmed_flush > log_end.commit {
-            return Err(SourceError::SlotMoved {
-                slot: self.name.clone(),
-                confirmed: self.confirmed_flush,
-                log_end,
-            });
+            return Err(SourceError::SlotMoved { slot: self.name.clone(), confirmed: self.confirmed_flush, log_end });
         }
         Ok(())
     }

@@ -130,8 +130,7 @@ fn roots(config: &ConnectConfig) -> Result<RootCertStore, SourceError> {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let chain: Result<Vec<_>, _> =
-        CertificateDer::pem_file_iter(path).map_err(|error| error.to_string())?.collect();
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(|error| error.to_string())?.collect();
     match chain {
         Ok(chain) if chain.is_empty() => Err("the file holds no certificate".into()),
         Ok(chain) => Ok(chain),
@@ -151,7 +150,10 @@ pub(crate) fn server_end_point(certificate: &[u8]) -> Option<Vec<u8>> {
         "1.2.840.113549.1.1.12" | "1.2.840.10045.4.3.3" => SHA384.to_owned(),
         "1.2.840.113549.1.1.13" | "1.2.840.10045.4.3.4" => SHA512.to_owned(),
         // RSA with MD5, SHA-1, SHA-256; ECDSA with SHA-1, SHA-256.
-        "1.2.840.113549.1.1.4" | "1.2.840.113549.1.1.5" | "1.2.840.113549.1.1.11" | "1.2.840.10045.4.1"
+        "1.2.840.113549.1.1.4"
+        | "1.2.840.113549.1.1.5"
+        | "1.2.840.113549.1.1.11"
+        | "1.2.840.10045.4.1"
         | "1.2.840.10045.4.3.2" => String::new(),
         "1.2.840.113549.1.1.10" => match SignatureAlgorithm::try_from(algorithm).ok()? {
             SignatureAlgorithm::RSASSA_PSS(params) => params.hash_algorithm_oid().to_id_string(),

@@ -250,7 +250,6 @@ impl AsyncWrite for Transport {
     }
 }
 
-
 #[cfg(test)]
 impl Closer {
     /// For tests of what closes connections.

@@ -160,7 +160,9 @@ impl Column {
         match self {
             Column::Int2(column) => column.values.reserve(rows),
             Column::Int4(column) => column.values.reserve(rows),
-            Column::Int8(column) | Column::Timestamp(column) | Column::Timestamptz(column) => column.values.reserve(rows),
+            Column::Int8(column) | Column::Timestamp(column) | Column::Timestamptz(column) => {
+                column.values.reserve(rows)
+            }
             Column::Oid(column) => column.values.reserve(rows),
             Column::Float4(column) => column.values.reserve(rows),
             Column::Float8(column) => column.values.reserve(rows),

@@ -7,11 +7,11 @@
 mod column;
 mod relation;
 mod table;
+mod table_set;
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,9 +20,9 @@ use wallaby_model::{Lsn, Op, Position, SegmentBody, TableName, TableSchema, Tran
 use crate::error::SourceError;
 use crate::pgoutput::{Begin, Commit, DecodeError, Decoder, Message, Truncate, Tuple, TupleUpdate};
 use table::{RowHead, TableBuilder};
+use table_set::TableSet;
 
 pub(crate) use relation::{RelationShape, ShapeColumn};
-
 
 /// µs between 1970 and 2000.
 const UNIX_TO_POSTGRES_MICROS: i64 = 946_684_800_000_000;
@@ -88,7 +88,7 @@ struct Open {
 pub(crate) struct Assembler {
     limits: Limits,
     decoder: Decoder,
-    tables: HashMap<u32, TableBuilder>,
+    tables: TableSet,
     /// Tables with rows in the segment.
     touched: Vec<u32>,
     /// Rows of shapes that were replaced inside the segment.
@@ -117,7 +117,7 @@ impl Assembler {
         Assembler {
             limits,
             decoder: Decoder::new(1),
-            tables: HashMap::new(),
+            tables: TableSet::default(),
             touched: Vec::new(),
             finished: Vec::new(),
             transactions: Vec::new(),
@@ -177,7 +177,7 @@ impl Assembler {
             [b'I' | b'U' | b'D', a, b, c, d, ..] => Some(u32::from_be_bytes([*a, *b, *c, *d])),
             _ => None,
         };
-        let table = relation.and_then(|oid| self.tables.get(&oid)).map(|table| table.schema().table.clone());
+        let table = relation.and_then(|oid| self.tables.get(oid)).map(|table| table.schema().table.clone());
         SourceError::RowTooLarge {
             xid: self.open.as_ref().map_or(0, |open| open.begin.xid),
             table: table.unwrap_or_else(|| TableName::new("?", "?")),
@@ -189,7 +189,7 @@ impl Assembler {
     /// Sets the shape of a table from here on. An equal one changes nothing.
     pub(crate) fn set_shape(&mut self, schema: TableSchema) -> Result<(), SourceError> {
         let oid = schema.oid;
-        if let Some(known) = self.tables.get_mut(&oid) {
+        if let Some(known) = self.tables.get_mut(oid) {
             if **known.schema() == schema {
                 return Ok(());
             }
@@ -214,7 +214,7 @@ impl Assembler {
         }
         let mut tables = std::mem::take(&mut self.finished);
         for oid in self.touched.drain(..) {
-            if let Some(table) = self.tables.get_mut(&oid) {
+            if let Some(table) = self.tables.get_mut(oid) {
                 tables.push(table.finish()?);
             }
         }
@@ -315,7 +315,7 @@ impl Assembler {
     }
 
     fn table_name(&self, oid: u32) -> TableName {
-        self.tables.get(&oid).map_or_else(|| TableName::new("?", "?"), |table| table.schema().table.clone())
+        self.tables.get(oid).map_or_else(|| TableName::new("?", "?"), |table| table.schema().table.clone())
     }
 
     fn push_rows(
@@ -332,7 +332,7 @@ impl Assembler {
             return Err(DecodeError::Order { kind: 'I', reason: "WAL positions fall inside of a transaction" }.into());
         };
         if !skipped {
-            let mut bytes = match self.tables.get(&oid) {
+            let mut bytes = match self.tables.get(oid) {
                 Some(table) => table.row_bytes() * change.rows() + message_bytes,
                 None => return Err(DecodeError::Order { kind: 'I', reason: "its table was not described" }.into()),
             };
@@ -351,7 +351,7 @@ impl Assembler {
 
     /// What the segment would hold with `bytes` more in this table.
     fn added(&self, oid: u32, bytes: usize) -> usize {
-        let overhead = match self.tables.get(&oid) {
+        let overhead = match self.tables.get(oid) {
             Some(table) if table.rows() == 0 => table.overhead_bytes(),
             _ => 0,
         };
@@ -359,7 +359,7 @@ impl Assembler {
     }
 
     fn exact_bytes(&self, oid: u32, change: &RowChange<'_, '_>) -> Result<usize, SourceError> {
-        let Some(table) = self.tables.get(&oid) else { return Ok(0) };
+        let Some(table) = self.tables.get(oid) else { return Ok(0) };
         let old = match change.old {
             Some((_, old)) => table.bytes_of(old)?,
             None => 0,
@@ -370,7 +370,7 @@ impl Assembler {
     }
 
     fn check_row(&self, oid: u32, bytes: usize) -> Result<(), SourceError> {
-        let with_overhead = bytes + self.tables.get(&oid).map_or(0, TableBuilder::overhead_bytes);
+        let with_overhead = bytes + self.tables.get(oid).map_or(0, TableBuilder::overhead_bytes);
         if with_overhead <= self.limits.row_bytes_max {
             return Ok(());
         }
@@ -432,7 +432,7 @@ impl Assembler {
     ) -> Result<(), SourceError> {
         let txn = self.txn_index();
         let with_overhead = self.added(oid, bytes);
-        let Some(table) = self.tables.get_mut(&oid) else { return Ok(()) };
+        let Some(table) = self.tables.get_mut(oid) else { return Ok(()) };
         if table.rows() == 0 {
             self.touched.push(oid);
         }
@@ -451,16 +451,18 @@ impl Assembler {
     fn push_truncate(&mut self, start: Lsn, truncate: &Truncate) -> Result<Step, SourceError> {
         for oid in &truncate.relations {
             let Some((position, skipped)) = self.next_position(start)? else {
-                return Err(DecodeError::Order { kind: 'T', reason: "WAL positions fall inside of a transaction" }.into());
+                return Err(
+                    DecodeError::Order { kind: 'T', reason: "WAL positions fall inside of a transaction" }.into()
+                );
             };
             if !skipped {
-                let row_bytes = match self.tables.get(oid) {
+                let row_bytes = match self.tables.get(*oid) {
                     Some(table) => table.row_bytes(),
                     None => return Err(DecodeError::Order { kind: 'T', reason: "its table was not described" }.into()),
                 };
                 let txn = self.txn_index();
                 let with_overhead = self.added(*oid, row_bytes);
-                if let Some(table) = self.tables.get_mut(oid) {
+                if let Some(table) = self.tables.get_mut(*oid) {
                     if table.rows() == 0 {
                         self.touched.push(*oid);
                     }

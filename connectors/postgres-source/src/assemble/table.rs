@@ -56,7 +56,9 @@ impl TableBuilder {
             absent: Varying::new(),
             columns: schema.columns.iter().map(|column| Column::new(column.kind)).collect(),
             row_bytes: META_ROW_BYTES + fixed + schema.columns.len().div_ceil(8),
-            overhead_bytes: OVERHEAD_BYTES + shape_bytes + (schema.columns.len() + FIRST_COLUMN) * OVERHEAD_PER_COLUMN_BYTES,
+            overhead_bytes: OVERHEAD_BYTES
+                + shape_bytes
+                + (schema.columns.len() + FIRST_COLUMN) * OVERHEAD_PER_COLUMN_BYTES,
             bitmap: vec![0; schema.columns.len().div_ceil(8)],
             schema,
             rows_expected: 0,
@@ -208,7 +210,8 @@ impl TableBuilder {
             });
             arrays.push(array?);
         }
-        let rows = RecordBatch::try_new(Arc::clone(&self.arrow), arrays).map_err(|error| failed(&self.schema, error))?;
+        let rows =
+            RecordBatch::try_new(Arc::clone(&self.arrow), arrays).map_err(|error| failed(&self.schema, error))?;
         Ok(TableChanges { schema: Arc::clone(&self.schema), rows })
     }
 }

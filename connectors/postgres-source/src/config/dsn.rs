@@ -8,7 +8,9 @@ use super::{ChannelBinding, ConfigError, ConnectConfig, Host, Keepalives, RootCe
 pub(super) fn parse(dsn: &str) -> Result<ConnectConfig, ConfigError> {
     let pairs = match dsn.strip_prefix("postgres://").or_else(|| dsn.strip_prefix("postgresql://")) {
         Some(rest) => url_pairs(rest)?,
-        None if dsn.contains("://") => return Err(ConfigError::Form("a URL must begin with postgres:// or postgresql://")),
+        None if dsn.contains("://") => {
+            return Err(ConfigError::Form("a URL must begin with postgres:// or postgresql://"));
+        }
         None => key_value_pairs(dsn)?,
     };
     build(pairs)
@@ -46,7 +48,10 @@ fn url_pairs(rest: &str) -> Result<Pairs, ConfigError> {
         None => authority,
     };
     if host_port.contains(',') {
-        return Err(ConfigError::Value { name: "host", reason: "one host only: logical decoding reads one server".into() });
+        return Err(ConfigError::Value {
+            name: "host",
+            reason: "one host only: logical decoding reads one server".into(),
+        });
     }
     let (host, port) = if let Some(inner) = host_port.strip_prefix('[') {
         let (address, after) = inner.split_once(']').ok_or(ConfigError::Form("an address in [ has no ]"))?;
@@ -148,16 +153,22 @@ fn build(pairs: Pairs) -> Result<ConnectConfig, ConfigError> {
             "user" => user = Some(without_nul("user", value)?),
             "password" => config.password = Some(without_nul("password", value)?),
             "dbname" => dbname = Some(without_nul("dbname", value)?),
-            "application_name" | "fallback_application_name" => config.application_name = without_nul("application_name", value)?,
+            "application_name" | "fallback_application_name" => {
+                config.application_name = without_nul("application_name", value)?
+            }
             "sslmode" => config.sslmode = sslmode(&value)?,
             "sslrootcert" if value == "system" => config.sslrootcert = Some(RootCert::System),
             "sslrootcert" => config.sslrootcert = Some(RootCert::File(value.into())),
             "sslcert" => config.sslcert = Some(value.into()),
             "sslkey" => config.sslkey = Some(value.into()),
             "channel_binding" => config.channel_binding = channel_binding(&value)?,
-            "connect_timeout" => config.connect_timeout = Duration::from_secs(number("connect_timeout", &value, 1, 3600)?),
+            "connect_timeout" => {
+                config.connect_timeout = Duration::from_secs(number("connect_timeout", &value, 1, 3600)?)
+            }
             "keepalives" => config.keepalives.enabled = number("keepalives", &value, 0, 1)? == 1,
-            "keepalives_idle" => config.keepalives.idle = Duration::from_secs(number("keepalives_idle", &value, 1, 86_400)?),
+            "keepalives_idle" => {
+                config.keepalives.idle = Duration::from_secs(number("keepalives_idle", &value, 1, 86_400)?)
+            }
             "keepalives_interval" => {
                 config.keepalives.interval = Duration::from_secs(number("keepalives_interval", &value, 1, 86_400)?);
             }
@@ -188,7 +199,10 @@ fn check_together(config: &ConnectConfig) -> Result<(), ConfigError> {
         return Err(value_error("sslrootcert", "sslmode=verify-ca needs the authority's certificate here"));
     }
     if config.sslrootcert == Some(RootCert::System) && config.sslmode != SslMode::VerifyFull {
-        return Err(value_error("sslmode", "sslrootcert=system needs sslmode=verify-full: anybody can get a certificate of a public authority"));
+        return Err(value_error(
+            "sslmode",
+            "sslrootcert=system needs sslmode=verify-full: anybody can get a certificate of a public authority",
+        ));
     }
     if config.channel_binding == ChannelBinding::Require && config.sslmode == SslMode::Disable {
         return Err(value_error("channel_binding", "require needs TLS, and sslmode is disable"));
@@ -247,7 +261,8 @@ mod tests {
 
     #[test]
     fn both_spellings_say_the_same() {
-        let url = parse("postgres://wal%40by:s%20ecret@db.example:5433/sh%2Fop?sslmode=require&application_name=x").unwrap();
+        let url =
+            parse("postgres://wal%40by:s%20ecret@db.example:5433/sh%2Fop?sslmode=require&application_name=x").unwrap();
         let pairs = parse(r"host=db.example port = 5433 user=wal@by password='s ecret' dbname=sh/op sslmode=require application_name=x").unwrap();
         assert_eq!(url, pairs);
         assert_eq!(url.password.as_deref(), Some("s ecret"));

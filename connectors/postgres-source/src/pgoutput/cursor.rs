@@ -119,10 +119,6 @@ impl<'a> Cursor<'a> {
     }
 
     pub(super) fn finish(&self) -> Result<(), DecodeError> {
-        if self.is_at_end() {
-            Ok(())
-        } else {
-            Err(DecodeError::TooLong { kind: self.letter(), offset: self.at })
-        }
+        if self.is_at_end() { Ok(()) } else { Err(DecodeError::TooLong { kind: self.letter(), offset: self.at }) }
     }
 }

@@ -97,7 +97,11 @@ impl Decoder {
             }),
             b'C' => {
                 cursor.u8()?;
-                Message::Commit(Commit { commit_lsn: cursor.lsn()?, end_lsn: cursor.lsn()?, committed_at_micros: cursor.i64()? })
+                Message::Commit(Commit {
+                    commit_lsn: cursor.lsn()?,
+                    end_lsn: cursor.lsn()?,
+                    committed_at_micros: cursor.i64()?,
+                })
             }
             b'O' => Message::Origin { lsn: cursor.lsn()?, name: cursor.text()? },
             _ => self.decode_stream_or_prepared(kind, &mut cursor)?,
@@ -158,7 +162,11 @@ impl Decoder {
                 cursor.u8()?;
                 Message::StreamCommit {
                     xid,
-                    commit: Commit { commit_lsn: cursor.lsn()?, end_lsn: cursor.lsn()?, committed_at_micros: cursor.i64()? },
+                    commit: Commit {
+                        commit_lsn: cursor.lsn()?,
+                        end_lsn: cursor.lsn()?,
+                        committed_at_micros: cursor.i64()?,
+                    },
                 }
             }
             b'A' => {
@@ -198,3 +206,56 @@ impl Message<'_> {
     }
 }
 
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+    use proptest::prelude::*;
+
+    fn prepared(kind: u8, fixed: usize) -> Vec<u8> {
+        let mut bytes = vec![kind];
+        bytes.extend(std::iter::repeat_n(0, fixed));
+        bytes.extend_from_slice(&7u32.to_be_bytes());
+        bytes.extend_from_slice(b"gid\0");
+        bytes
+    }
+
+    #[test]
+    fn messages_of_two_phase_commit_are_known_from_version_3_on() {
+        for (kind, fixed) in [(b'b', 24), (b'P', 25), (b'K', 25), (b'r', 33), (b'p', 25)] {
+            let bytes = prepared(kind, fixed);
+            let wanted = Prepared { kind: char::from(kind), xid: 7, gid: "gid" };
+            assert_eq!(Decoder::new(3).decode(&bytes), Ok(Message::Prepared(wanted)));
+            assert!(matches!(Decoder::new(2).decode(&bytes), Err(DecodeError::Order { .. })));
+        }
+    }
+
+    #[test]
+    fn errors_say_where_and_never_what() {
+        let cut = Decoder::new(1).decode(b"I\0\0\0\x01N\0\x01t\0\0\0\x09secret");
+        let error = cut.and_then(|message| message.check_tuples()).unwrap_err();
+        assert_eq!(error, DecodeError::CutShort { kind: 'I', offset: 13 });
+        assert!(!error.to_string().contains("secret"));
+        assert_eq!(Decoder::new(1).decode(b"Z"), Err(DecodeError::Unknown(b'Z')));
+        assert_eq!(Decoder::new(1).decode(b""), Err(DecodeError::Empty));
+        let mut nested = Decoder::new(2);
+        nested.decode(b"S\0\0\0\x01\x01").unwrap();
+        assert!(matches!(nested.decode(b"S\0\0\0\x01\x01"), Err(DecodeError::Order { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_never_panic(
+            protocol in 1u8..5,
+            messages in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..60), 1..5),
+            kind in proptest::sample::select(b"BCORYIUDTMSEcAbPKrp".to_vec()),
+        ) {
+            let mut decoder = Decoder::new(protocol);
+            for mut message in messages {
+                let _ = decoder.decode(&message).and_then(|message| message.check_tuples());
+                message.insert(0, kind);
+                let _ = decoder.decode(&message).and_then(|message| message.check_tuples());
+            }
+        }
+    }
+}

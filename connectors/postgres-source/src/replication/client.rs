@@ -175,11 +175,8 @@ impl ReplicationClient {
         if options.messages {
             plugin.push_str(", messages 'true'");
         }
-        let command = format!(
-            "START_REPLICATION SLOT {} LOGICAL {} ({plugin})",
-            quote_identifier(&options.slot),
-            options.start
-        );
+        let command =
+            format!("START_REPLICATION SLOT {} LOGICAL {} ({plugin})", quote_identifier(&options.slot), options.start);
         let mut out = BytesMut::new();
         frontend::query(&command, &mut out).map_err(|error| self.stream.lost(&error.to_string()))?;
         self.stream.send(&out).await?;

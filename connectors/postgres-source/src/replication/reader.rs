@@ -162,9 +162,7 @@ impl FrameReader {
     fn lost(&self, reason: &str) -> SourceError {
         match self.feedback.close_reason() {
             Some(closed) => closed.into_error(),
-            None => {
-                SourceError::Lost { during: format!("streaming from {}", self.target), reason: reason.to_owned() }
-            }
+            None => SourceError::Lost { during: format!("streaming from {}", self.target), reason: reason.to_owned() },
         }
     }
 

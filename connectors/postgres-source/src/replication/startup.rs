@@ -117,13 +117,12 @@ pub(super) fn server_error(during: &str, body: &ErrorResponseBody) -> SourceErro
 
 /// Startup and authentication; returns when the server is ready for commands.
 pub(super) async fn start(config: &ConnectConfig, transport: Transport) -> Result<MessageStream, SourceError> {
-    let mut stream =
-        MessageStream {
-            transport,
-            buffer: BytesMut::with_capacity(16 << 10),
-            target: config.target(),
-            user: config.user.clone(),
-        };
+    let mut stream = MessageStream {
+        transport,
+        buffer: BytesMut::with_capacity(16 << 10),
+        target: config.target(),
+        user: config.user.clone(),
+    };
     let mut out = BytesMut::new();
     let parameters = [
         ("user", config.user.as_str()),
@@ -158,7 +157,10 @@ async fn authenticate(config: &ConnectConfig, stream: &mut MessageStream) -> Res
         Ok(())
     };
     let password = || -> Result<&str, SourceError> {
-        config.password.as_deref().ok_or_else(|| auth_error(config, "the server asks for a password and the dsn has none".into()))
+        config
+            .password
+            .as_deref()
+            .ok_or_else(|| auth_error(config, "the server asks for a password and the dsn has none".into()))
     };
     let mut out = BytesMut::new();
     match stream.next(&during).await? {

@@ -47,16 +47,29 @@ async fn b35_changes_come_with_the_old_values_that_each_identity_gives() {
     assert_eq!(
         ops(&rows),
         [
-            Insert, Update, OldKey, Update, DeleteKey, Insert, OldKey, Update, DeleteKey, Insert, OldRow, Update, DeleteRow,
-            Truncate, Truncate
+            Insert, Update, OldKey, Update, DeleteKey, Insert, OldKey, Update, DeleteKey, Insert, OldRow, Update,
+            DeleteRow, Truncate, Truncate
         ]
     );
     let values: Vec<String> = rows.iter().map(|row| row.values.join(",")).collect();
     assert_eq!(
         values,
         [
-            "1,a", "1,b", "1,NULL", "2,b", "2,NULL", "1,10,a", "NULL,10,NULL", "1,11,a", "NULL,11,NULL", "1,a", "1,a", "1,b",
-            "1,b", "NULL,NULL", "NULL,NULL"
+            "1,a",
+            "1,b",
+            "1,NULL",
+            "2,b",
+            "2,NULL",
+            "1,10,a",
+            "NULL,10,NULL",
+            "1,11,a",
+            "NULL,11,NULL",
+            "1,a",
+            "1,a",
+            "1,b",
+            "1,b",
+            "NULL,NULL",
+            "NULL,NULL"
         ]
     );
     assert_eq!(rows[2].position, rows[3].position, "a before-image stands at the position of its row");
@@ -190,8 +203,18 @@ async fn types_are_resolved_through_domains_enums_and_arrays() {
     assert_eq!(
         rows[0].values,
         [
-            "1", "ok", "1.10", "{1.10,NULL}", "{sad}", "{{1,2},{3,4}}", "[1,5)", "{\"a\": 1}", "{\"[1,2)\"}", "ab   ",
-            "12/2/3500000", "4000000000"
+            "1",
+            "ok",
+            "1.10",
+            "{1.10,NULL}",
+            "{sad}",
+            "{{1,2},{3,4}}",
+            "[1,5)",
+            "{\"a\": 1}",
+            "{\"[1,2)\"}",
+            "ab   ",
+            "12/2/3500000",
+            "4000000000"
         ]
     );
 }
@@ -216,7 +239,10 @@ async fn b58_a_restart_inside_a_transaction_goes_on_with_the_next_row() {
         all.extend(rows.into_iter().map(|row| row.values[0].parse::<i32>().unwrap()));
         let inside = !segment.to.is_between_transactions();
         if inside {
-            assert!(segment.complete_to < Position::before(segment.to.commit.max(segment.complete_to.commit)) || segment.complete_to.commit <= segment.to.commit);
+            assert!(
+                segment.complete_to < Position::before(segment.to.commit.max(segment.complete_to.commit))
+                    || segment.complete_to.commit <= segment.to.commit
+            );
             let end = run.end;
             drop(run);
             epoch += 1;

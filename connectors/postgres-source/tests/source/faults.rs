@@ -87,9 +87,12 @@ async fn h15_it_is_not_delayed_by_a_client_that_reads_nothing_either() {
 async fn h20_a_publication_made_after_the_slots_position_stops_with_the_remedy() {
     let db = Database::create("h20").await;
     let flow = table(&db).await;
-    db.batch_execute(&format!("DROP PUBLICATION \"{0}\"; INSERT INTO t VALUES (1, 'x'); CREATE PUBLICATION \"{0}\" FOR TABLE t", flow.name))
-        .await
-        .unwrap();
+    db.batch_execute(&format!(
+        "DROP PUBLICATION \"{0}\"; INSERT INTO t VALUES (1, 'x'); CREATE PUBLICATION \"{0}\" FOR TABLE t",
+        flow.name
+    ))
+    .await
+    .unwrap();
     let mut run = flow.start(1, flow.first_position()).await;
     db.batch_execute("INSERT INTO t VALUES (2, 'y')").await.unwrap();
     let error = run.error().await;
@@ -260,14 +263,22 @@ async fn a_large_row_is_a_segment_of_its_own_and_a_larger_one_an_error() {
     let insert = |id: i32, bytes: i32| {
         format!("INSERT INTO t SELECT {id}, string_agg(md5(random()::text), '') FROM generate_series(1, {bytes} / 32)")
     };
-    db.batch_execute(&format!("BEGIN; INSERT INTO t VALUES (1, 'a'); {}; INSERT INTO t VALUES (3, 'c'); COMMIT; {}; {}", insert(2, 700_000), insert(4, 1_200_000), insert(5, 9_000_000)))
-        .await
-        .unwrap();
+    db.batch_execute(&format!(
+        "BEGIN; INSERT INTO t VALUES (1, 'a'); {}; INSERT INTO t VALUES (3, 'c'); COMMIT; {}; {}",
+        insert(2, 700_000),
+        insert(4, 1_200_000),
+        insert(5, 9_000_000)
+    ))
+    .await
+    .unwrap();
     let mut run = flow.start(1, flow.first_position()).await;
     let sizes: Vec<usize> = [run.segment().await.rows, run.segment().await.rows, run.segment().await.rows].into();
     assert_eq!(sizes, [1, 1, 1]);
     let error = run.error().await;
-    assert!(matches!(&error, SourceError::RowTooLarge { table, bytes, .. } if table.name == "t" && *bytes > 1_200_000), "{error}");
+    assert!(
+        matches!(&error, SourceError::RowTooLarge { table, bytes, .. } if table.name == "t" && *bytes > 1_200_000),
+        "{error}"
+    );
     assert!(error.remedy().unwrap().contains("max_payload"));
     // A row above everything that is buffered is named without being read whole.
     let end = run.end;
@@ -278,7 +289,10 @@ async fn a_large_row_is_a_segment_of_its_own_and_a_larger_one_an_error() {
     let mut run = flow.start_with(options, end).await.unwrap();
     assert_eq!(run.segment().await.rows, 1);
     let error = run.error().await;
-    assert!(matches!(&error, SourceError::RowTooLarge { table, bytes, .. } if table.name == "t" && *bytes > 8_900_000), "{error}");
+    assert!(
+        matches!(&error, SourceError::RowTooLarge { table, bytes, .. } if table.name == "t" && *bytes > 8_900_000),
+        "{error}"
+    );
 }
 
 #[tokio::test]

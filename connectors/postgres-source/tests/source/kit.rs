@@ -7,8 +7,8 @@ use tokio::time::timeout;
 use wallaby_model::flow::Failover;
 use wallaby_model::{Epoch, Lsn, Op, Position, SegmentBody};
 use wallaby_postgres_source::{
-    Capture, CaptureEvent, CaptureOptions, ConnectConfig, Control, Feedback, PublicationWanted, SegmentDraft, SessionOwner,
-    SlotState, SlotWanted, SourceError, connect_control, ensure_publication, ensure_slot,
+    Capture, CaptureEvent, CaptureOptions, ConnectConfig, Control, Feedback, PublicationWanted, SegmentDraft,
+    SessionOwner, SlotState, SlotWanted, SourceError, connect_control, ensure_publication, ensure_slot,
 };
 use wallaby_testkit::Database;
 

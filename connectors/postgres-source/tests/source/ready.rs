@@ -59,7 +59,11 @@ async fn every_gap_of_a_poor_role_is_mended_by_the_statements_that_are_printed()
     let mut wanted = publication(db.name(), &["public.*"]);
     let slot = slot(db.name());
     let findings = preflight(&config, &wanted, &slot).await;
-    assert_eq!(failed(&findings), ["replication_role", "publication", "replica_identity", "select", "ownership"], "{findings:#?}");
+    assert_eq!(
+        failed(&findings),
+        ["replication_role", "publication", "replica_identity", "select", "ownership"],
+        "{findings:#?}"
+    );
     for check in ["replication_role", "publication", "replica_identity", "select", "ownership"] {
         let sql = find(&findings, check).remedy_sql.clone().unwrap();
         db.batch_execute(&sql).await.unwrap_or_else(|error| panic!("{check}: {sql}: {error}"));
@@ -71,7 +75,8 @@ async fn every_gap_of_a_poor_role_is_mended_by_the_statements_that_are_printed()
     let control = connect_control(&config).await.unwrap();
     ensure_publication(&control, &wanted).await.unwrap();
     ensure_slot(&config, &control, &slot).await.unwrap();
-    let options = wallaby_postgres_source::CaptureOptions::new(config, crate::kit::owner(db.name(), 1), db.name(), db.name());
+    let options =
+        wallaby_postgres_source::CaptureOptions::new(config, crate::kit::owner(db.name(), 1), db.name(), db.name());
     Capture::prepare(options).await.unwrap();
     drop(control);
     db.batch_execute(&format!("SELECT pg_drop_replication_slot('{}')", db.name())).await.unwrap();
@@ -144,7 +149,10 @@ async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
     let control = connect_control(&config).await.unwrap();
     let name = format!("{} pub", db.name());
     let tables = async || {
-        let rows = db.query("SELECT tablename::text FROM pg_publication_tables WHERE pubname = $1 ORDER BY 1", &[&name]).await.unwrap();
+        let rows = db
+            .query("SELECT tablename::text FROM pg_publication_tables WHERE pubname = $1 ORDER BY 1", &[&name])
+            .await
+            .unwrap();
         rows.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>()
     };
     ensure_publication(&control, &publication(&name, &["public.a"])).await.unwrap();
@@ -160,7 +168,10 @@ async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
         let slot = SlotWanted { failover, ..slot(&format!("{}_{suffix}", db.name())) };
         ensure_slot(&config, &control, &slot).await.unwrap();
         ensure_slot(&config, &control, &slot).await.unwrap();
-        let row = db.query_one("SELECT failover FROM pg_replication_slots WHERE slot_name = $1", &[&slot.name]).await.unwrap();
+        let row = db
+            .query_one("SELECT failover FROM pg_replication_slots WHERE slot_name = $1", &[&slot.name])
+            .await
+            .unwrap();
         assert_eq!(row.get::<_, bool>(0), wanted);
     }
     drop_publication(&control, &name).await.unwrap();
@@ -200,7 +211,10 @@ async fn b47_a_row_by_its_key_equals_the_row_that_was_streamed() {
     assert!(lookup.row_by_key(&schema, &gone).await.unwrap().is_none());
     // The connection is lost, the next question opens another.
     db.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'", &[]).await.unwrap();
-    wallaby_testkit::eventually(crate::kit::LIMIT, "it answers again", async || lookup.row_by_key(&schema, &gone).await.map(|_| ())).await;
+    wallaby_testkit::eventually(crate::kit::LIMIT, "it answers again", async || {
+        lookup.row_by_key(&schema, &gone).await.map(|_| ())
+    })
+    .await;
     db.batch_execute("ALTER TABLE t ADD COLUMN later text DEFAULT 'new'").await.unwrap();
     let key = vec![Some("x".to_owned()), Some("2".to_owned())];
     let body = lookup.row_by_key(&schema, &key).await.unwrap().unwrap();

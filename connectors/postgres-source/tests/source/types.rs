@@ -20,7 +20,11 @@ const COLUMNS: [(&str, &str, &str); 14] = [
     ("n", "numeric", "n::text"),
     ("by", "bytea", "encode(by, 'hex')"),
     ("u", "uuid", "replace(u::text, '-', '')"),
-    ("d", "date", "CASE WHEN d = 'infinity' THEN '2147483647' WHEN d = '-infinity' THEN '-2147483648' ELSE (d - date '1970-01-01')::text END"),
+    (
+        "d",
+        "date",
+        "CASE WHEN d = 'infinity' THEN '2147483647' WHEN d = '-infinity' THEN '-2147483648' ELSE (d - date '1970-01-01')::text END",
+    ),
     ("t", "time", "(extract(epoch FROM t) * 1000000)::int8::text"),
     ("ts", "timestamp", "encode(timestamp_send(ts), 'hex')"),
     ("tz", "timestamptz", "encode(timestamptz_send(tz), 'hex')"),
@@ -54,11 +58,47 @@ fn edges() -> Vec<Vec<&'static str>> {
         vec!["NaN", "Infinity", "-Infinity", "10.1111", "3.30", "-0.00", "1e100", "1e-100"],
         vec!["\\x", "\\x00ff"],
         vec!["00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff"],
-        vec!["infinity", "-infinity", "4713-01-01 BC", "5874897-12-31", "0001-01-01", "0001-12-31 BC", "2000-02-29", "1582-10-10", "0044-03-15 BC"],
+        vec![
+            "infinity",
+            "-infinity",
+            "4713-01-01 BC",
+            "5874897-12-31",
+            "0001-01-01",
+            "0001-12-31 BC",
+            "2000-02-29",
+            "1582-10-10",
+            "0044-03-15 BC",
+        ],
         vec!["00:00:00", "24:00:00", "23:59:59.999999", "00:00:00.000001"],
-        vec!["infinity", "-infinity", "4713-01-01 00:00:00 BC", "294276-12-31 23:59:59.999999", "1969-12-31 23:59:59.999999", "1999-12-31 23:59:59.5", "21016-01-01"],
-        vec!["infinity", "-infinity", "4713-01-02 00:00:00+00 BC", "294276-12-31 23:59:59.999999+00", "2026-03-29 02:30:00+02"],
-        vec!["0", "infinity", "-infinity", "178000000 years", "-178000000 years", "1 year -1 month 1 day -00:00:00.000001", "9223372036854775807 microseconds", "-9223372036854775807 microseconds", "1 month -1 day 00:00:01", "-1.5 seconds", "36:00:00"],
+        vec![
+            "infinity",
+            "-infinity",
+            "4713-01-01 00:00:00 BC",
+            "294276-12-31 23:59:59.999999",
+            "1969-12-31 23:59:59.999999",
+            "1999-12-31 23:59:59.5",
+            "21016-01-01",
+        ],
+        vec![
+            "infinity",
+            "-infinity",
+            "4713-01-02 00:00:00+00 BC",
+            "294276-12-31 23:59:59.999999+00",
+            "2026-03-29 02:30:00+02",
+        ],
+        vec![
+            "0",
+            "infinity",
+            "-infinity",
+            "178000000 years",
+            "-178000000 years",
+            "1 year -1 month 1 day -00:00:00.000001",
+            "9223372036854775807 microseconds",
+            "-9223372036854775807 microseconds",
+            "1 month -1 day 00:00:01",
+            "-1.5 seconds",
+            "36:00:00",
+        ],
         vec!["NaN", "Infinity", "-Infinity", "-0", "1e308", "5e-324", "3.3", "4.44", "0.1"],
     ]
 }
@@ -71,7 +111,12 @@ fn random(rng: &mut StdRng, column: usize) -> String {
     };
     let time = |rng: &mut StdRng| {
         let micros: u32 = if rng.random_bool(0.3) { 0 } else { rng.random_range(0..1_000_000) };
-        format!("{:02}:{:02}:{:02}.{micros:06}", rng.random_range(0..24), rng.random_range(0..60), rng.random_range(0..60))
+        format!(
+            "{:02}:{:02}:{:02}.{micros:06}",
+            rng.random_range(0..24),
+            rng.random_range(0..60),
+            rng.random_range(0..60)
+        )
     };
     match column {
         0 => if rng.random() { "t" } else { "f" }.into(),
@@ -109,7 +154,13 @@ fn random(rng: &mut StdRng, column: usize) -> String {
         ),
         _ => {
             let value = f64::from_bits(rng.random());
-            if value.is_nan() { "NaN".into() } else if value.is_infinite() { "Infinity".into() } else { format!("{value:e}") }
+            if value.is_nan() {
+                "NaN".into()
+            } else if value.is_infinite() {
+                "Infinity".into()
+            } else {
+                format!("{value:e}")
+            }
         }
     }
 }
