@@ -5,7 +5,7 @@ SHELL := bash
 export WALLABY_CACHE ?= $(HOME)/.cache/wallaby
 export CARGO_TARGET_DIR ?= $(WALLABY_CACHE)/target
 
-.PHONY: help tools build test prove lint
+.PHONY: help tools build demo test prove loadtest lint
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -16,11 +16,19 @@ tools: ## Install protoc, nats-server, etcd and PostgreSQL into the cache, once 
 build: tools ## Build everything
 	cargo build --locked --workspace
 
+demo: tools ## Start everything here, kill a worker while rows flow, compare; KEEP=1 leaves it running
+	@cargo build --locked --quiet --workspace --bins
+	@"$(CARGO_TARGET_DIR)/debug/wallaby-demo"
+
 test: tools ## Run all tests against real servers; prints the slowest ten and the totals
 	@tools/test.sh
 
-prove: tools ## Run the tests at full size too (those marked #[ignore]): takes long
-	@tools/test.sh -- --include-ignored
+prove: tools ## Run the tests at their full sizes: every fault several times. Takes long
+	@WALLABY_PROVE=1 tools/test.sh
+
+loadtest: tools ## Measure on this machine, in release mode, and write a report (about ten minutes, machine at rest)
+	@cargo build --locked --release --workspace --bins
+	@"$(CARGO_TARGET_DIR)/release/wallaby-loadtest" run
 
 lint: ## Check format, clippy, licences and dependencies, and the protocol for breaking changes
 	@tools/lint.sh
