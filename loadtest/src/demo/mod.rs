@@ -27,6 +27,8 @@ const START_PATIENCE: Duration = Duration::from_secs(60);
 const TAKEOVER_PATIENCE: Duration = Duration::from_secs(60);
 /// How long the sink may take to catch up after the load has stopped.
 const CATCH_UP_PATIENCE: Duration = Duration::from_secs(120);
+/// Connections of the shop: each commit waits for a disk, so a few of them make the rate.
+const WRITERS: u32 = 8;
 /// How often the table is refreshed.
 const REFRESH: Duration = Duration::from_millis(1_000);
 
@@ -63,6 +65,8 @@ struct Stage {
     api: FlowApi,
     board: Board,
     started: Instant,
+    /// The load's rows when the table was last shown, for its rate.
+    shown: (u64, Instant),
 }
 
 /// A demo that has told its story and still runs. Dropping it ends everything.
@@ -126,7 +130,7 @@ async fn raise(
     let alive = || check_alive(&servers, &wallaby);
     until("the controller's API", START_PATIENCE, alive, || api.is_up()).await?;
     board.say(&format!("All up after {:.1} s, in {}.", started.elapsed().as_secs_f64(), options.folder.display()));
-    Ok(Stage { servers, wallaby, api, board, started })
+    Ok(Stage { servers, wallaby, api, board, started, shown: (0, Instant::now()) })
 }
 
 /// Applies the flow and waits until changes are captured and the sink knows where it begins.
@@ -146,8 +150,12 @@ async fn apply_flow(stage: &mut Stage, options: &DemoOptions, document: &FlowDoc
 async fn start_load(stage: &mut Stage, options: &DemoOptions) -> anyhow::Result<Load> {
     let rate = options.rows_per_second;
     stage.board.say(&format!("The shop opens: about {rate} rows a second, seed {}.\n", options.seed));
-    let load =
-        LoadOptions { dsn: stage.servers.source_dsn(), seed: options.seed, rows_per_second: Some(rate), writers: 2 };
+    let load = LoadOptions {
+        dsn: stage.servers.source_dsn(),
+        seed: options.seed,
+        rows_per_second: Some(rate),
+        writers: WRITERS,
+    };
     Ok(Load::start(load).await?)
 }
 
@@ -161,16 +169,21 @@ async fn watch_rows_flow(stage: &mut Stage, load: &Load, time: Duration) -> anyh
 }
 
 /// One refresh of the table; takes [`REFRESH`].
-async fn refresh(stage: &mut Stage, load: Option<&Load>) -> anyhow::Result<v1::Flow> {
-    let rows = || load.map_or(0, |load| load.progress().rows);
-    let (before, began) = (rows(), Instant::now());
+async fn refresh(stage: &mut Stage, load: Option<&Load>) -> anyhow::Result<()> {
     tokio::time::sleep(REFRESH).await;
     check_alive(&stage.servers, &stage.wallaby)?;
-    ensure!(!load.is_some_and(Load::has_failed), "the shop's load gave up; run the demo again");
     let flow = stage.api.get().await?;
-    let rate = (rows() - before) as f64 / began.elapsed().as_secs_f64();
-    stage.board.show(stage.started.elapsed(), rate, board::lines(&flow));
-    Ok(flow)
+    show(stage, load, &flow)
+}
+
+fn show(stage: &mut Stage, load: Option<&Load>, flow: &v1::Flow) -> anyhow::Result<()> {
+    ensure!(!load.is_some_and(Load::has_failed), "the shop's load gave up; run the demo again");
+    let (rows_before, before) = stage.shown;
+    let rows = load.map_or(rows_before, |load| load.progress().rows);
+    let rate = rows.saturating_sub(rows_before) as f64 / before.elapsed().as_secs_f64().max(0.001);
+    stage.shown = (rows, Instant::now());
+    stage.board.show(stage.started.elapsed(), rate, board::lines(flow));
+    Ok(())
 }
 
 /// Kills the worker that captures, and waits until another one has staged something new.
@@ -184,7 +197,6 @@ async fn kill_and_take_over(stage: &mut Stage, load: &Load) -> anyhow::Result<Du
     stage.board.say(&format!("\nkill -9 {victim}, which captures. The lease lives {} s.\n", LEASE_TTL.as_secs()));
     let at_kill = api::staged(&stage.api.get().await?);
     let mut owner_seen = None;
-    let mut shown = Instant::now();
     loop {
         check_alive(&stage.servers, &stage.wallaby)?;
         let flow = stage.api.get().await?;
@@ -206,9 +218,8 @@ async fn kill_and_take_over(stage: &mut Stage, load: &Load) -> anyhow::Result<Du
             "nobody took over within {TAKEOVER_PATIENCE:?}: {}",
             api::complaints(&flow)
         );
-        if shown.elapsed() >= REFRESH {
-            stage.board.show(stage.started.elapsed(), 0.0, board::lines(&flow));
-            shown = Instant::now();
+        if stage.shown.1.elapsed() >= REFRESH {
+            show(stage, Some(load), &flow)?;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
