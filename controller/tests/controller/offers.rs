@@ -1,0 +1,154 @@
+//! Offers: when they come, and that nothing blocks them.
+
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
+use futures::StreamExt;
+use wallaby_coordination::Acquired;
+use wallaby_model::TaskId;
+use wallaby_model::offer::{OFFER_CONSUMER, Offer, offer_stream};
+use wallaby_proto::v1;
+use wallaby_testkit::eventually;
+
+use crate::setup::{PATIENCE, Running, Scopes, document, task};
+
+/// The consumer that the controller makes for workers.
+async fn queue(scopes: &Scopes) -> PullConsumer {
+    let name = offer_stream(&scopes.place.pool);
+    eventually(PATIENCE, "the queue is there", async || {
+        let stream = scopes.nats.jetstream().get_stream(&name).await.map_err(|error| error.to_string())?;
+        stream.get_consumer(OFFER_CONSUMER).await.map_err(|error| error.to_string())
+    })
+    .await
+}
+
+/// The next offer of one task, acknowledged; others on the way are acknowledged too. None when none came in time.
+async fn offered(queue: &PullConsumer, wanted: &TaskId, patience: Duration) -> Option<Offer> {
+    let deadline = tokio::time::Instant::now() + patience;
+    while tokio::time::Instant::now() < deadline {
+        let mut batch = queue.fetch().max_messages(1).expires(Duration::from_millis(500)).messages().await.unwrap();
+        while let Some(Ok(message)) = batch.next().await {
+            message.ack().await.unwrap();
+            let offer = Offer::from_bytes(&message.payload).unwrap();
+            if offer.task == *wanted {
+                return Some(offer);
+            }
+        }
+    }
+    None
+}
+
+#[tokio::test]
+async fn a_task_is_offered_until_it_has_an_owner_and_at_once_when_it_loses_it() {
+    let scopes = Scopes::create("offers").await;
+    let running = Running::ready(&scopes.place).await;
+    let worker = scopes.place.worker("w1").await;
+    running.create(&document("shop")).await.unwrap();
+    let capture = task("shop.capture");
+    let queue = queue(&scopes).await;
+    let offer = offered(&queue, &capture, PATIENCE).await.unwrap();
+    let entry = scopes.place.coordination().await.flow(&capture.flow).await.unwrap();
+    assert_eq!(offer.spec_revision, entry.revision.0);
+    // That offer led to no lock: there is another.
+    assert!(offered(&queue, &capture, PATIENCE).await.is_some());
+
+    let Acquired::Lock(lock) = worker.acquire(&capture, entry.revision).await.unwrap() else { panic!("not acquired") };
+    // One that was on its way when the lock came may still lie there.
+    offered(&queue, &capture, Duration::from_secs(1)).await;
+    assert!(offered(&queue, &capture, Duration::from_secs(4)).await.is_none(), "an owned task was offered");
+
+    let released = std::time::Instant::now();
+    lock.release(None).await.unwrap();
+    assert!(offered(&queue, &capture, PATIENCE).await.is_some());
+    assert!(released.elapsed() < Duration::from_secs(2), "offered only after {:?}", released.elapsed());
+}
+
+#[tokio::test]
+async fn a_paused_flow_is_not_offered() {
+    let scopes = Scopes::create("quiet").await;
+    let running = Running::ready(&scopes.place).await;
+    let _worker = scopes.place.worker("w1").await;
+    let mut paused = document("quiet");
+    paused.spec.paused = true;
+    running.create(&paused).await.unwrap();
+    let queue = queue(&scopes).await;
+    let capture = task("quiet.capture");
+    assert!(offered(&queue, &capture, Duration::from_secs(3)).await.is_none());
+    running.flows.clone().resume_flow(v1::ResumeFlowRequest { name: "flows/quiet".into() }).await.unwrap();
+    assert!(offered(&queue, &capture, PATIENCE).await.is_some());
+}
+
+/// An offer was delivered as often as its consumer allows and was never acknowledged: it stays in the stream, is delivered to
+/// nobody, and its subject takes no other message. The task is offered again all the same, in time.
+#[tokio::test]
+async fn h18_an_offer_past_its_deliveries_blocks_nothing() {
+    let scopes = Scopes::create("h18").await;
+    let running = Running::ready(&scopes.place).await;
+    let _worker = scopes.place.worker("w1").await;
+    let queue_name = offer_stream(&scopes.place.pool);
+    queue(&scopes).await;
+    // As a version would have made it that did not know: one delivery only.
+    let stream = scopes.nats.jetstream().get_stream(&queue_name).await.unwrap();
+    let once = pull::Config {
+        durable_name: Some(OFFER_CONSUMER.to_owned()),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: Duration::from_millis(200),
+        max_deliver: 1,
+        ..pull::Config::default()
+    };
+    let queue = stream.create_consumer(once).await.unwrap();
+    running.create(&document("stuck")).await.unwrap();
+
+    // A worker pulls the offers and dies with them.
+    let mut lost = Vec::new();
+    while lost.len() < 2 {
+        let mut batch = queue.fetch().max_messages(2).expires(Duration::from_secs(1)).messages().await.unwrap();
+        while let Some(Ok(message)) = batch.next().await {
+            lost.push(Offer::from_bytes(&message.payload).unwrap().task);
+        }
+    }
+    let started = std::time::Instant::now();
+    let capture = task("stuck.capture");
+    assert!(lost.contains(&capture));
+    let offer = offered(&queue, &capture, Duration::from_secs(8)).await;
+    assert!(offer.is_some(), "the old offer blocks its subject");
+    assert!(started.elapsed() < Duration::from_secs(6), "only its age freed the subject: {:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn of_two_replicas_both_serve_and_when_one_dies_the_other_offers() {
+    let scopes = Scopes::create("replicas").await;
+    let first = Running::ready(&scopes.place).await;
+    let second = Running::ready(&scopes.place).await;
+    let _worker = scopes.place.worker("w1").await;
+    first.create(&document("both")).await.unwrap();
+    assert_eq!(second.get("both").await.unwrap().name, "flows/both");
+    let queue = queue(&scopes).await;
+    let capture = task("both.capture");
+    assert!(offered(&queue, &capture, PATIENCE).await.is_some());
+    // Killed, not stopped: its leadership runs out by itself.
+    drop(first);
+    for _ in 0..3 {
+        assert!(offered(&queue, &capture, PATIENCE).await.is_some());
+    }
+    second.get("both").await.unwrap();
+}
+
+#[tokio::test]
+async fn what_only_the_controller_knows_is_written_down() {
+    let scopes = Scopes::create("said").await;
+    let running = Running::ready(&scopes.place).await;
+    running.create(&document("lonely")).await.unwrap();
+    let flow = eventually(PATIENCE, "it says since when nobody takes it", async || {
+        let coordination = scopes.place.coordination().await;
+        let key = wallaby_coordination::Key::FlowStatus("lonely".parse().unwrap());
+        let entry = coordination.get(&key).await.unwrap().ok_or("no status")?;
+        let status: wallaby_coordination::FlowStatus = entry.decode().map_err(|_| "unreadable")?;
+        if status.offered_since.is_empty() { Err("nothing offered") } else { Ok(status) }
+    })
+    .await;
+    assert_eq!(flow.conditions.len(), 1);
+    let shown = running.get("lonely").await.unwrap().status.unwrap();
+    let capturing = shown.conditions.iter().find(|condition| condition.r#type == "Capturing").unwrap();
+    assert_eq!(capturing.reason, "NoWorker");
+}
