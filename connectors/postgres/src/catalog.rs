@@ -10,6 +10,9 @@ use crate::error::{Doing, PostgresError};
 use crate::metrics::COLUMNS_AS_TEXT;
 use crate::schema::{Existing, ExistingColumn, Misfit, Target, Wanted, plan, target};
 
+/// How long a CREATE or ALTER waits for its lock.
+const DDL_LOCK_TIMEOUT: &str = "5s";
+
 const COLUMNS: &str = "\
     SELECT a.attname::text, a.atttypid, a.atttypmod, format_type(a.atttypid, -1), t.typtype = 'e', a.attnotnull, \
         a.atthasdef OR a.attidentity <> '', a.attgenerated <> '' \
@@ -91,6 +94,12 @@ async fn make_schema(client: &Client, schema: &str) -> Result<(), PostgresError>
     client.batch_execute(&format!("CREATE SCHEMA IF NOT EXISTS {}", quote_identifier(schema))).await.doing(doing)
 }
 
+/// For the rest of the transaction.
+async fn lock_timeout(client: &Client, limit: &str) -> Result<(), PostgresError> {
+    let set = client.batch_execute(&format!("SET LOCAL lock_timeout = '{limit}'")).await;
+    set.doing(|| "setting lock_timeout at the sink".to_owned())
+}
+
 /// Brings `table` into the shape of `schema`, inside the transaction of the batch. `first` is the first row in that
 /// shape: where the sink stops when a person has to act.
 pub(crate) async fn fit(
@@ -107,9 +116,16 @@ pub(crate) async fn fit(
     }
     let wanted = read_wanted(client, schema).await?;
     let statements = plan(schema, table, &wanted, existing.as_ref()).map_err(misfit)?;
+    if !statements.is_empty() {
+        // A change of a table that waits makes every reader behind it wait too: better to try again.
+        lock_timeout(client, DDL_LOCK_TIMEOUT).await?;
+    }
     for statement in &statements {
         tracing::info!(%table, statement, "changing a table at the sink");
         client.batch_execute(statement).await.doing(|| format!("running {statement} at the sink"))?;
+    }
+    if !statements.is_empty() {
+        lock_timeout(client, "0").await?;
     }
     let as_text = schema.columns.iter().zip(&wanted).filter(|(_, wanted)| wanted.as_text);
     for (column, _) in as_text {

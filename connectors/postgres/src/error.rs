@@ -95,7 +95,7 @@ fn classify(doing: &str, db: &DbError, role: &str) -> SinkError {
         |remedy: String| SinkError::Configuration { reason: format!("{doing}: {message} (SQLSTATE {code})"), remedy };
     match (&code[..2], code) {
         (_, "42501") => configuration(format!(
-            "Grant it at the sink: GRANT CREATE ON DATABASE {database} TO {role}; and for schemas that exist GRANT \
+            "Grant it at the sink: GRANT CREATE, TEMPORARY ON DATABASE {database} TO {role}; and for schemas that exist GRANT \
              USAGE, CREATE ON SCHEMA <schema> TO {role}; GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES \
              IN SCHEMA <schema> TO {role}. A table that gets columns must belong to {role}. Then run wallaby resume",
             database = "<database>",
@@ -108,7 +108,14 @@ fn classify(doing: &str, db: &DbError, role: &str) -> SinkError {
         }
         ("22", _) => SinkError::Data {
             reason: format!("{doing}: a value does not fit ({}, SQLSTATE {code})", value_fault(code)),
-            remedy: "Widen the column at the sink, then run wallaby resume".to_owned(),
+            remedy: match code {
+                "22P02" => {
+                    "Change the column's type, or add the label to the enum (ALTER TYPE … ADD VALUE), at the sink"
+                }
+                _ => "Widen the column at the sink",
+            }
+            .to_owned()
+                + ", then run wallaby resume",
         },
         ("23", _) => violation(doing, db),
         _ => configuration("Mend it at the sink, then run wallaby resume".to_owned()),

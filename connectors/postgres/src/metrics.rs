@@ -2,8 +2,8 @@
 
 use ::metrics::{Unit, describe_counter, describe_histogram};
 
-/// Source changes applied, before-images not counted.
-pub(crate) const CHANGES: &str = "wallaby_sink_changes_total";
+/// Rows of the log applied, before-images included.
+pub(crate) const LOG_ROWS: &str = "wallaby_sink_log_rows_total";
 /// Rows written to or deleted from the sink's tables after the net effect.
 pub(crate) const ROWS: &str = "wallaby_sink_rows_total";
 /// Batches committed.
@@ -25,7 +25,7 @@ pub(crate) const COLUMNS_AS_TEXT: &str = "wallaby_sink_columns_as_text_total";
 
 /// Describes the metrics to the installed recorder. Call once at start.
 pub fn describe_metrics() {
-    describe_counter!(CHANGES, Unit::Count, "Source changes applied to the sink");
+    describe_counter!(LOG_ROWS, Unit::Count, "Rows of the log applied to the sink, before-images included");
     describe_counter!(ROWS, Unit::Count, "Rows written or deleted at the sink after the net effect");
     describe_counter!(BATCHES, Unit::Count, "Batches committed at the sink");
     describe_histogram!(BATCH_SECONDS, Unit::Seconds, "Time from the start of a batch to its commit");

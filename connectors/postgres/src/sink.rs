@@ -16,7 +16,7 @@ use crate::catalog::{fit, fit_superseded};
 use crate::checkpoint::{self, ADVANCE, as_bigint};
 use crate::config::PostgresSinkConfig;
 use crate::error::{Doing, PostgresError};
-use crate::metrics::{BATCH_SECONDS, BATCHES, CHANGES, ROWS, SESSIONS_ENDED, VIOLATIONS, WRITES_REFUSED};
+use crate::metrics::{BATCH_SECONDS, BATCHES, LOG_ROWS, ROWS, SESSIONS_ENDED, VIOLATIONS, WRITES_REFUSED};
 use crate::schema::Target;
 use crate::session::{Session, connect, not_open};
 use crate::write::{Targets, Writer};
@@ -125,7 +125,12 @@ impl PostgresSink {
     /// Turns an error into the contract's and drops the session, whose transaction is open or in doubt.
     fn failed(&mut self, error: PostgresError) -> SinkError {
         self.open = None;
-        let error = error.into_sink(self.config.role());
+        error.into_sink(self.config.role())
+    }
+
+    /// The same for an error of a write, which is counted when it was refused.
+    fn write_failed(&mut self, error: PostgresError) -> SinkError {
+        let error = self.failed(error);
         if matches!(error, SinkError::Fenced(_)) {
             self.count(WRITES_REFUSED, 1);
         }
@@ -360,7 +365,7 @@ impl Sink for PostgresSink {
                 open.position = open.position.or(Some(position));
                 Ok(())
             }
-            Err(error) => Err(self.failed(error)),
+            Err(error) => Err(self.write_failed(error)),
         }
     }
 
@@ -373,17 +378,17 @@ impl Sink for PostgresSink {
             let end = Position::before(first.commit);
             let parts = slice(&batch.parts, batch.from, end);
             let before = Batch { from: batch.from, to: end, log_epoch: batch.log_epoch, parts };
-            if before.rows() > 0 {
-                if let Err(error) = self.apply_batch(&before, None).await {
-                    outcome = Err(error);
-                }
+            if before.rows() > 0
+                && let Err(error) = self.apply_batch(&before, None).await
+            {
+                outcome = Err(error);
             }
         }
         if let Err(error) = outcome {
-            return Err(self.failed(error));
+            return Err(self.write_failed(error));
         }
         self.count(BATCHES, 1);
-        self.count(CHANGES, batch.rows() as u64);
+        self.count(LOG_ROWS, batch.rows() as u64);
         metrics::histogram!(BATCH_SECONDS, "sink" => self.name.clone()).record(started.elapsed().as_secs_f64());
         Ok(Applied::Durable(batch.to))
     }

@@ -289,7 +289,7 @@ async fn a_wrong_password_and_a_missing_right_say_what_to_do() {
     let (reason, remedy) = misfit(open("wrong").await);
     assert!(reason.contains("28P01") && remedy.contains("password") && !reason.contains("wrong"), "{reason} {remedy}");
     let (reason, remedy) = misfit(open("right").await);
-    assert!(reason.contains("42501") && remedy.contains("GRANT CREATE ON DATABASE"), "{reason} {remedy}");
+    assert!(reason.contains("42501") && remedy.contains("GRANT CREATE, TEMPORARY ON DATABASE"), "{reason} {remedy}");
     target.sql(&format!("GRANT CREATE ON DATABASE {name} TO {role}")).await;
     open("right").await.unwrap();
     target.sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
