@@ -34,9 +34,11 @@ impl SessionOwner {
     }
 }
 
+/// The view is cluster-wide: another database may hold the sessions of another installation's task of the same name.
 const SESSIONS_SQL: &str = "
 SELECT pid, backend_start::text, application_name FROM pg_catalog.pg_stat_activity
-WHERE starts_with(application_name, $1) AND pid <> pg_catalog.pg_backend_pid()";
+WHERE starts_with(application_name, $1) AND pid <> pg_catalog.pg_backend_pid()
+  AND datname = pg_catalog.current_database()";
 
 const TERMINATE_SQL: &str = "
 SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
