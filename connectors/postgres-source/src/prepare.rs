@@ -66,10 +66,28 @@ impl Prepared {
         self.sessions_ended
     }
 
-    /// Verifies that the source continues the log, and starts streaming.
+    /// Verifies that the source continues the log. To be called **before** the log's `resume` record is written: that
+    /// record names the identity found now, and the next owner would compare with it.
     ///
-    /// `log_end` is where the log ends. `previous` is the identity in the log's last `resume` record before this
-    /// owner's; `None` when there is none.
+    /// `log_end` is where the log ends. `previous` is the identity in the log's last `resume` record; `None` when there
+    /// is none.
+    ///
+    /// # Errors
+    /// `OtherSystem`, `TimelineDiverged` and `SlotMoved` are definite.
+    pub async fn verify(&mut self, log_end: Position, previous: Option<&SourceIdentity>) -> Result<(), SourceError> {
+        if let Some(previous) = previous {
+            let history = match previous.timeline == self.identity.timeline {
+                true => Vec::new(),
+                false => self.replication.timeline_history(self.identity.timeline).await?,
+            };
+            let reached = log_end.commit.max(self.slot.confirmed_flush);
+            check_identity(previous, &self.identity, &history, reached, log_end)?;
+        }
+        self.slot.check_not_past(log_end)
+    }
+
+    /// Verifies once more that the source continues the log, and starts streaming. Arguments as for
+    /// [`Prepared::verify`].
     ///
     /// # Errors
     /// `OtherSystem`, `TimelineDiverged`, `SlotMoved`, `SlotLost` and the like are definite.
@@ -78,14 +96,7 @@ impl Prepared {
         log_end: Position,
         previous: Option<&SourceIdentity>,
     ) -> Result<(Capture, Feedback), SourceError> {
-        if let Some(previous) = previous {
-            let history = match previous.timeline == self.identity.timeline {
-                true => Vec::new(),
-                false => self.replication.timeline_history(self.identity.timeline).await?,
-            };
-            check_identity(previous, &self.identity, &history, log_end.commit.max(self.slot.confirmed_flush), log_end)?;
-        }
-        self.slot.check_not_past(log_end)?;
+        self.verify(log_end, previous).await?;
         let start = StartOptions {
             slot: self.options.slot.clone(),
             publication: self.options.publication.clone(),

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::types::Type;
 use wallaby_model::TableName;
 use wallaby_model::flow::Failover;
@@ -190,9 +190,17 @@ async fn create_slot(
             told = true;
         }
         if Instant::now() >= deadline {
-            // The server drops an unfinished slot when its creation is cancelled.
+            // The server drops an unfinished slot when its creation is cancelled, but reports the error first: an answer
+            // to the next query on that connection says that the slot is gone.
             let _ = control.query_typed("SELECT pg_catalog.pg_cancel_backend($1)", &[(&pid, Type::INT4)]).await;
-            let _ = tokio::time::timeout(Duration::from_secs(5), &mut creating).await;
+            let cancelled = async {
+                let created = (&mut creating).await;
+                let _ = own.simple_query("").await;
+                created
+            };
+            if let Ok(Ok(_)) = timeout(Duration::from_secs(5), cancelled).await {
+                return Ok(());
+            }
             return Err(SourceError::SlotWaits { slot: wanted.name.clone(), blockers, after: wanted.timeout });
         }
     }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use wallaby_model::{Lsn, Position};
 use wallaby_postgres_source::{
-    Capture, CaptureEvent, ReplicationClient, SourceError, StartOptions, drop_slot, ensure_slot,
+    Capture, CaptureEvent, ReplicationClient, SourceError, SourceIdentity, StartOptions, drop_slot, ensure_slot,
 };
 use wallaby_testkit::{Database, Postgres, PostgresOptions, Shutdown, eventually};
 
@@ -179,6 +179,21 @@ async fn b99_a_slot_that_was_moved_or_made_again_is_never_streamed() {
     ensure_slot(&flow.config, &flow.control, &slot(&flow.name)).await.unwrap();
     let error = flow.start_with(flow.options(3), flow.first_position()).await.err().unwrap();
     assert!(matches!(error, SourceError::SlotMoved { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn b100_another_cluster_or_an_unknown_timeline_is_refused_before_anything_is_written() {
+    let db = Database::create("other").await;
+    let flow = table(&db).await;
+    let mut prepared = Capture::prepare(flow.options(1)).await.unwrap();
+    let here = prepared.identity().clone();
+    prepared.verify(flow.first_position(), Some(&here)).await.unwrap();
+    let other = SourceIdentity { system_identifier: "1".into(), ..here.clone() };
+    let error = prepared.verify(flow.first_position(), Some(&other)).await.unwrap_err();
+    assert_eq!((error.reason(), error.is_transient()), ("OtherSystem", false));
+    let older = SourceIdentity { timeline: here.timeline + 1, ..here };
+    let error = prepared.verify(flow.first_position(), Some(&older)).await.unwrap_err();
+    assert_eq!((error.reason(), error.is_transient()), ("TimelineDiverged", false));
 }
 
 #[tokio::test]

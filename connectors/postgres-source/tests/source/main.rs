@@ -6,5 +6,6 @@ mod connect;
 mod faults;
 mod fixtures;
 mod kit;
+mod older;
 mod ready;
 mod types;
