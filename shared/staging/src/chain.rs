@@ -206,7 +206,13 @@ impl Chain {
         self.predicted += 1;
         let link = self.link;
         self.link = link.next();
-        self.in_flight.push_back(InFlight { sent_at: now, deadline: now + timeout, expected, link, answer: Answer::Awaited });
+        self.in_flight.push_back(InFlight {
+            sent_at: now,
+            deadline: now + timeout,
+            expected,
+            link,
+            answer: Answer::Awaited,
+        });
         let append = &self.queue[at];
         self.room = self.room.saturating_sub(append.stored_bytes);
         Some(Send { token: self.front_token + at as u64, expected, link, append })

@@ -78,7 +78,8 @@ impl NatsTarget {
                 (Duration::from_millis(20) * 2u32.pow(shift)).min(RECONNECT_DELAY_MAX)
             });
         if let Some(file) = &self.credentials_file {
-            options = options.credentials_file(file).await.map_err(|error| failed(format!("{}: {error}", file.display())))?;
+            options =
+                options.credentials_file(file).await.map_err(|error| failed(format!("{}: {error}", file.display())))?;
         }
         if let Some(file) = &self.ca_file {
             options = options.add_root_certificates(file.clone());
@@ -172,7 +173,8 @@ pub fn check_version(server: &str, version: &str) -> Result<()> {
         None => (text, false),
     };
     let mut parts = numbers.split('.').map(str::parse::<u64>);
-    let (Some(Ok(major)), Some(Ok(minor)), Some(Ok(patch)), None) = (parts.next(), parts.next(), parts.next(), parts.next())
+    let (Some(Ok(major)), Some(Ok(minor)), Some(Ok(patch)), None) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
     else {
         return Err(too_old());
     };

@@ -11,7 +11,9 @@ pub type Result<T, E = StagingError> = std::result::Result<T, E>;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StagingError {
     /// No NATS server answers, or it turns us away.
-    #[error("cannot connect to NATS at {servers}: {reason}; check that the servers run and the addresses and credentials are right")]
+    #[error(
+        "cannot connect to NATS at {servers}: {reason}; check that the servers run and the addresses and credentials are right"
+    )]
     Connect {
         /// The addresses, without credentials.
         servers: String,
@@ -29,7 +31,9 @@ pub enum StagingError {
         version: String,
     },
     /// JetStream is off.
-    #[error("JetStream is not enabled for this account on {servers}: start nats-server with a `jetstream` block, and give the account a JetStream limit")]
+    #[error(
+        "JetStream is not enabled for this account on {servers}: start nats-server with a `jetstream` block, and give the account a JetStream limit"
+    )]
     NoJetStream {
         /// The addresses, without credentials.
         servers: String,
@@ -49,7 +53,9 @@ pub enum StagingError {
         reason: String,
     },
     /// Fewer servers than copies.
-    #[error("flow {flow} asks for {replicas} copies of its log, but the NATS cluster offers fewer servers with JetStream ({reason}); set log.replicas lower or add servers")]
+    #[error(
+        "flow {flow} asks for {replicas} copies of its log, but the NATS cluster offers fewer servers with JetStream ({reason}); set log.replicas lower or add servers"
+    )]
     NoServers {
         /// The flow.
         flow: FlowId,
@@ -59,7 +65,9 @@ pub enum StagingError {
         reason: String,
     },
     /// `maxBytes` leaves no room for data beside the reserve.
-    #[error("log.maxBytes of flow {flow} is {max_bytes}, but {least} is the least: data stops {reserve} bytes below it")]
+    #[error(
+        "log.maxBytes of flow {flow} is {max_bytes}, but {least} is the least: data stops {reserve} bytes below it"
+    )]
     TooSmall {
         /// The flow.
         flow: FlowId,
@@ -71,7 +79,9 @@ pub enum StagingError {
         reserve: u64,
     },
     /// A stream of the log's name is there, and it is not a log.
-    #[error("stream {stream} exists, but it cannot serve as a log: {what}; delete the stream, or give the flow another name")]
+    #[error(
+        "stream {stream} exists, but it cannot serve as a log: {what}; delete the stream, or give the flow another name"
+    )]
     NotALog {
         /// The stream.
         stream: String,
@@ -79,7 +89,9 @@ pub enum StagingError {
         what: String,
     },
     /// The stream is gone.
-    #[error("the log {stream} does not exist: if something was ever staged in it, it was lost; delete the flow and apply it again, then run a snapshot")]
+    #[error(
+        "the log {stream} does not exist: if something was ever staged in it, it was lost; delete the flow and apply it again, then run a snapshot"
+    )]
     Missing {
         /// The stream.
         stream: String,
@@ -95,7 +107,9 @@ pub enum StagingError {
         by: Epoch,
     },
     /// Another owner of the same epoch fenced first. Final for this owner: it must release its lock and acquire a new epoch.
-    #[error("epoch {epoch} of flow {flow} belongs to another owner that fenced first; release the lock and take a new epoch")]
+    #[error(
+        "epoch {epoch} of flow {flow} belongs to another owner that fenced first; release the lock and take a new epoch"
+    )]
     EpochTaken {
         /// The flow.
         flow: FlowId,
@@ -103,7 +117,9 @@ pub enum StagingError {
         epoch: Epoch,
     },
     /// Acknowledged records are gone. Final for this owner; the next takeover judges it.
-    #[error("the log of flow {flow} ends at {log_end:?}, but {acked:?} was acknowledged: the NATS servers lost its tail")]
+    #[error(
+        "the log of flow {flow} ends at {log_end:?}, but {acked:?} was acknowledged: the NATS servers lost its tail"
+    )]
     TailLost {
         /// The flow.
         flow: FlowId,
@@ -123,7 +139,9 @@ pub enum StagingError {
         end: Option<Position>,
     },
     /// A body above what the servers take.
-    #[error("a segment of {bytes} bytes does not fit the server's max_payload: bodies must stay below {max}; raise max_payload of nats-server or split the segment")]
+    #[error(
+        "a segment of {bytes} bytes does not fit the server's max_payload: bodies must stay below {max}; raise max_payload of nats-server or split the segment"
+    )]
     TooLarge {
         /// The body.
         bytes: usize,
@@ -131,7 +149,9 @@ pub enum StagingError {
         max: usize,
     },
     /// The log misses positions that the reader needs. Final: skipping them would lose changes.
-    #[error("the log of flow {flow} has a gap at sequence {sequence}: the reader stands at {end:?}, the next record begins at {from:?}; a snapshot run must repair what lies between")]
+    #[error(
+        "the log of flow {flow} has a gap at sequence {sequence}: the reader stands at {end:?}, the next record begins at {from:?}; a snapshot run must repair what lies between"
+    )]
     Gap {
         /// The flow.
         flow: FlowId,
@@ -143,7 +163,9 @@ pub enum StagingError {
         from: Position,
     },
     /// The reader's position was purged. Final for this reader.
-    #[error("the log of flow {flow} begins at {begins:?} and no longer holds {position:?}: this reader fell behind its hold and needs a snapshot run")]
+    #[error(
+        "the log of flow {flow} begins at {begins:?} and no longer holds {position:?}: this reader fell behind its hold and needs a snapshot run"
+    )]
     PastHold {
         /// The flow.
         flow: FlowId,

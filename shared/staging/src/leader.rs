@@ -42,12 +42,13 @@ impl Leader {
     pub(crate) async fn info(&self, log: &Log) -> Result<Info> {
         let what = || format!("the state of {}", log.stream());
         let subject = format!("STREAM.INFO.{}", log.stream());
-        let response: Response<Info> = self.context.request(subject, &()).await.map_err(|error| match error.kind() {
-            RequestErrorKind::NoResponders => {
-                StagingError::unavailable(what(), "no server with JetStream answers for this account")
-            }
-            _ => StagingError::unavailable(what(), error),
-        })?;
+        let response: Response<Info> =
+            self.context.request(subject, &()).await.map_err(|error| match error.kind() {
+                RequestErrorKind::NoResponders => {
+                    StagingError::unavailable(what(), "no server with JetStream answers for this account")
+                }
+                _ => StagingError::unavailable(what(), error),
+            })?;
         match response {
             Response::Ok(info) => Ok(info),
             Response::Err { error } if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {

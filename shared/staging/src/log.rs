@@ -237,7 +237,9 @@ impl Log {
             }
             Err(error) => match error.kind() {
                 // Another controller was faster.
-                CreateStreamErrorKind::JetStream(api) if api.error_code() == ErrorCode::STREAM_NAME_EXIST => self.info().await,
+                CreateStreamErrorKind::JetStream(api) if api.error_code() == ErrorCode::STREAM_NAME_EXIST => {
+                    self.info().await
+                }
                 CreateStreamErrorKind::JetStream(api) => Err(self.refused(&api, config.max_bytes, replicas)),
                 _ => Err(StagingError::unavailable(format!("making {}", self.stream()), error)),
             },

@@ -90,7 +90,18 @@ impl PullSession {
         let messages = messages.map_err(|error| StagingError::unavailable(what(), error))?;
         let pulls = VecDeque::with_capacity(PULLS);
         let log = log.clone();
-        Ok(PullSession { log, context, consumer, inbox, messages, pulls, next_pull: 0, pull_bytes, delivered: 0, sequence: 0 })
+        Ok(PullSession {
+            log,
+            context,
+            consumer,
+            inbox,
+            messages,
+            pulls,
+            next_pull: 0,
+            pull_bytes,
+            delivered: 0,
+            sequence: 0,
+        })
     }
 
     /// The next message of the stream. Cancel-safe. After an error the session is of no more use.
@@ -119,12 +130,8 @@ impl PullSession {
         while self.pulls.len() < PULLS {
             // A message larger than the pull would never come.
             let max_bytes = self.pull_bytes.max(self.log.connections().pull.max_payload() + (64 << 10));
-            let request = PullRequest {
-                expires: nanos(EXPIRES),
-                batch: BATCH,
-                max_bytes,
-                idle_heartbeat: nanos(HEARTBEAT),
-            };
+            let request =
+                PullRequest { expires: nanos(EXPIRES), batch: BATCH, max_bytes, idle_heartbeat: nanos(HEARTBEAT) };
             let body = serde_json::to_vec(&request).map_err(|error| self.gone(&error.to_string()))?;
             let number = self.next_pull;
             let subject = format!("CONSUMER.MSG.NEXT.{}.{}", self.log.stream(), self.consumer);

@@ -35,7 +35,9 @@ const CODEC: HeaderName = HeaderName::from_static("Wallaby-Codec");
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {
     /// Something else wrote into the log's subjects.
-    #[error("it has no Wallaby-Version header: something other than WALlaby publishes to the log's subjects; deny it that")]
+    #[error(
+        "it has no Wallaby-Version header: something other than WALlaby publishes to the log's subjects; deny it that"
+    )]
     Foreign,
     /// Written by a newer program.
     #[error("it has version {0}, this program understands {VERSION}: upgrade the readers first")]
@@ -210,7 +212,8 @@ pub fn decode(headers: &HeaderMap, body: Bytes, sequence: u64, flow: &FlowId) ->
 }
 
 fn decode_kind(headers: &HeaderMap) -> Result<RecordKind, RecordError> {
-    let position = |name: HeaderName, spelt: &'static str| -> Result<Position, RecordError> { parsed(headers, name, spelt) };
+    let position =
+        |name: HeaderName, spelt: &'static str| -> Result<Position, RecordError> { parsed(headers, name, spelt) };
     Ok(match text(headers, KIND, "Wallaby-Kind")? {
         "fence" => RecordKind::Fence { nonce: parsed::<Nonce>(headers, NONCE, "Wallaby-Nonce")? },
         "resume" => {
@@ -229,9 +232,7 @@ fn decode_kind(headers: &HeaderMap) -> Result<RecordKind, RecordError> {
                 _ => return Err(RecordError::Unreadable("Wallaby-Codec")),
             },
         },
-        "heartbeat" => {
-            RecordKind::Heartbeat { from: position(FROM, "Wallaby-From")?, to: position(TO, "Wallaby-To")? }
-        }
+        "heartbeat" => RecordKind::Heartbeat { from: position(FROM, "Wallaby-From")?, to: position(TO, "Wallaby-To")? },
         _ => return Err(RecordError::Unreadable("Wallaby-Kind")),
     })
 }
@@ -277,10 +278,12 @@ mod tests {
                     },
                 }
             }),
-            (position(), position(), position(), any::<u32>(), any::<bool>()).prop_map(|(from, to, complete_to, rows, lz4)| {
-                let codec = if lz4 { Codec::Lz4 } else { Codec::None };
-                RecordKind::Data { from, to, complete_to, rows, codec }
-            }),
+            (position(), position(), position(), any::<u32>(), any::<bool>()).prop_map(
+                |(from, to, complete_to, rows, lz4)| {
+                    let codec = if lz4 { Codec::Lz4 } else { Codec::None };
+                    RecordKind::Data { from, to, complete_to, rows, codec }
+                }
+            ),
             (position(), position()).prop_map(|(from, to)| RecordKind::Heartbeat { from, to }),
         ]
     }
@@ -319,7 +322,8 @@ mod tests {
         let kind = RecordKind::Data { from: at, to: at, complete_to: at, rows: u32::MAX, codec: Codec::None };
         let mut headers = encode(&Record { flow: long, epoch: Epoch(u64::MAX), kind }, Some(Incarnation(u64::MAX)));
         set_link(&mut headers, Link { chain: u64::MAX, index: u32::MAX });
-        let length: usize = headers.iter().map(|(name, values)| AsRef::<[u8]>::as_ref(name).len() + 4 + values[0].as_str().len()).sum();
+        let length: usize =
+            headers.iter().map(|(name, values)| AsRef::<[u8]>::as_ref(name).len() + 4 + values[0].as_str().len()).sum();
         assert!(length + 200 < HEADER_BYTES_MAX, "{length}");
     }
 

@@ -129,7 +129,9 @@ impl Varz {
     fn policy(&self) -> SyncPolicy {
         match self.jetstream.as_ref().and_then(|jetstream| jetstream.config.as_ref()) {
             Some(config) if config.sync_always => SyncPolicy::Always,
-            Some(config) if config.sync_interval > 0 => SyncPolicy::Interval(Duration::from_nanos(config.sync_interval)),
+            Some(config) if config.sync_interval > 0 => {
+                SyncPolicy::Interval(Duration::from_nanos(config.sync_interval))
+            }
             _ => SyncPolicy::Unknown,
         }
     }
@@ -225,7 +227,8 @@ mod tests {
         .unwrap();
         assert_eq!(varz.policy(), SyncPolicy::Always);
         let varz: Varz =
-            serde_json::from_str(r#"{"server_name":"n1","jetstream":{"config":{"sync_interval":5000000000}}}"#).unwrap();
+            serde_json::from_str(r#"{"server_name":"n1","jetstream":{"config":{"sync_interval":5000000000}}}"#)
+                .unwrap();
         assert_eq!(varz.policy(), SyncPolicy::Interval(Duration::from_secs(5)));
         let varz: Varz = serde_json::from_str(r#"{"server_name":"n1"}"#).unwrap();
         assert_eq!(varz.policy(), SyncPolicy::Unknown);

@@ -177,7 +177,8 @@ pub(crate) async fn read_at(log: &Log, fences: &[FenceAt], info: &crate::log::Lo
         for sequence in (oldest..=last).rev() {
             match log.leader().message(log, sequence).await? {
                 Some(message) => {
-                    if !walk.push(message.staged) {
+                    let needs_older = walk.push(message.staged);
+                    if !needs_older {
                         break;
                     }
                 }
@@ -192,5 +193,10 @@ pub(crate) async fn read_at(log: &Log, fences: &[FenceAt], info: &crate::log::Lo
             }
         }
     }
-    walk.finish(last).map_err(|(sequence, end, from)| StagingError::Gap { flow: log.flow().clone(), sequence, end, from })
+    walk.finish(last).map_err(|(sequence, end, from)| StagingError::Gap {
+        flow: log.flow().clone(),
+        sequence,
+        end,
+        from,
+    })
 }

@@ -96,7 +96,8 @@ impl Takeover {
             let fence = match standing(&fences, epoch, nonce) {
                 Standing::Owner { fence } => fence,
                 Standing::Absent => {
-                    let reason = || StagingError::unavailable(format!("the fence in {}", log.stream()), "it is not there yet");
+                    let reason =
+                        || StagingError::unavailable(format!("the fence in {}", log.stream()), "it is not there yet");
                     patience.after(published.err().unwrap_or_else(reason)).await?;
                     continue;
                 }
@@ -137,7 +138,11 @@ impl Takeover {
     /// `NotContinuing` when `position` is not the log's end; `Fenced` and the other final errors of a writer.
     pub async fn resume(self, position: Position, info: ResumeInfo) -> Result<LogWriter> {
         if self.tail.end.is_some_and(|end| end != position) {
-            return Err(StagingError::NotContinuing { flow: self.log.flow().clone(), from: position, end: self.tail.end });
+            return Err(StagingError::NotContinuing {
+                flow: self.log.flow().clone(),
+                from: position,
+                end: self.tail.end,
+            });
         }
         let incarnation = match self.tail.incarnation {
             Some(incarnation) if !info.rewind => incarnation,
@@ -157,9 +162,10 @@ async fn publish_fence(log: &Log, epoch: Epoch, nonce: Nonce, timeout: Duration)
     let answer = answer.map_err(|error| StagingError::unavailable(what(), error))?;
     match answer_of(&answer) {
         Ok(_) => Ok(()),
-        Err((Refusal::Full, reason)) => {
-            Err(StagingError::unavailable(what(), format!("{reason}: the log is full, reserve included; raise log.maxBytes")))
-        }
+        Err((Refusal::Full, reason)) => Err(StagingError::unavailable(
+            what(),
+            format!("{reason}: the log is full, reserve included; raise log.maxBytes"),
+        )),
         Err((_, reason)) => Err(StagingError::unavailable(what(), reason)),
     }
 }
@@ -168,7 +174,10 @@ async fn publish_fence(log: &Log, epoch: Epoch, nonce: Nonce, timeout: Duration)
 async fn read_behind(log: &Log, fences: &[FenceAt], fence: u64) -> Result<(Tail, LogInfo)> {
     let info = log.info().await?;
     if info.last_sequence < fence {
-        return Err(StagingError::unavailable(format!("the tail of {}", log.stream()), "a leader answers that lacks our fence"));
+        return Err(StagingError::unavailable(
+            format!("the tail of {}", log.stream()),
+            "a leader answers that lacks our fence",
+        ));
     }
     let tail = tail::read_at(log, fences, &info).await?;
     Ok((tail, info))

@@ -146,8 +146,7 @@ impl LogWriter {
         incarnation: Incarnation,
     ) -> Result<LogWriter> {
         let (log, epoch) = (takeover.log.clone(), takeover.epoch);
-        let acked =
-            Acked { position, complete_to: takeover.tail.complete_to, sequence: takeover.tail.last_sequence };
+        let acked = Acked { position, complete_to: takeover.tail.complete_to, sequence: takeover.tail.last_sequence };
         let shared = Arc::new(Shared {
             log: log.clone(),
             end: Mutex::new(position),
@@ -219,7 +218,7 @@ impl LogWriter {
         }
         *end = to;
         self.shared.in_flight.send_modify(|count| *count += 1);
-        place.send(Command::Append(append));
+        place.send(Command::Append(Box::new(append)));
         Ok(())
     }
 

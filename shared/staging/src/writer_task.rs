@@ -41,7 +41,7 @@ const MISSING_CONFIRMED_AFTER: Duration = Duration::from_secs(10);
 /// What the handle asks.
 pub(crate) enum Command {
     /// Append this.
-    Append(Append),
+    Append(Box<Append>),
     /// Answer once all that was handed in before is acknowledged.
     Settle(oneshot::Sender<()>),
     /// Another sync policy.
@@ -148,7 +148,7 @@ impl WriterTask {
                     None => return Err(StagingError::Closed { flow: self.log.flow().clone() }),
                 },
                 command = self.commands.recv(), if self.chain.has_room() => match command {
-                    Some(Command::Append(append)) => self.chain.push(append),
+                    Some(Command::Append(append)) => self.chain.push(*append),
                     Some(Command::Settle(done)) => self.settling.push(done),
                     Some(Command::SetSync(policy)) => self.durability.set_policy(policy),
                     None => return Ok(()),

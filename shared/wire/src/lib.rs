@@ -2,4 +2,4 @@
 
 pub mod segment;
 
-pub use segment::{SegmentError, decode, encode};
+pub use segment::{SegmentEncoder, SegmentError, decode, encode};

@@ -6,6 +6,7 @@
 //! u8   version (1)
 //! u8   codec: 0 none, 1 lz4 (one block, safe frame)
 //! u32  length of the content before packing
+//! u64  XXH64 of the packed content; its seed is the six bytes before
 //! ...  content, packed
 //!
 //! content:
@@ -15,17 +16,20 @@
 //!        u32 length, Arrow IPC stream: schema, one record batch
 //! ```
 //!
+//! The checksum is there because Arrow's reader trusts what it reads: damaged lengths make it panic.
 //! A segment says everything about itself, so that a reader needs no registry to decode one. The compatibility test
 //! decodes segments that earlier versions wrote (`tests/fixtures`).
 
+use std::collections::HashMap;
 use std::io::Cursor;
 use std::sync::Arc;
 
 use arrow_array::RecordBatch;
 use arrow_ipc::reader::StreamReader;
-use arrow_ipc::writer::StreamWriter;
-use arrow_schema::ArrowError;
+use arrow_ipc::writer::{CompressionContext, DictionaryTracker, IpcDataGenerator, IpcWriteOptions, write_message};
+use arrow_schema::{ArrowError, SchemaRef};
 use bytes::Bytes;
+use twox_hash::XxHash64;
 use wallaby_model::change::arrow_schema;
 use wallaby_model::{Codec, Lsn, SegmentBody, TableChanges, TableSchema, Transaction};
 
@@ -33,7 +37,16 @@ use wallaby_model::{Codec, Lsn, SegmentBody, TableChanges, TableSchema, Transact
 pub const VERSION: u8 = 1;
 /// No segment may unpack to more than this: bounds what a hostile length can make us allocate.
 pub const CONTENT_BYTES_MAX: usize = 256 << 20;
-const HEADER_BYTES: usize = 6;
+const HEADER_BYTES: usize = 14;
+/// Where the length of the content stands, and where the checksum.
+const LENGTH_AT: usize = 2;
+const CHECKSUM_AT: usize = 6;
+/// Shapes that an encoder remembers before it forgets all of them: more than a flow has at a time.
+const SHAPES_MAX: usize = 4096;
+/// What a segment's content is expected to need.
+const CONTENT_BYTES_USUAL: usize = 256 << 10;
+/// The end of an Arrow IPC stream: a continuation marker and a message of no length.
+const END_OF_STREAM: [u8; 8] = [0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0];
 
 /// Why bytes are not a segment.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +60,9 @@ pub enum SegmentError {
     /// Cut short, or lengths that do not fit.
     #[error("segment is damaged at byte {0}")]
     Damaged(usize),
+    /// Changed on its way or on disk.
+    #[error("segment is damaged: its checksum does not fit")]
+    Checksum,
     /// The lz4 block does not unpack.
     #[error("segment does not unpack: {0}")]
     Unpack(#[from] lz4_flex::block::DecompressError),
@@ -64,61 +80,143 @@ pub enum SegmentError {
     Mismatch(wallaby_model::TableName),
 }
 
-/// Packs a body.
+/// Packs one body; see [`SegmentEncoder`] for many.
 ///
 /// # Errors
-/// When the content is too large, or Arrow refuses a batch.
+/// As [`SegmentEncoder::encode`].
 pub fn encode(body: &SegmentBody, codec: Codec) -> Result<Bytes, SegmentError> {
-    let content = encode_content(body)?;
-    let length = u32::try_from(content.len()).map_err(|_| SegmentError::TooLarge(content.len()))?;
-    if content.len() > CONTENT_BYTES_MAX {
-        return Err(SegmentError::TooLarge(content.len()));
-    }
-    let mut out;
-    match codec {
-        Codec::None => {
-            out = Vec::with_capacity(HEADER_BYTES + content.len());
-            out.extend_from_slice(&[VERSION, 0]);
-            out.extend_from_slice(&length.to_le_bytes());
-            out.extend_from_slice(&content);
-        }
-        Codec::Lz4 => {
-            out = vec![0; HEADER_BYTES + lz4_flex::block::get_maximum_output_size(content.len())];
-            out[..2].copy_from_slice(&[VERSION, 1]);
-            out[2..HEADER_BYTES].copy_from_slice(&length.to_le_bytes());
-            let packed = lz4_flex::block::compress_into(&content, &mut out[HEADER_BYTES..])
-                .map_err(|_| SegmentError::TooLarge(content.len()))?;
-            out.truncate(HEADER_BYTES + packed);
-        }
-    }
-    Ok(Bytes::from(out))
+    SegmentEncoder::default().encode(body, codec)
 }
 
-fn encode_content(body: &SegmentBody) -> Result<Vec<u8>, SegmentError> {
-    let mut out = Vec::with_capacity(192 << 10);
-    put_length(&mut out, body.transactions.len())?;
-    for transaction in &body.transactions {
-        out.extend_from_slice(&transaction.commit.0.to_le_bytes());
-        out.extend_from_slice(&transaction.xid.to_le_bytes());
-        out.extend_from_slice(&transaction.committed_at_micros.to_le_bytes());
+/// Packs bodies. Remembers of each shape the bytes that are the same in every segment, its JSON and its Arrow schema, and
+/// keeps its buffers: a segment of one row costs little more than the row.
+#[derive(Default)]
+pub struct SegmentEncoder {
+    shapes: HashMap<usize, Shape>,
+    content: Vec<u8>,
+    compression: CompressionContext,
+}
+
+/// What every segment says of a shape.
+struct Shape {
+    /// Keeps the address that is the key from being used by another shape.
+    _table: Arc<TableSchema>,
+    schema: SchemaRef,
+    /// u32 length and JSON of the table's shape.
+    json: Vec<u8>,
+    /// The first message of the Arrow IPC stream.
+    ipc: Vec<u8>,
+}
+
+impl Shape {
+    fn new(table: &Arc<TableSchema>, schema: SchemaRef) -> Result<Shape, SegmentError> {
+        let text = serde_json::to_vec(table.as_ref())?;
+        let mut json = Vec::with_capacity(4 + text.len());
+        put_length(&mut json, text.len())?;
+        json.extend_from_slice(&text);
+        let (options, mut tracker) = (IpcWriteOptions::default(), DictionaryTracker::new(false));
+        let generator = IpcDataGenerator::default();
+        let message = generator.schema_to_bytes_with_dictionary_tracker(&schema, &mut tracker, &options);
+        let mut ipc = Vec::new();
+        write_message(&mut ipc, message, &options)?;
+        Ok(Shape { _table: Arc::clone(table), schema, json, ipc })
     }
-    put_length(&mut out, body.tables.len())?;
-    for table in &body.tables {
-        let schema = serde_json::to_vec(table.schema.as_ref())?;
-        put_length(&mut out, schema.len())?;
-        out.extend_from_slice(&schema);
-        let length_at = out.len();
-        out.extend_from_slice(&[0; 4]);
-        let rows_at = out.len();
-        // IPC aligns buffers within the stream, so the stream itself is written to its own start.
-        let mut writer = StreamWriter::try_new(Cursor::new(Vec::new()), &table.rows.schema())?;
-        writer.write(&table.rows)?;
-        writer.finish()?;
-        out.extend_from_slice(writer.into_inner()?.get_ref());
-        let length = u32::try_from(out.len() - rows_at).map_err(|_| SegmentError::TooLarge(out.len()))?;
-        out[length_at..rows_at].copy_from_slice(&length.to_le_bytes());
+}
+
+impl SegmentEncoder {
+    /// Packs a body.
+    ///
+    /// # Errors
+    /// When the content is too large, or Arrow refuses a batch.
+    pub fn encode(&mut self, body: &SegmentBody, codec: Codec) -> Result<Bytes, SegmentError> {
+        let mut content = std::mem::take(&mut self.content);
+        content.clear();
+        // The content goes behind the header right away: unpacked, this is the segment.
+        content.reserve(CONTENT_BYTES_USUAL);
+        content.extend_from_slice(&[0; HEADER_BYTES]);
+        self.write_content(body, &mut content)?;
+        let length = content.len() - HEADER_BYTES;
+        if length > CONTENT_BYTES_MAX {
+            return Err(SegmentError::TooLarge(length));
+        }
+        let written = u32::try_from(length).map_err(|_| SegmentError::TooLarge(length))?;
+        match codec {
+            Codec::None => {
+                seal(&mut content, 0, written);
+                content.shrink_to_fit();
+                Ok(Bytes::from(content))
+            }
+            Codec::Lz4 => {
+                let mut out = vec![0; HEADER_BYTES + lz4_flex::block::get_maximum_output_size(length)];
+                let packed = lz4_flex::block::compress_into(&content[HEADER_BYTES..], &mut out[HEADER_BYTES..])
+                    .map_err(|_| SegmentError::TooLarge(length))?;
+                out.truncate(HEADER_BYTES + packed);
+                seal(&mut out, 1, written);
+                // Kept by readers' caches and the window: no room that nobody uses.
+                out.shrink_to_fit();
+                self.content = content;
+                Ok(Bytes::from(out))
+            }
+        }
     }
-    Ok(out)
+
+    fn write_content(&mut self, body: &SegmentBody, out: &mut Vec<u8>) -> Result<(), SegmentError> {
+        put_length(out, body.transactions.len())?;
+        for transaction in &body.transactions {
+            out.extend_from_slice(&transaction.commit.0.to_le_bytes());
+            out.extend_from_slice(&transaction.xid.to_le_bytes());
+            out.extend_from_slice(&transaction.committed_at_micros.to_le_bytes());
+        }
+        put_length(out, body.tables.len())?;
+        let options = IpcWriteOptions::default();
+        for table in &body.tables {
+            let shape = shape_of(&mut self.shapes, table)?;
+            out.extend_from_slice(&shape.json);
+            let length_at = out.len();
+            out.extend_from_slice(&[0; 4]);
+            let rows_at = out.len();
+            out.extend_from_slice(&shape.ipc);
+            let mut tracker = DictionaryTracker::new(false);
+            let generator = IpcDataGenerator::default();
+            // No column type of ours is a dictionary, so there are no messages of them.
+            let (_, message) = generator.encode(&table.rows, &mut tracker, &options, &mut self.compression)?;
+            write_message(&mut *out, message, &options)?;
+            out.extend_from_slice(&END_OF_STREAM);
+            let length = u32::try_from(out.len() - rows_at).map_err(|_| SegmentError::TooLarge(out.len()))?;
+            out[length_at..rows_at].copy_from_slice(&length.to_le_bytes());
+        }
+        Ok(())
+    }
+}
+
+/// Writes the header before the packed content.
+fn seal(segment: &mut [u8], codec: u8, length: u32) {
+    segment[..LENGTH_AT].copy_from_slice(&[VERSION, codec]);
+    segment[LENGTH_AT..CHECKSUM_AT].copy_from_slice(&length.to_le_bytes());
+    let checksum = checksum(segment);
+    segment[CHECKSUM_AT..HEADER_BYTES].copy_from_slice(&checksum.to_le_bytes());
+}
+
+/// The checksum of a segment that has at least a header.
+fn checksum(segment: &[u8]) -> u64 {
+    let mut seed = [0; 8];
+    seed[..CHECKSUM_AT].copy_from_slice(&segment[..CHECKSUM_AT]);
+    XxHash64::oneshot(u64::from_le_bytes(seed), &segment[HEADER_BYTES..])
+}
+
+fn shape_of<'a>(shapes: &'a mut HashMap<usize, Shape>, table: &TableChanges) -> Result<&'a Shape, SegmentError> {
+    let key = Arc::as_ptr(&table.schema) as usize;
+    let schema = table.rows.schema();
+    let known = shapes.get(&key);
+    let fits = known.is_some_and(|shape| Arc::ptr_eq(&shape.schema, &schema) || shape.schema == schema);
+    if !fits {
+        if shapes.len() >= SHAPES_MAX {
+            shapes.clear();
+        }
+        shapes.insert(key, Shape::new(&table.schema, schema)?);
+    }
+    // It was there, or was just put there.
+    shapes.get(&key).ok_or_else(|| SegmentError::Mismatch(table.schema.table.clone()))
 }
 
 fn put_length(out: &mut Vec<u8>, length: usize) -> Result<(), SegmentError> {
@@ -137,6 +235,9 @@ pub fn decode(bytes: &[u8]) -> Result<SegmentBody, SegmentError> {
     };
     if header[0] != VERSION {
         return Err(SegmentError::Version(header[0]));
+    }
+    if header[CHECKSUM_AT..] != checksum(bytes).to_le_bytes() {
+        return Err(SegmentError::Checksum);
     }
     let length = u32::from_le_bytes([header[2], header[3], header[4], header[5]]) as usize;
     if length > CONTENT_BYTES_MAX {

@@ -6,19 +6,25 @@ use std::time::{Duration, SystemTime};
 
 use wallaby_model::{Epoch, Lsn};
 use wallaby_staging::{
-    LogReader, LogWriter, ReaderOptions, Retention, Start, StagingError, SyncPolicy, TailVerdict, Wait, judge_tail,
+    LogReader, LogWriter, ReaderOptions, Retention, StagingError, Start, SyncPolicy, TailVerdict, Wait, judge_tail,
 };
 use wallaby_testkit::{NatsCluster, NatsOptions, SyncInterval, eventually};
 
+use crate::counters::counted;
 use crate::support::{Flow, PATIENCE, at, end_of, info, options, owner, read_to, segment};
 
 async fn own_cluster() -> NatsCluster {
-    let options = NatsOptions { nodes: 3, sync_interval: SyncInterval::Every(Duration::from_secs(60)), ..NatsOptions::default() };
+    let options =
+        NatsOptions { nodes: 3, sync_interval: SyncInterval::Every(Duration::from_secs(60)), ..NatsOptions::default() };
     NatsCluster::start(options).await.unwrap()
 }
 
 /// Appends without pause until told to stop; returns the writer, everything acknowledged.
-fn pipeline(writer: LogWriter, stop: Arc<AtomicBool>, bytes: usize) -> tokio::task::JoinHandle<Result<LogWriter, StagingError>> {
+fn pipeline(
+    writer: LogWriter,
+    stop: Arc<AtomicBool>,
+    bytes: usize,
+) -> tokio::task::JoinHandle<Result<LogWriter, StagingError>> {
     tokio::spawn(async move {
         while !stop.load(Ordering::Relaxed) {
             let end = end_of(&writer);
@@ -108,6 +114,10 @@ async fn a_paused_zombie_is_refused_and_gives_up() {
         assert!(matches!(error, StagingError::Fenced { by: Epoch(6), .. }), "{error}");
         assert_eq!(zombie.acked().borrow().position, at(11), "nothing of it counts as acknowledged");
         assert!(zombie.durable().borrow().0 <= 11);
+        let id = flow.log.flow();
+        let refused = counted(&format!("wallaby_log_appends_refused_total{{flow={id},reason=chain}}"));
+        assert!(refused >= 1, "the chain refused nothing");
+        assert_eq!(counted(&format!("wallaby_log_fenced_total{{flow={id}}}")), 1);
         assert_eq!(flow.log.tail().await.unwrap().end, Some(end));
         let next = end_of(&successor);
         successor.append(segment(next, next + 1, 100)).await.unwrap();
@@ -258,7 +268,9 @@ async fn lose_tail(flow: &Flow, count: u64) {
     context.delete_stream(flow.log.stream()).await.unwrap();
     context.create_stream(config).await.unwrap();
     for message in kept {
-        let ack = context.publish_with_headers(message.subject.clone(), without_server_headers(&message.headers), message.payload).await;
+        let ack = context
+            .publish_with_headers(message.subject.clone(), without_server_headers(&message.headers), message.payload)
+            .await;
         assert_eq!(ack.unwrap().await.unwrap().sequence, message.sequence);
     }
 }

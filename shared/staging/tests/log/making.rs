@@ -67,7 +67,11 @@ async fn a_server_that_is_not_there_is_named_without_its_password() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_servers_say_how_they_sync() {
     let interval = std::time::Duration::from_secs(7);
-    let options = NatsOptions { nodes: 3, sync_interval: wallaby_testkit::SyncInterval::Every(interval), ..NatsOptions::default() };
+    let options = NatsOptions {
+        nodes: 3,
+        sync_interval: wallaby_testkit::SyncInterval::Every(interval),
+        ..NatsOptions::default()
+    };
     let cluster = NatsCluster::start(options).await.unwrap();
     let flow = Flow::on_own(&cluster, MAX_BYTES).await;
     let info = flow.log.info().await.unwrap();

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use wallaby_model::{Epoch, Position};
 use wallaby_staging::{
-    Accepted, LogReader, LogWriter, ReaderOptions, Retention, SegmentCache, SegmentKey, Staged, Start, StagingError,
+    Accepted, LogReader, LogWriter, ReaderOptions, Retention, SegmentCache, SegmentKey, Staged, StagingError, Start,
     WriterOptions,
 };
 
@@ -35,10 +35,15 @@ async fn h11_a_reader_begins_in_mid_segment_with_any_hint() {
     successor.append(segment(601, 650, 100)).await.unwrap();
     successor.settled().await.unwrap();
     for position in [1, 5, 11, 300, 301, 305, 599, 601, 610, 650] {
-        for (epoch, hint) in [(None, None), (Some(5), None), (Some(5), Some(3)), (Some(5), Some(10_000)), (Some(5), Some(60))] {
+        for (epoch, hint) in
+            [(None, None), (Some(5), None), (Some(5), Some(3)), (Some(5), Some(10_000)), (Some(5), Some(60))]
+        {
             let mut reader = flow.reader(start(position, epoch, hint));
             let accepted = read_to(&mut reader, at(650)).await;
-            assert_eq!(accepted.iter().find(|one| one.to > one.after).map_or(at(position), |one| one.after), at(position));
+            assert_eq!(
+                accepted.iter().find(|one| one.to > one.after).map_or(at(position), |one| one.after),
+                at(position)
+            );
             if position < 650 {
                 assert_eq!(reader.state().epoch, Some(Epoch(9)));
             }
@@ -122,7 +127,8 @@ async fn a_reader_past_its_hold_is_told_so() {
     let mut retention = Retention::new(&flow.log);
     let purged = retention.purge(at(805), Duration::ZERO, SystemTime::now()).await.unwrap();
     assert!(purged.records > 40, "{purged:?}");
-    let error = tokio::time::timeout(PATIENCE, flow.reader(start(205, Some(5), None)).next()).await.unwrap().unwrap_err();
+    let error =
+        tokio::time::timeout(PATIENCE, flow.reader(start(205, Some(5), None)).next()).await.unwrap().unwrap_err();
     assert!(matches!(error, StagingError::PastHold { position: Some(p), .. } if p == at(205)), "{error}");
     assert!(error.to_string().contains("snapshot run"), "{error}");
     let error = tokio::time::timeout(PATIENCE, flow.reader(Start::FirstResume).next()).await.unwrap().unwrap_err();
@@ -164,7 +170,12 @@ async fn the_purge_keeps_the_hold_and_the_replay_window() {
 async fn a_message_of_somebody_else_stops_the_reader_with_the_reason() {
     let (flow, _writer) = filled(3).await;
     let client = crate::support::target(&flow.url).connect("foreign").await.unwrap();
-    async_nats::jetstream::new(client).publish(flow.log.data_subject().to_owned(), "x".into()).await.unwrap().await.unwrap();
+    async_nats::jetstream::new(client)
+        .publish(flow.log.data_subject().to_owned(), "x".into())
+        .await
+        .unwrap()
+        .await
+        .unwrap();
     let mut reader = flow.reader(Start::FirstResume);
     let error = loop {
         match tokio::time::timeout(PATIENCE, reader.next()).await.unwrap() {
@@ -213,13 +224,17 @@ async fn h21_only_acknowledged_records_enter_the_cache() {
     }
     successor.settled().await.unwrap();
     assert!(cache.0.lock().unwrap().values().all(|staged| staged.record.kind.to().unwrap() <= at(31)));
-    let options = ReaderOptions { cache: Some(Arc::clone(&cache) as Arc<dyn SegmentCache>), ..ReaderOptions::default() };
+    let options =
+        ReaderOptions { cache: Some(Arc::clone(&cache) as Arc<dyn SegmentCache>), ..ReaderOptions::default() };
     // The first pulls its first record, the second finds all in the cache.
     let plain: Vec<Accepted> = read_to(&mut flow.reader(Start::FirstResume), at(61)).await;
-    let mut readers: Vec<LogReader> = (0..2).map(|_| LogReader::new(&flow.log, Start::FirstResume, options.clone())).collect();
+    let mut readers: Vec<LogReader> =
+        (0..2).map(|_| LogReader::new(&flow.log, Start::FirstResume, options.clone())).collect();
     for reader in &mut readers {
         let accepted = read_to(reader, at(61)).await;
-        let bodies = |accepted: &[Accepted]| accepted.iter().map(|one| (one.after, one.staged.clone())).collect::<Vec<(Position, Staged)>>();
+        let bodies = |accepted: &[Accepted]| {
+            accepted.iter().map(|one| (one.after, one.staged.clone())).collect::<Vec<(Position, Staged)>>()
+        };
         assert_eq!(bodies(&accepted), bodies(&plain));
     }
     assert!(cache.0.lock().unwrap().len() > 60);

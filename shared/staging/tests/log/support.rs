@@ -63,6 +63,7 @@ pub struct Flow {
 
 impl Flow {
     pub async fn on(url: &str, replicas: u8, max_bytes: u64) -> Flow {
+        crate::counters::install();
         let connections = Connections::open(&target(url)).await.unwrap();
         let name = unique("f").replace('_', "-").to_lowercase();
         let log = Log::new(FlowId::new(name.chars().take(40).collect::<String>()).unwrap(), connections);
@@ -147,6 +148,8 @@ pub async fn read_to(reader: &mut LogReader, to: Position) -> Vec<Accepted> {
     };
     match tokio::time::timeout(PATIENCE, read).await {
         Ok(()) => accepted,
-        Err(_) => panic!("the reader stands at {:?}, not at {to:?}; waits: {:?}", reader.state(), *reader.waiting().borrow()),
+        Err(_) => {
+            panic!("the reader stands at {:?}, not at {to:?}; waits: {:?}", reader.state(), *reader.waiting().borrow())
+        }
     }
 }

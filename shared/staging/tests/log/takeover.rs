@@ -1,7 +1,7 @@
 //! One owner after another, and beside another.
 
 use wallaby_model::{Epoch, Nonce};
-use wallaby_staging::{LogWriter, Start, StagingError};
+use wallaby_staging::{LogWriter, StagingError, Start};
 
 use crate::support::{Flow, at, end_of, info, options, owner, read_to, segment};
 

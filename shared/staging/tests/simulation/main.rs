@@ -23,7 +23,11 @@ fn read(world: &World, mut state: ReaderState, from_index: usize) -> Result<(u64
                 prop_assert!(Some(after) < state.end);
             }
             Verdict::Gap { end, from } => {
-                return Err(TestCaseError::fail(format!("gap at {}: {end:?} {from:?}\n{}", staged.sequence, world.trace())));
+                return Err(TestCaseError::fail(format!(
+                    "gap at {}: {end:?} {from:?}\n{}",
+                    staged.sequence,
+                    world.trace()
+                )));
             }
             Verdict::Resumed { .. } | Verdict::Fence | Verdict::Drop(_) => {
                 prop_assert!(before.is_none() || before == state.end);
@@ -34,7 +38,7 @@ fn read(world: &World, mut state: ReaderState, from_index: usize) -> Result<(u64
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, max_global_rejects: 100_000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 400, max_global_rejects: 100_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Whatever owners and network do, a reader sees no gap, and the tail is what a reader of everything sees.
     #[test]
@@ -152,8 +156,7 @@ fn a_gap_stops_the_reader_and_changes_nothing() {
     world.raw_data(5, 1, 4);
     world.raw_data(5, 6, 8);
     let mut state = ReaderState::at_first_resume();
-    let verdicts: VecDeque<Verdict> =
-        world.stream.iter().map(|staged| state.observe(staged)).collect();
+    let verdicts: VecDeque<Verdict> = world.stream.iter().map(|staged| state.observe(staged)).collect();
     assert_eq!(verdicts.back(), Some(&Verdict::Gap { end: Some(at(4)), from: at(6) }));
     assert_eq!(state.end, Some(at(4)));
     // A resume past the end is one too.

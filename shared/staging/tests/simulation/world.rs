@@ -8,8 +8,8 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use wallaby_model::{Codec, Epoch, FlowId, Lsn, Nonce, Position, Record, RecordKind, ResumeInfo};
 use wallaby_staging::chain::{Append, Chain, LogView, Window};
-use wallaby_staging::tail::{ChainRun, FenceAt, TailWalk};
 use wallaby_staging::record::Link;
+use wallaby_staging::tail::{ChainRun, FenceAt, TailWalk};
 use wallaby_staging::{Incarnation, Staged, Tail};
 
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -154,7 +154,7 @@ impl World {
         match kind {
             // A takeover, a third of them late, by an owner whose epoch is not the highest.
             0 => {
-                let late = dice % 3 == 0 && self.epoch > 2;
+                let late = dice.is_multiple_of(3) && self.epoch > 2;
                 let epoch = if late { self.epoch - 1 } else { self.epoch + 1 };
                 self.epoch = self.epoch.max(epoch);
                 self.take_over(epoch);
@@ -212,7 +212,7 @@ impl World {
             return;
         }
         // Mostly the newest; sometimes one that should have stopped long ago.
-        let owner = if dice % 4 == 0 { dice / 4 % count } else { count - 1 };
+        let owner = if dice.is_multiple_of(4) { dice / 4 % count } else { count - 1 };
         if self.owners[owner].is_over {
             return;
         }
@@ -238,7 +238,7 @@ impl World {
             return;
         }
         // Most arrive in order; some are overtaken, also by those of other owners.
-        let index = if dice % 5 == 0 { dice / 5 % self.flying.len() } else { 0 };
+        let index = if dice.is_multiple_of(5) { dice / 5 % self.flying.len() } else { 0 };
         let Some(flying) = self.flying.remove(index) else { return };
         let is_lost = dice % 17 == 3;
         if is_lost {
@@ -275,7 +275,10 @@ impl World {
         let owner = dice % count;
         let now = self.now;
         self.owners[owner].chain.check_deadline(now);
-        if self.owners[owner].is_over || !self.owners[owner].chain.is_broken() || !self.owners[owner].chain.is_settled(now) {
+        if self.owners[owner].is_over
+            || !self.owners[owner].chain.is_broken()
+            || !self.owners[owner].chain.is_settled(now)
+        {
             self.send(owner);
             return;
         }
