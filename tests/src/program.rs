@@ -1,0 +1,105 @@
+//! One of our own processes: killed, paused, asked for its counters.
+
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use wallaby_stack::{PortLease, Process, ProcessSpec};
+
+use crate::programs::program;
+
+/// A running program of ours with a metrics port of its own. Dropping it kills it.
+#[derive(Debug)]
+pub struct Program {
+    name: String,
+    process: Process,
+    metrics: PortLease,
+}
+
+impl Program {
+    /// Starts `binary` under `name` with `args` and `env`, logging into `folder`.
+    pub fn spawn(name: &str, binary: &str, folder: &Path, args: &[String], env: &[(&str, String)]) -> Program {
+        let metrics = PortLease::free().unwrap();
+        let mut spec = ProcessSpec::new(name, program(binary), folder).args(args.to_vec());
+        spec.env.extend(env.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+        spec.env.push(("WALLABY_METRICS".to_owned(), format!("127.0.0.1:{}", metrics.port())));
+        let process = Process::spawn(&spec).unwrap();
+        Program { name: name.to_owned(), process, metrics }
+    }
+
+    /// The name it was started under.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Kills it with SIGKILL; it is gone when this returns.
+    pub async fn kill9(&self) {
+        assert!(self.process.is_alive(), "{} was dead already{}", self.name, self.process.log_tail(20));
+        self.process.kill().await.unwrap();
+        assert!(!self.process.is_alive());
+    }
+
+    /// Stops it with SIGSTOP; it runs no instruction any more when this returns.
+    pub async fn pause(&self) {
+        self.process.pause().await.unwrap();
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.process.resume();
+    }
+
+    /// The sum of all series of a metric that carry all of `labels`; 0 when there is none.
+    ///
+    /// # Errors
+    /// When the process does not answer.
+    pub async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64, String> {
+        let text = tokio::time::timeout(Duration::from_secs(5), self.scrape()).await;
+        let text = text.map_err(|_| format!("{} does not serve its metrics", self.name))?;
+        let text = text.map_err(|error| format!("{} does not serve its metrics: {error}", self.name))?;
+        Ok(sum(&text, name, labels))
+    }
+
+    async fn scrape(&self) -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.metrics.port())).await?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await?;
+        Ok(text)
+    }
+}
+
+/// The sum of the series `name` in Prometheus' text form that carry all `labels`.
+fn sum(text: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
+    let wanted: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect();
+    let of_line = |line: &str| {
+        let rest = line.strip_prefix(name)?;
+        let (series, value) = match rest.strip_prefix('{') {
+            Some(rest) => rest.split_once("} ")?,
+            None => ("", rest.strip_prefix(' ')?),
+        };
+        let fits = wanted.iter().all(|label| series.contains(label.as_str()));
+        fits.then(|| value.trim().parse::<f64>().ok()).flatten()
+    };
+    text.lines().filter_map(of_line).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn series_are_summed_by_name_and_label() {
+        let text = "# HELP a x\na{flow=\"f\",reason=\"chain\"} 2\na{flow=\"f\",reason=\"full\"} 5\na_b 7\nb 1\n";
+        assert_eq!(sum(text, "a", &[("reason", "chain")]), 2.0);
+        assert_eq!(sum(text, "a", &[]), 7.0);
+        assert_eq!(sum(text, "b", &[]), 1.0);
+        assert_eq!(sum(text, "c", &[]), 0.0);
+    }
+}

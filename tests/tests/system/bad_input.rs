@@ -1,0 +1,160 @@
+//! Bad input: what is wrong is said where a person looks, with what to do about it.
+
+use wallaby_testkit::{PostgresOptions, eventually};
+use wallaby_tests::flow::FlowFile;
+use wallaby_tests::program::Program;
+use wallaby_tests::system::{Plan, System};
+use wallaby_tests::{PATIENCE, alone};
+
+/// A system of one controller and one worker over one log server.
+fn small() -> Plan {
+    let nats = wallaby_testkit::NatsOptions::default();
+    let flow = FlowFile { replicas: 1, ..FlowFile::default() };
+    Plan { workers: vec![""], nats, flow, ..Plan::default() }
+}
+
+/// Waits until `wallaby describe shop` says all `parts`.
+async fn describes(system: &System, what: &str, parts: &[&str]) {
+    let said = eventually(PATIENCE, &format!("{what}: describe says {parts:?}"), async || {
+        let said = system.cli(&["describe", "shop"]).await;
+        if parts.iter().all(|part| said.text.contains(part)) { Ok(said) } else { Err(said.text) }
+    })
+    .await;
+    let line = said.text.lines().find(|line| line.contains(parts[0])).unwrap_or_default();
+    println!("{what}: {}", line.trim());
+}
+
+async fn applied(system: &System, flow: &FlowFile) {
+    let said = system.apply(flow).await;
+    assert_eq!(said.code, 0, "{}", said.text);
+}
+
+/// A source whose password is wrong, whose role lacks rights, whose tables are not there: each is mended, and the flow goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_does_not_fit_is_described_and_goes_on_once_it_is_mended() {
+    let _alone = alone().await;
+    let mut system = System::start(small()).await;
+    let admin = system.source().await;
+    admin.batch_execute("CREATE ROLE clerk LOGIN PASSWORD 'right'; CREATE TABLE bare (a int)").await.unwrap();
+    let port = system.postgres.port();
+    let clerk = |password: &str| format!("{{ value: \"postgres://clerk:{password}@127.0.0.1:{port}/shop\" }}");
+    let base = || FlowFile { replicas: 1, ..FlowFile::default() };
+
+    applied(&system, &FlowFile { source: clerk("wrong-secret"), ..base() }).await;
+    describes(&system, "wrong password", &["AuthenticationFailed", "password authentication failed", "dsn"]).await;
+    let said = system.cli(&["get", "flows", "shop", "-o", "yaml"]).await;
+    assert!(!said.text.contains("wrong-secret"), "a secret is printed: {}", said.text);
+
+    applied(&system, &FlowFile { source: clerk("right"), ..base() }).await;
+    describes(&system, "missing privilege", &["PrivilegeMissing", "GRANT"]).await;
+
+    applied(&system, &FlowFile { tables: "[public.orders, public.nowhere]".to_owned(), ..base() }).await;
+    describes(&system, "unknown table", &["TableMissing", "public.nowhere", "publication.tables"]).await;
+
+    applied(&system, &base()).await;
+    describes(&system, "table without key", &["TableWithoutKey", "public.bare", "REPLICA IDENTITY FULL"]).await;
+
+    admin.batch_execute("ALTER TABLE bare REPLICA IDENTITY FULL").await.unwrap();
+    let said = system.cli(&["resume", "shop"]).await;
+    assert_eq!(said.code, 0, "{}", said.text);
+    system.row_passes().await;
+
+    lost_and_moved_slots(&mut system).await;
+}
+
+/// The slot is used by another, moved past us, dropped: never a silent hole.
+async fn lost_and_moved_slots(system: &mut System) {
+    let admin = system.source().await;
+    let slot = system.flow().slot_name();
+    let owner = system.owner(&system.capture()).await;
+    system.kill_worker(&owner).await;
+    let free = "SELECT active_pid IS NULL FROM pg_replication_slots WHERE slot_name = $1";
+    eventually(PATIENCE, "the slot is free", async || match admin.query_one(free, &[&slot]).await {
+        Ok(row) if row.get(0) => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    admin.batch_execute("INSERT INTO ledger VALUES (0, 0, 1, 'skipped')").await.unwrap();
+    let advance = "SELECT pg_replication_slot_advance($1, pg_current_wal_lsn())";
+    admin.query(advance, &[&slot]).await.unwrap();
+    system.start_worker("");
+    describes(system, "slot moved", &["SlotMoved", &slot]).await;
+    admin.query("SELECT pg_drop_replication_slot($1)", &[&slot]).await.unwrap();
+    let said = system.cli(&["resume", "shop"]).await;
+    assert_eq!(said.code, 0, "{}", said.text);
+    describes(system, "slot dropped", &["SlotMissing", &slot, "create it again"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wal_level_that_is_too_low_is_described() {
+    let _alone = alone().await;
+    let postgres = PostgresOptions::default().setting("wal_level", "replica");
+    let system = System::start(Plan { postgres, ..small() }).await;
+    applied(&system, &FlowFile { replicas: 1, ..FlowFile::default() }).await;
+    describes(&system, "wal_level too low", &["wal_level", "logical"]).await;
+}
+
+/// What a person mistypes, starts twice, or forgets to start.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mistakes_at_the_command_line_say_what_to_do() {
+    let _alone = alone().await;
+    let system = System::start(small()).await;
+    let mut flow = FlowFile { replicas: 1, ..FlowFile::default() };
+    flow.source_lines = vec!["publicaton: {}".to_owned()];
+    let said = system.apply(&flow).await;
+    assert_eq!(said.code, 2, "{}", said.text);
+    assert!(said.text.contains("publicaton") && said.text.contains("publication"), "{}", said.text);
+
+    // A port that is taken, twice: the controller's API, a worker's metrics.
+    let folder = wallaby_testkit::Folder::temporary("second").unwrap();
+    let (_, api) = &system.controllers[0];
+    let listen = format!("127.0.0.1:{}", api.port());
+    let environment = [("WALLABY_ETCD", system.etcd.endpoints().join(",")), ("WALLABY_NATS", system.nats.client_url())];
+    let second = Program::spawn(
+        "second",
+        "wallaby-controller",
+        folder.path(),
+        &["--listen".to_owned(), listen.clone()],
+        &environment,
+    );
+    let exit = tokio::time::timeout(PATIENCE, second.process().wait()).await.unwrap();
+    let said = second.process().log_tail(20).to_string();
+    assert_ne!(exit.code, Some(0));
+    assert!(said.contains(&listen) && said.contains("--listen"), "{said}");
+
+    // A second worker under a name that is taken.
+    let name = system.workers[0].name().to_owned();
+    let arguments = ["--name", &name, "--lease-ttl", "2s"].map(str::to_owned);
+    let twin = Program::spawn("twin", "wallaby-worker", folder.path(), &arguments, &environment);
+    eventually(PATIENCE, "the second worker says that its name is taken", async || {
+        let said = twin.process().log_tail(30).to_string();
+        if said.contains(&name) && said.contains("name") && said.contains("WARN") { Ok(()) } else { Err(said) }
+    })
+    .await;
+
+    // Nobody is there: etcd and NATS for a worker, the controller for the command line.
+    let nowhere =
+        [("WALLABY_ETCD", "http://127.0.0.1:9".to_owned()), ("WALLABY_NATS", "nats://127.0.0.1:9".to_owned())];
+    let lost = Program::spawn("lost", "wallaby-worker", folder.path(), &[], &nowhere);
+    eventually(PATIENCE, "the worker says that etcd is not there", async || {
+        let said = lost.process().log_tail(30).to_string();
+        if said.contains("waiting for etcd") && said.contains("127.0.0.1:9") { Ok(()) } else { Err(said) }
+    })
+    .await;
+    let said = system.cli(&["--server", "127.0.0.1:9", "get", "flows"]).await;
+    assert_eq!(said.code, 4, "{}", said.text);
+    assert!(said.text.contains("127.0.0.1:9"), "{}", said.text);
+}
+
+/// The log's servers are not there when the flow starts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_without_servers_is_described_and_starts_when_they_come() {
+    let _alone = alone().await;
+    let mut system = System::start(small()).await;
+    system.apply_flow().await;
+    system.row_passes().await;
+    system.nats.kill9_all().await.unwrap();
+    describes(&system, "NATS down", &["LogWaits", "NATS"]).await;
+    system.nats.start_again().await.unwrap();
+    system.row_passes().await;
+}

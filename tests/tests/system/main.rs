@@ -1,0 +1,9 @@
+//! The whole system under faults, as processes.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+
+mod bad_input;
+mod kills;
+mod pauses;
+mod power;
+mod pressure;
+mod wedged;

@@ -1,0 +1,123 @@
+//! Something does not take more: the log is full, the sink is blocked, a transaction is too large, Postgres shuts down.
+
+use std::time::{Duration, Instant};
+
+use wallaby_model::condition::{ConditionStatus, TaskPhase};
+use wallaby_testkit::Shutdown;
+use wallaby_tests::flow::FlowFile;
+use wallaby_tests::system::{Plan, System};
+use wallaby_tests::{alone, is_full_size};
+
+/// Each row is about 1 KB that hardly compresses.
+const FILL: &str = "\
+    INSERT INTO bulk SELECT i, (SELECT string_agg(md5(random()::text), '') FROM generate_series(1, 32) WHERE i > 0) \
+    FROM generate_series($1::bigint, $2::bigint) i";
+
+fn small_log() -> FlowFile {
+    FlowFile { max_bytes: "32Mi".to_owned(), large_transaction_bytes: "4Mi".to_owned(), ..FlowFile::default() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_blocked_sink_fills_the_log_and_both_go_on() {
+    let _alone = alone().await;
+    let plan = Plan { flow: small_log(), ..Plan::default() };
+    let mut system = System::start(plan).await;
+    let source = system.source().await;
+    source.batch_execute("CREATE TABLE bulk (id bigint PRIMARY KEY, filler text)").await.unwrap();
+    system.apply_flow().await;
+    let traffic = wallaby_tests::traffic::Traffic::start(system.source_dsn(), system.target_dsn(), 7, 200).await;
+    source.execute(FILL, &[&1_i64, &10_i64]).await.unwrap();
+    system.row_passes().await;
+
+    // The sink is blocked: somebody holds its table.
+    let mut blocker = system.target().await;
+    let lock = blocker.transaction().await.unwrap();
+    lock.batch_execute("LOCK TABLE bulk IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let at = Instant::now();
+    for n in 1..=20_i64 {
+        source.execute(FILL, &[&(n * 2000), &(n * 2000 + 1799)]).await.unwrap();
+    }
+    let full = system
+        .until_status(&system.capture(), "capture waits for room in the log", |status| {
+            status.phase == TaskPhase::Backpressured && status.waiting_for.is_some()
+        })
+        .await;
+    println!("the log is full after {:.1} s: {:?}", at.elapsed().as_secs_f64(), full.waiting_for);
+    let blocked_for = Duration::from_secs(if is_full_size() { 60 } else { 10 });
+    tokio::time::sleep(blocked_for.saturating_sub(at.elapsed())).await;
+    let owner = system.owner(&system.capture()).await;
+    lock.rollback().await.unwrap();
+    let at = Instant::now();
+    system.recovers("the sink was blocked and the log full", at, &traffic).await;
+    let refused = system.worker(&owner).metric("wallaby_log_appends_refused_total", &[("reason", "full")]).await;
+    println!("appends refused by a full log: {refused:?}");
+    assert_eq!(system.owner(&system.capture()).await, owner, "a full log is no reason to move the task");
+
+    too_large(&mut system).await;
+    fast_shutdown(&mut system).await;
+    system.all_is_equal(traffic).await;
+    let tables = ["public.bulk"];
+    let comparison = wallaby_loadtest::compare(&system.source_dsn(), &system.target_dsn(), &tables).await.unwrap();
+    assert!(comparison.is_equal(), "{comparison}");
+}
+
+/// A transaction above the bound stops capture, says what it is, and a raised bound lets it go on from its position.
+async fn too_large(system: &mut System) {
+    let source = system.source().await;
+    let xid: String = {
+        let rows = source.query("SELECT 1", &[]).await;
+        assert!(rows.is_ok());
+        source.batch_execute("BEGIN").await.unwrap();
+        source.execute(FILL, &[&1_000_000_i64, &1_006_000_i64]).await.unwrap();
+        let row = source.query_one("SELECT pg_current_xact_id()::text", &[]).await.unwrap();
+        source.batch_execute("COMMIT").await.unwrap();
+        row.get(0)
+    };
+    let stopped = system
+        .until_status(&system.capture(), "capture stops at the large transaction", |status| {
+            status.phase == TaskPhase::Stopped
+        })
+        .await;
+    let condition = stopped.conditions.iter().find(|condition| condition.reason == "LargeTransaction").unwrap();
+    assert_eq!(condition.status, ConditionStatus::False);
+    for part in [xid.as_str(), "public.bulk", "4194304", "largeTransactionBytes"] {
+        assert!(condition.message.contains(part), "{part} is not in: {}", condition.message);
+    }
+    let said = system.cli(&["describe", "shop"]).await;
+    assert!(said.text.contains("largeTransactionBytes") && said.text.contains(&xid), "{}", said.text);
+    let seen = system.target().await.query_one("SELECT count(*) FROM bulk WHERE id >= 1000000", &[]).await.unwrap();
+    assert_eq!(seen.get::<_, i64>(0), 0, "what is in the log of it stays unseen");
+    let raised = FlowFile { large_transaction_bytes: "12Mi".to_owned(), ..small_log() };
+    let said = system.apply(&raised).await;
+    assert_eq!(said.code, 0, "{}", said.text);
+    let at = Instant::now();
+    system.row_passes().await;
+    println!("the bound was raised: rows pass after {:.1} s", at.elapsed().as_secs_f64());
+    let seen = system.target().await.query_one("SELECT count(*) FROM bulk WHERE id >= 1000000", &[]).await.unwrap();
+    assert_eq!(seen.get::<_, i64>(0), 6001);
+}
+
+/// The log's servers stand still, so the flush lags; Postgres is shut down fast and must not wait for us (hazard 15).
+async fn fast_shutdown(system: &mut System) {
+    for node in system.nats.nodes() {
+        node.pause().await.unwrap();
+    }
+    let source = system.source().await;
+    source.execute(FILL, &[&2_000_000_i64, &2_001_000_i64]).await.unwrap();
+    let sql = "SELECT pg_current_wal_lsn() > confirmed_flush_lsn FROM pg_replication_slots WHERE active";
+    let lags: bool = source.query_one(sql, &[]).await.unwrap().get(0);
+    assert!(lags, "the flush does not lag: nothing is shown");
+    drop(source);
+    let at = Instant::now();
+    system.postgres.stop(Shutdown::Fast).await.unwrap();
+    let took = at.elapsed();
+    println!("h15: fast shutdown with a lagging flush took {:.1} s", took.as_secs_f64());
+    assert!(took < Duration::from_secs(10), "the shutdown of Postgres waited for us: {took:?}");
+    for node in system.nats.nodes() {
+        node.resume().unwrap();
+    }
+    system.postgres.start_again().await.unwrap();
+    let at = Instant::now();
+    system.row_passes().await;
+    println!("Postgres is back: rows pass after {:.1} s", at.elapsed().as_secs_f64());
+}
