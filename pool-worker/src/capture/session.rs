@@ -56,11 +56,17 @@ pub async fn run(
     options.row_bytes_max = log.body_bytes_max().saturating_sub(ROW_HEADROOM_BYTES);
     options.large_transaction_bytes = demand.source.large_transaction_bytes.0;
     options.slot_wait = SLOT_PATIENCE;
-    let prepared = Capture::prepare(options).await?;
+    let mut prepared = Capture::prepare(options).await?;
 
+    let previous = context
+        .lock
+        .source()
+        .map(|seen| SourceIdentity { system_identifier: seen.system_identifier, timeline: seen.timeline });
     enter(context, TaskPhase::Resuming, "the log");
     if let Some(takeover) = takeover {
         let (position, rewind) = resume_position(context, &takeover, &prepared).await?;
+        // Before the resume record is written: one of a server that is refused would vouch for it to the next owner.
+        prepared.verify(position, previous.as_ref()).await?;
         let info = resume_info(demand, prepared.identity(), rewind);
         let writer = takeover.resume(position, info).await?;
         let mark = Mark { position, stream: Some(log.stream().to_owned()), seq_hint: None };
@@ -71,10 +77,6 @@ pub async fn run(
     let Some(writer) = owned.writer.as_ref() else { return Err(CaptureError::Invalid) };
     writer.settled().await?;
     let identity = prepared.identity().clone();
-    let previous = context
-        .lock
-        .source()
-        .map(|seen| SourceIdentity { system_identifier: seen.system_identifier, timeline: seen.timeline });
     let (capture, confirm) = prepared.start(writer.end(), previous.as_ref()).await?;
     context.lock.set_source(SourceSeen { system_identifier: identity.system_identifier, timeline: identity.timeline });
     let _feedback = feedback::start(confirm.clone(), writer.durable(), context.lock.clone());
