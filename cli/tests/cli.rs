@@ -1,0 +1,259 @@
+//! The `wallaby` command as people run it, against a controller with real servers behind it.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use clap::Parser;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::Command;
+use wallaby_controller::{Controller, Options};
+use wallaby_testkit::{Database, EtcdScope, NatsScope, PortLease, eventually, unique};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+const FLOW: &str = "\
+apiVersion: wallaby/v1
+kind: Flow
+metadata: { name: shop }
+spec:
+  source:
+    postgres:
+      dsn: { env: WALLABY_TEST_DSN }
+      publication: { tables: [public.*] }
+      snapshot: never
+  sinks:
+    - name: warehouse
+      postgres: { dsn: { env: WAREHOUSE_DSN } }
+";
+
+/// What a run of the command came to.
+#[derive(Debug)]
+struct Outcome {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Outcome {
+    #[track_caller]
+    fn is(self, code: i32, parts: &[&str]) -> Outcome {
+        assert_eq!(self.code, code, "{self:?}");
+        for part in parts {
+            assert!(self.out.contains(part) || self.err.contains(part), "{part:?} is missing: {self:?}");
+        }
+        self
+    }
+}
+
+/// A shell at a controller.
+struct Shell {
+    server: String,
+    env: Vec<(String, String)>,
+}
+
+impl Shell {
+    fn at(server: impl Into<String>) -> Shell {
+        Shell { server: server.into(), env: Vec::new() }
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wallaby"));
+        command.args(words).env("WALLABY_SERVER", &self.server).envs(self.env.iter().cloned()).kill_on_drop(true);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    async fn run(&self, words: &[&str]) -> Outcome {
+        self.run_with(words, "").await
+    }
+
+    async fn run_with(&self, words: &[&str], input: &str) -> Outcome {
+        let mut child = self.command(words).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).await.unwrap();
+        let output = tokio::time::timeout(PATIENCE, child.wait_with_output()).await.expect("the command ends").unwrap();
+        Outcome {
+            code: output.status.code().unwrap_or(-1),
+            out: String::from_utf8(output.stdout).unwrap(),
+            err: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+/// A controller with a shell at it.
+struct Place {
+    controller: Controller,
+    shell: Shell,
+    _nats: NatsScope<'static>,
+    _etcd: EtcdScope<'static>,
+}
+
+impl Place {
+    async fn create(hint: &str) -> Place {
+        let etcd = EtcdScope::create(hint).await;
+        let nats = NatsScope::one_node(hint).await;
+        let options = Options::try_parse_from([
+            "wallaby-controller",
+            "--listen=127.0.0.1:0",
+            &format!("--etcd={}", etcd.endpoints().join(",")),
+            &format!("--etcd-prefix={}", etcd.prefix().trim_end_matches('/')),
+            &format!("--nats={}", nats.url()),
+            &format!("--pool={}", unique("pool").replace('_', "-")),
+        ]);
+        let controller = Controller::start(options.unwrap()).await.unwrap();
+        let shell = Shell::at(controller.address().to_string());
+        eventually(PATIENCE, "the controller answers", async || {
+            let outcome = shell.run(&["get", "flows"]).await;
+            if outcome.code == 0 { Ok(()) } else { Err(outcome) }
+        })
+        .await;
+        Place { controller, shell, _nats: nats, _etcd: etcd }
+    }
+}
+
+#[tokio::test]
+async fn a_flow_lives_through_the_command() {
+    let place = Place::create("cli").await;
+    let shell = &place.shell;
+    shell.run(&["get", "flows"]).await.is(0, &["no flows"]);
+    shell.run(&["workers"]).await.is(0, &["no workers"]);
+    shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["flow shop created"]);
+    shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["flow shop unchanged"]);
+    let changed = FLOW.replace("{ name: shop }", "{ name: shop, labels: { team: web } }");
+    shell.run_with(&["apply", "-f", "-", "-o", "json"], &changed).await.is(0, &["\"result\": \"updated\""]);
+
+    shell.run(&["get", "flow", "shop"]).await.is(0, &["NAME", "shop", "Pending"]);
+    shell.run(&["get", "sinks"]).await.is(0, &["shop/warehouse", "False"]);
+    shell.run(&["describe", "flow", "shop"]).await.is(0, &["NoWorker", "start one with", "wallaby_shop", "team=web"]);
+    shell.run(&["describe", "shop/warehouse"]).await.is(0, &["sink shop/warehouse"]);
+    shell.run(&["status"]).await.is(0, &["shop", "-> shop/warehouse", "OFFERED"]);
+    let json = shell.run(&["get", "flows", "-o", "json"]).await.is(0, &[]);
+    let value: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!(value[0]["status"]["phase"], "Pending");
+
+    // What was printed can be applied again, status and all.
+    let yaml =
+        shell.run(&["get", "flow", "shop", "-o", "yaml"]).await.is(0, &["apiVersion: wallaby/v1", "phase: Pending"]);
+    shell.run_with(&["apply", "-f", "-"], &yaml.out).await.is(0, &["flow shop unchanged"]);
+
+    // A file that does not speak of pauses leaves them alone.
+    shell.run(&["pause", "shop"]).await.is(0, &["flow shop paused", "wallaby resume shop"]);
+    shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["flow shop updated", "note: flow shop stays paused"]);
+    shell.run(&["get", "flows"]).await.is(0, &["Paused"]);
+    shell.run(&["resume", "shop"]).await.is(0, &["flow shop resumed"]);
+    shell.run(&["pause", "shop/warehouse"]).await.is(0, &["sink shop/warehouse paused"]);
+    shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["unchanged", "sink shop/warehouse stays paused"]);
+    shell.run(&["resume", "sink", "shop/warehouse"]).await.is(0, &["resumed"]);
+
+    shell.run_with(&["apply", "-f", "-", "--wait", "--timeout", "500ms"], FLOW).await.is(6, &["not done", "no worker"]);
+    shell.run(&["delete", "shop", "--wait"]).await.is(0, &["flow shop deleted"]);
+    shell.run(&["delete", "shop"]).await.is(1, &["there is no flow shop", "[FLOW_NOT_FOUND]"]);
+    shell.run(&["delete", "shop", "--if-exists"]).await.is(0, &["not there"]);
+    shell.run(&["drain", "w1"]).await.is(1, &["no worker w1", "wallaby workers"]);
+    place.controller.stop().await;
+}
+
+#[tokio::test]
+async fn an_invalid_file_is_named_with_its_line() {
+    // Not one of these needs a controller.
+    let shell = Shell::at("127.0.0.1:1");
+    let misspelt = FLOW.replace("snapshot", "snapshots");
+    let said = ["standard input: line 9", "unknown key `snapshots`", "did you mean `snapshot`?"];
+    shell.run_with(&["apply", "-f", "-"], &misspelt).await.is(2, &said);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), FLOW.replace("never", "initial")).unwrap();
+    let path = file.path().to_str().unwrap();
+    shell.run(&["apply", "-f", path]).await.is(2, &[path, "line 9", "not available yet", "only `never`"]);
+    shell.run(&["apply", "-f", "/nowhere.yaml"]).await.is(2, &["cannot read /nowhere.yaml"]);
+    shell.run_with(&["apply", "-f", "-", "-f", path], FLOW).await.is(2, &[]);
+    shell.run(&["describe", "Not-A-Name"]).await.is(2, &["is not a valid flow name"]);
+    shell.run(&["delete", "shop/warehouse"]).await.is(2, &["is a sink"]);
+    shell.run(&["frobnicate"]).await.is(2, &["unrecognized subcommand"]);
+    shell.run(&["get", "flows", "--server", "::bad::"]).await.is(2, &["--server"]);
+    shell.run(&["get", "flows", "--server", "https://127.0.0.1:1"]).await.is(2, &["--ca-cert"]);
+}
+
+#[tokio::test]
+async fn a_controller_that_is_not_there_is_said() {
+    let port = PortLease::free().unwrap();
+    let shell = Shell::at(format!("127.0.0.1:{}", port.port()));
+    let said = [&format!("no controller answers at http://127.0.0.1:{}", port.port()), "WALLABY_SERVER", "refused"];
+    shell.run_with(&["apply", "-f", "-"], FLOW).await.is(4, &said);
+    shell.run(&["status"]).await.is(4, &said);
+}
+
+#[tokio::test]
+async fn help_and_completion_need_nobody() {
+    let shell = Shell::at("127.0.0.1:1");
+    shell.run(&["--help"]).await.is(0, &["Examples:", "Exit codes:", "apply", "doctor"]);
+    shell.run(&["status", "--help"]).await.is(0, &["--watch", "wallaby status shop --watch"]);
+    for name in ["bash", "zsh", "fish"] {
+        shell.run(&["completion", name]).await.is(0, &["wallaby", "drain"]);
+    }
+}
+
+#[tokio::test]
+async fn a_watch_prints_plain_lines_survives_and_ends_at_ctrl_c() {
+    let place = Place::create("watch").await;
+    place.shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &[]);
+    let mut child = place.shell.command(&["status", "--watch", "--interval", "100ms"]).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut until = async |part: &str| {
+        let found = async {
+            while let Some(line) = lines.next_line().await.unwrap() {
+                assert!(!line.contains('\x1b'), "no cursor movements without a terminal: {line:?}");
+                if line.contains(part) {
+                    return;
+                }
+            }
+            panic!("the watch ended before {part:?}");
+        };
+        tokio::time::timeout(PATIENCE, found).await.unwrap_or_else(|_| panic!("{part:?} was not printed"));
+    };
+    until("flow=shop phase=Pending").await;
+    place.shell.run(&["pause", "shop"]).await.is(0, &[]);
+    until("phase=Paused").await;
+    // The controller goes: the watch says so and does not end.
+    place.controller.stop().await;
+    until("no controller answers").await;
+    signal(&child, "INT").await;
+    assert_eq!(ended(&mut child).await.code(), Some(130));
+}
+
+async fn signal(child: &tokio::process::Child, signal: &str) {
+    let pid = child.id().unwrap().to_string();
+    let sent = Command::new("kill").args([&format!("-{signal}"), &pid]).status().await.unwrap();
+    assert!(sent.success());
+}
+
+async fn ended(child: &mut tokio::process::Child) -> ExitStatus {
+    tokio::time::timeout(PATIENCE, child.wait()).await.expect("it ends").unwrap()
+}
+
+#[tokio::test]
+async fn doctor_says_what_to_mend_and_needs_no_controller() {
+    let database = Database::create("doctor").await;
+    database.client().batch_execute("CREATE TABLE orders (id int PRIMARY KEY, total numeric)").await.unwrap();
+    let mut shell = Shell::at("127.0.0.1:1");
+    shell.run(&["doctor"]).await.is(2, &["--dsn"]);
+    shell.run_with(&["doctor", "-f", "-"], FLOW).await.is(2, &["WALLABY_TEST_DSN", "not set here"]);
+
+    shell.env.push(("WALLABY_TEST_DSN".into(), database.dsn().to_string()));
+    shell.run_with(&["doctor", "-f", "-"], FLOW).await.is(0, &["flow shop", "ready: 0 to mend"]);
+    let json = shell.run_with(&["doctor", "-f", "-", "-o", "json"], FLOW).await.is(0, &[]);
+    let value: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert!(!value[0]["findings"].as_array().unwrap().is_empty());
+
+    let unknown = FLOW.replace("[public.*]", "[public.nothing]");
+    shell.run_with(&["doctor", "-f", "-"], &unknown).await.is(3, &["FAIL", "public.nothing", "not ready"]);
+
+    database.client().batch_execute("CREATE TABLE keyless (a int)").await.unwrap();
+    let said = shell.run_with(&["doctor", "-f", "-"], FLOW).await;
+    assert!(said.out.contains("ALTER TABLE"), "the statement that mends a table without a key: {said:?}");
+    let wrong =
+        database.dsn().to_string().replacen("postgres:", "postgres:x", 2).replace("postgres:x//", "postgres://");
+    let said = shell.run(&["doctor", "--dsn", &wrong]).await;
+    assert_eq!(said.code, 3, "{said:?}");
+    let password = database.postgres().password().to_string();
+    assert!(!said.out.contains(&password) && !said.err.contains(&password), "a secret was printed");
+}
