@@ -232,7 +232,6 @@ pub fn age_text(since: Option<prost_types::Timestamp>) -> String {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "an age on a screen is about the wall clock")]
 fn now() -> SystemTime {
     SystemTime::now()
 }
