@@ -171,6 +171,11 @@ impl Chain {
         self.queue.len()
     }
 
+    /// The last sequence of the stream once everything sent is stored.
+    pub fn predicted(&self) -> u64 {
+        self.predicted
+    }
+
     /// Where the last record ends that is known to be stored.
     pub fn stored_to(&self) -> Option<Position> {
         self.stored_to

@@ -151,8 +151,11 @@ pub async fn check_servers(client: &Client) -> Result<()> {
     let info = client.server_info();
     check_version(&info.server_name, &info.version)?;
     let others: BTreeSet<&String> = info.connect_urls.iter().collect();
-    for address in others {
-        match tokio::time::timeout(GREETING_TIMEOUT, greeting(address)).await {
+    let asked = others
+        .into_iter()
+        .map(|address| async move { (address, tokio::time::timeout(GREETING_TIMEOUT, greeting(address)).await) });
+    for (address, answer) in futures::future::join_all(asked).await {
+        match answer {
             Ok(Ok(greeting)) => check_version(&format!("{} ({address})", greeting.server_name), &greeting.version)?,
             Ok(Err(error)) => tracing::debug!(%address, %error, "a NATS server does not say its version"),
             Err(_) => tracing::debug!(%address, "a NATS server does not say its version in time"),

@@ -39,7 +39,7 @@ mod writer_task;
 
 pub use connection::{Connections, NatsTarget};
 pub use error::{Result, StagingError};
-pub use log::{Log, LogConfig, LogInfo};
+pub use log::{Log, LogConfig, LogInfo, RESERVE_BYTES};
 pub use reader::{Accepted, LogReader, ReaderOptions, Start};
 pub use record::{Incarnation, Staged};
 pub use retention::{Purged, Retention, TailClaims, TailVerdict, judge_tail};

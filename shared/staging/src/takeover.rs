@@ -83,9 +83,13 @@ impl Patience {
 impl Takeover {
     pub(crate) async fn run(log: &Log, epoch: Epoch, nonce: Nonce, options: WriterOptions) -> Result<Takeover> {
         let mut patience = Patience { until: Instant::now() + options.takeover_timeout, delay: RETRY_FIRST };
+        let mut has_landed = false;
         loop {
             // A fence whose acknowledgement was lost is found by its nonce; one that is published twice does no harm.
-            let published = publish_fence(log, epoch, nonce, options.ack_timeout).await;
+            let published = match has_landed {
+                true => Ok(()),
+                false => publish_fence(log, epoch, nonce, options.ack_timeout).await,
+            };
             let fences = match tail::read_fences(log, 0).await {
                 Ok(fences) => fences,
                 Err(error) => {
@@ -110,6 +114,7 @@ impl Takeover {
                     return Err(StagingError::EpochTaken { flow: log.flow().clone(), epoch });
                 }
             };
+            has_landed = true;
             match read_behind(log, &fences, fence).await {
                 Ok((tail, info)) => {
                     metrics::took_over(log.flow());

@@ -310,7 +310,9 @@ impl WriterTask {
         let Ok(info) = self.log.info().await else {
             return false;
         };
-        if info.leader != self.leader || info.last_sequence < self.acked.sequence {
+        // With nothing on its way, a sequence that is not ours means that somebody fenced: an idle owner hears of it here.
+        let is_foreign = self.chain.pending() == 0 && info.last_sequence != self.chain.predicted();
+        if is_foreign || info.leader != self.leader || info.last_sequence < self.acked.sequence {
             self.chain.break_off();
             return false;
         }

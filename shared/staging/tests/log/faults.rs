@@ -205,6 +205,31 @@ async fn a_full_log_still_takes_a_successor_and_heartbeats() {
     flow.end().await;
 }
 
+/// A server whose ingest buffer holds two messages answers 429 for some and accepts later ones.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_ingest_buffer_leaves_no_hole() {
+    let folder = wallaby_testkit::Folder::temporary("ingest").unwrap();
+    let store = folder.path().join("store");
+    let extra = format!(
+        "jetstream {{ store_dir: \"{}\", max_mem: 1GB, max_file: 4GB, max_buffered_msgs: 2, sync_interval: always }}\n",
+        store.display()
+    );
+    let cluster = NatsOptions { nodes: 1, store_folders: vec![store], extra_config: extra, ..NatsOptions::default() };
+    let cluster = NatsCluster::start(cluster).await.unwrap();
+    let flow = Flow::on(&cluster.client_url(), 1, 256 << 20).await;
+    let writer = flow.owner(5).await.unwrap();
+    let id = flow.log.flow();
+    let busy = || counted(&format!("wallaby_log_appends_refused_total{{flow={id},reason=busy}}"));
+    let mut n = 1;
+    while (busy() == 0 && n < 3000) || n < 300 {
+        writer.append(segment(n, n + 1, 20_000)).await.unwrap();
+        n += 1;
+    }
+    writer.settled().await.unwrap();
+    assert!(busy() > 0, "the server refused nothing: the test shows nothing");
+    read_to(&mut flow.reader(Start::FirstResume), at(n)).await;
+}
+
 /// Stops all servers, takes the stream's tail away, and starts them again: what a power cut leaves of a server that syncs late.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h11_a_lost_tail_is_noticed_rewound_and_read_without_a_gap() {

@@ -1,7 +1,7 @@
 //! One owner after another, and beside another.
 
 use wallaby_model::{Epoch, Nonce};
-use wallaby_staging::{LogWriter, StagingError, Start};
+use wallaby_staging::{LogWriter, StagingError, Start, WriterOptions};
 
 use crate::support::{Flow, at, end_of, info, options, owner, read_to, segment};
 
@@ -104,6 +104,18 @@ async fn an_older_epoch_gives_up_and_harms_nobody() {
     writer.append(segment(2, 3, 100)).await.unwrap();
     writer.settled().await.unwrap();
     read_to(&mut flow.reader(Start::FirstResume), at(3)).await;
+    flow.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_owner_hears_of_its_successor() {
+    let flow = Flow::on_three().await;
+    let soon = WriterOptions { tail_check_interval: std::time::Duration::from_millis(100), ..options() };
+    let takeover = LogWriter::take_over(&flow.log, Epoch(5), Nonce::random(), soon).await.unwrap();
+    let idle = takeover.resume(at(1), info(false)).await.unwrap();
+    let _successor = owner(&flow.elsewhere().await, 6).await.unwrap();
+    let error = tokio::time::timeout(crate::support::PATIENCE, idle.ended()).await.unwrap();
+    assert!(matches!(error, StagingError::Fenced { by: Epoch(6), .. }), "{error}");
     flow.end().await;
 }
 
