@@ -194,7 +194,7 @@ fn check_publication(publication: &PublicationSpec, at: &str, found: &mut Vec<Pr
         let message = "with `create: true` at least one table is needed: write `schema.table` or `schema.*`";
         found.push(problem(format!("{at}.tables"), message));
     }
-    if !publication.create && !(publication.tables.is_empty() && publication.exclude.is_empty()) {
+    if !(publication.create || publication.tables.is_empty() && publication.exclude.is_empty()) {
         let message = "with `create: false` the publication's own tables count: remove `tables` and `exclude`";
         found.push(problem(format!("{at}.tables"), message));
     }
