@@ -18,6 +18,7 @@ use wallaby_postgres_source::{
 use wallaby_staging::{
     Connections, DataAppend, Log, LogConfig, LogReader, LogWriter, NatsTarget, ReaderOptions, Start, WriterOptions,
 };
+use wallaby_wire::SegmentEncoder;
 
 use super::proc;
 
@@ -194,11 +195,12 @@ async fn capture(slot: &str, publication: &str, wanted: u64, nats: &str, replica
     let started = now_micros();
     let (mut capture, feedback) = prepared.start(first, None).await?;
     let mut rows = 0;
+    let mut encoder = SegmentEncoder::default();
     while rows < wanted {
         match capture.next(&mut in_flight).await? {
             CaptureEvent::Segment(draft) => {
                 rows += draft.rows as u64;
-                writer.append(pack(&writer, &draft)?).await?;
+                writer.append(pack(&mut encoder, &writer, &draft)?).await?;
             }
             CaptureEvent::Heartbeat { to } => writer.heartbeat(to.commit).await?,
         }
@@ -209,9 +211,9 @@ async fn capture(slot: &str, publication: &str, wanted: u64, nats: &str, replica
     Ok(())
 }
 
-fn pack(writer: &LogWriter, draft: &SegmentDraft) -> anyhow::Result<DataAppend> {
+fn pack(encoder: &mut SegmentEncoder, writer: &LogWriter, draft: &SegmentDraft) -> anyhow::Result<DataAppend> {
     let codec = Codec::Lz4;
-    let body = wallaby_wire::encode(&draft.body, codec)?;
+    let body = encoder.encode(&draft.body, codec)?;
     let rows = u32::try_from(draft.rows)?;
     Ok(DataAppend { from: writer.end(), to: draft.to, complete_to: draft.complete_to, rows, codec, body })
 }
