@@ -4,7 +4,7 @@
 //! loudly: they are for tests only.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A protection that can be switched off, or a fault that can be switched on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -13,9 +13,9 @@ pub enum Failpoint {
     NoSelfFencing,
     /// Opening a sink leaves sessions of older owners alive: the epoch alone must refuse them.
     KeepOlderSessions,
-    /// The capture loop of this process stops turning without saying what it waits for: the watchdog must see it.
+    /// The capture loop of this process stops turning, once, without saying what it waits for: the watchdog must see it.
     HangCapture,
-    /// The apply loop of this process stops turning without saying what it waits for.
+    /// The apply loop of this process stops turning, once, without saying what it waits for.
     HangApply,
 }
 
@@ -30,7 +30,13 @@ impl Failpoint {
 
 /// The failpoints of this process.
 #[derive(Clone, Debug, Default)]
-pub struct Failpoints(Arc<BTreeSet<Failpoint>>);
+pub struct Failpoints(Arc<Switches>);
+
+#[derive(Debug, Default)]
+struct Switches {
+    on: BTreeSet<Failpoint>,
+    fired: Mutex<BTreeSet<Failpoint>>,
+}
 
 impl Failpoints {
     /// Reads a list of names.
@@ -47,17 +53,23 @@ impl Failpoints {
             };
             set.insert(*failpoint);
         }
-        Ok(Failpoints(Arc::new(set)))
+        Ok(Failpoints(Arc::new(Switches { on: set, fired: Mutex::default() })))
     }
 
     /// Whether a failpoint is on.
     pub fn is_on(&self, failpoint: Failpoint) -> bool {
-        self.0.contains(&failpoint)
+        self.0.on.contains(&failpoint)
+    }
+
+    /// Whether a failpoint is on and was not asked for here before: for faults that happen once in a process.
+    pub fn fires_once(&self, failpoint: Failpoint) -> bool {
+        // A set of plain values, whole after any panic.
+        self.is_on(failpoint) && self.0.fired.lock().unwrap_or_else(PoisonError::into_inner).insert(failpoint)
     }
 
     /// The failpoints that are on.
     pub fn on(&self) -> impl Iterator<Item = Failpoint> + '_ {
-        self.0.iter().copied()
+        self.0.on.iter().copied()
     }
 }
 
@@ -71,6 +83,8 @@ mod tests {
         let on = Failpoints::parse("no-self-fencing, hang-capture").unwrap();
         assert!(on.is_on(Failpoint::NoSelfFencing) && on.is_on(Failpoint::HangCapture));
         assert!(!on.is_on(Failpoint::KeepOlderSessions));
+        assert!(on.fires_once(Failpoint::HangCapture) && !on.fires_once(Failpoint::HangCapture));
+        assert!(!on.fires_once(Failpoint::HangApply));
         assert!(Failpoints::parse("nonsense").unwrap_err().contains("nonsense"));
         assert_eq!(Failpoints::parse("").unwrap().on().count(), 0);
     }

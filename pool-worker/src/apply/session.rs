@@ -183,7 +183,9 @@ impl Run<'_> {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut holds = tokio::time::interval(CHECKPOINT_EVERY);
         loop {
-            if context.shared.failpoints.is_on(Failpoint::HangApply) {
+            if context.shared.failpoints.fires_once(Failpoint::HangApply) {
+                // Without a named wait, or it would count as one.
+                context.pulse.beat();
                 std::future::pending::<()>().await;
             }
             self.fill()?;

@@ -1,39 +1,120 @@
-//! Purges the log up to what no reader needs: right after the takeover, then every 20 seconds.
+//! Purges the log up to what no reader needs: right after the takeover, then every 20 seconds, and at once when room runs short.
+//!
+//! The replay window is a wish. While the log is short of room it is halved until there is room again, down to nothing; what a
+//! reader still needs is never touched. When there is room it grows back.
 
 use std::time::{Duration, SystemTime};
 
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{PurgeOutcome, TaskLock};
 use wallaby_model::Position;
-use wallaby_staging::{Log, Retention};
+use wallaby_staging::{Log, LogInfo, RESERVE_BYTES, Retention};
 
-const EVERY: Duration = Duration::from_secs(20);
+/// How often it is looked whether there is room.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Every how many looks a purge is due although there is room.
+const PURGE_EVERY_LOOKS: u64 = 10;
+/// A window below this is none.
+const WINDOW_LEAST: Duration = Duration::from_secs(1);
 
 /// Starts the loop; it ends when dropped or when the lock is lost.
 pub fn start(log: Log, lock: TaskLock, replay_window: Duration) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         let mut retention = Retention::new(&log);
-        let mut ticks = tokio::time::interval(EVERY);
+        let mut window = Window { wanted: replay_window, now: replay_window };
+        let mut ticks = tokio::time::interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
+        for look in 0_u64.. {
             ticks.tick().await;
             if !lock.is_valid_now() {
                 return;
             }
-            // The lowest hold decides; our own wish has no bound.
-            let wanted = Position { commit: wallaby_model::Lsn(u64::MAX), ..Position::ZERO };
-            let up_to = match lock.advance_purge_point(wanted).await {
-                Ok(PurgeOutcome::UpTo(position)) => position,
-                Ok(PurgeOutcome::Nothing) => continue,
-                Err(error) if error.is_ownership_lost() => return,
-                Err(error) => {
-                    tracing::debug!(%error, "the purge point was not moved");
-                    continue;
+            let is_due = look.is_multiple_of(PURGE_EVERY_LOOKS);
+            let mut is_short = is_short_of_room(&log).await;
+            if is_due && !is_short {
+                window.grow();
+            }
+            let mut again = is_due || is_short;
+            while again {
+                if is_short {
+                    window.shrink(&log);
                 }
-            };
-            if let Err(error) = retention.purge(up_to, replay_window, SystemTime::now()).await {
-                tracing::warn!(flow = %log.flow(), %error, "the log was not purged");
+                let Ok(has_purged) = purge(&log, &lock, &mut retention, window.now).await else { return };
+                is_short = has_purged && is_short_of_room(&log).await;
+                again = is_short && !window.now.is_zero();
             }
         }
     }))
+}
+
+struct Window {
+    wanted: Duration,
+    now: Duration,
+}
+
+impl Window {
+    fn grow(&mut self) {
+        self.now = (self.now * 2).max(WINDOW_LEAST).min(self.wanted);
+    }
+
+    fn shrink(&mut self, log: &Log) {
+        if self.now == self.wanted && !self.wanted.is_zero() {
+            let wanted_s = self.wanted.as_secs();
+            tracing::warn!(flow = %log.flow(), wanted_s, "the log is short of room: its replay window is shortened");
+        }
+        let half = self.now / 2;
+        self.now = if half < WINDOW_LEAST { Duration::ZERO } else { half };
+    }
+}
+
+/// Purges once. `Ok(false)` when nothing may go, `Err` when the lock is lost.
+async fn purge(log: &Log, lock: &TaskLock, retention: &mut Retention, window: Duration) -> Result<bool, ()> {
+    // The lowest hold decides; our own wish has no bound.
+    let wanted = Position { commit: wallaby_model::Lsn(u64::MAX), ..Position::ZERO };
+    let up_to = match lock.advance_purge_point(wanted).await {
+        Ok(PurgeOutcome::UpTo(position)) => position,
+        Ok(PurgeOutcome::Nothing) => return Ok(false),
+        Err(error) if error.is_ownership_lost() => return Err(()),
+        Err(error) => {
+            tracing::debug!(%error, "the purge point was not moved");
+            return Ok(false);
+        }
+    };
+    if let Err(error) = retention.purge(up_to, window, SystemTime::now()).await {
+        tracing::warn!(flow = %log.flow(), %error, "the log was not purged");
+        return Ok(false);
+    }
+    Ok(true)
+}
+
+async fn is_short_of_room(log: &Log) -> bool {
+    log.info().await.is_ok_and(|info| is_short(&info))
+}
+
+/// Whether three quarters of what data may take are taken.
+fn is_short(info: &LogInfo) -> bool {
+    let room = info.max_bytes.saturating_sub(RESERVE_BYTES);
+    info.bytes > room / 4 * 3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn three_quarters_of_the_room_for_data_are_short() {
+        let info = |bytes| LogInfo {
+            replicas: 1,
+            leader: None,
+            servers: vec![],
+            has_quorum: true,
+            messages: 1,
+            bytes,
+            max_bytes: 2 * RESERVE_BYTES,
+            first_sequence: 1,
+            last_sequence: 1,
+        };
+        assert!(!is_short(&info(12 << 20)));
+        assert!(is_short(&info((12 << 20) + 1)));
+    }
 }

@@ -8,6 +8,7 @@ use wallaby_model::Lsn;
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_postgres_source::{Capture, CaptureEvent, Feedback, SegmentDraft, SourceStatus};
 use wallaby_staging::{DataAppend, Log, LogWriter, Wait};
+use wallaby_wire::SegmentEncoder;
 
 use super::{CaptureError, Owned};
 use crate::failpoint::Failpoint;
@@ -63,6 +64,7 @@ async fn stream(
 ) -> Result<(), CaptureError> {
     let context = stage.context;
     let mut in_flight = writer.in_flight();
+    let mut encoder = SegmentEncoder::default();
     let ended = writer.ended();
     tokio::pin!(ended);
     let ending = context.ending();
@@ -70,7 +72,9 @@ async fn stream(
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        if context.shared.failpoints.is_on(Failpoint::HangCapture) {
+        if context.shared.failpoints.fires_once(Failpoint::HangCapture) {
+            // Without a named wait, or it would count as one.
+            context.pulse.beat();
             std::future::pending::<()>().await;
         }
         context.pulse.wait("changes from the source");
@@ -93,7 +97,7 @@ async fn stream(
         }
         match event {
             CaptureEvent::Segment(draft) => {
-                let append = pack(stage, writer, &draft)?;
+                let append = pack(stage, &mut encoder, writer, &draft)?;
                 owned.rows += draft.rows as u64;
                 owned.transactions += draft.body.transactions.len() as u64;
                 owned.bytes += append.body.len() as u64;
@@ -125,9 +129,14 @@ async fn stream(
     }
 }
 
-fn pack(stage: &Stage<'_>, writer: &LogWriter, draft: &SegmentDraft) -> Result<DataAppend, CaptureError> {
+fn pack(
+    stage: &Stage<'_>,
+    encoder: &mut SegmentEncoder,
+    writer: &LogWriter,
+    draft: &SegmentDraft,
+) -> Result<DataAppend, CaptureError> {
     let codec = stage.demand.log.codec;
-    let body = wallaby_wire::encode(&draft.body, codec)?;
+    let body = encoder.encode(&draft.body, codec)?;
     Ok(DataAppend {
         from: writer.end(),
         to: draft.to,
