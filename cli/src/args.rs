@@ -19,7 +19,7 @@ Exit codes:
 
 /// Moves committed changes out of PostgreSQL, in order, to many places at once.
 #[derive(Debug, Parser)]
-#[command(name = "wallaby", version, about, after_help = EXAMPLES, max_term_width = 120, subcommand_required = true)]
+#[command(name = "wallaby", version, after_help = EXAMPLES, max_term_width = 120, subcommand_required = true)]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
@@ -69,9 +69,7 @@ pub enum Output {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Create or update flows from a file.
-    #[command(
-        after_help = "Examples:\n  wallaby apply -f flow.yaml --wait\n  kubectl-like: cat flow.yaml | wallaby apply -f -"
-    )]
+    #[command(after_help = "Examples:\n  wallaby apply -f flow.yaml --wait\n  cat flow.yaml | wallaby apply -f -")]
     Apply(Apply),
     /// List flows, sinks or workers, or show one.
     #[command(

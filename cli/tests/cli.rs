@@ -257,3 +257,50 @@ async fn doctor_says_what_to_mend_and_needs_no_controller() {
     let password = database.postgres().password().to_string();
     assert!(!said.out.contains(&password) && !said.err.contains(&password), "a secret was printed");
 }
+
+/// An authority, and what it signed for a server at 127.0.0.1 and for a client: PEM files in a folder.
+fn write_certificates(folder: &std::path::Path) {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    let ca_key = KeyPair::generate().unwrap();
+    let mut ca = CertificateParams::new(Vec::<String>::new()).unwrap();
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca_certificate = ca.self_signed(&ca_key).unwrap();
+    std::fs::write(folder.join("ca.pem"), ca_certificate.pem()).unwrap();
+    let issuer = Issuer::new(ca, ca_key);
+    for (name, subject) in [("server", "127.0.0.1"), ("client", "somebody")] {
+        let key = KeyPair::generate().unwrap();
+        let certificate = CertificateParams::new(vec![subject.to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+        std::fs::write(folder.join(format!("{name}.pem")), certificate.pem()).unwrap();
+        std::fs::write(folder.join(format!("{name}.key")), key.serialize_pem()).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn tls_with_client_certificates() {
+    let folder = tempfile::tempdir().unwrap();
+    write_certificates(folder.path());
+    let file = |name: &str| folder.path().join(name).display().to_string();
+    let options = Options::try_parse_from([
+        "wallaby-controller",
+        "--listen=127.0.0.1:0",
+        // Nobody is there: it is the transport that is looked at.
+        "--etcd=http://127.0.0.1:1",
+        &format!("--tls-cert={}", file("server.pem")),
+        &format!("--tls-key={}", file("server.key")),
+        &format!("--tls-client-ca={}", file("ca.pem")),
+    ]);
+    let controller = Controller::start(options.unwrap()).await.unwrap();
+    let shell = Shell::at(format!("https://{}", controller.address()));
+    let (ca, certificate, key) = (file("ca.pem"), file("client.pem"), file("client.key"));
+    let trusted = ["get", "flows", "--ca-cert", &ca, "--client-cert", &certificate, "--client-key", &key];
+    shell.run(&trusted).await.is(4, &["[ETCD_UNREACHABLE]", "http://127.0.0.1:1"]);
+
+    let anonymous = shell.run(&["get", "flows", "--ca-cert", &ca]).await;
+    assert!(
+        anonymous.code != 0 && !anonymous.err.contains("ETCD"),
+        "a client without a certificate came in: {anonymous:?}"
+    );
+    let plain = Shell::at(controller.address().to_string()).run(&["get", "flows"]).await;
+    assert!(plain.code != 0 && !plain.err.contains("ETCD"), "a client without TLS came in: {plain:?}");
+    controller.stop().await;
+}

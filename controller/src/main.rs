@@ -30,9 +30,11 @@ async fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
     .await?;
     wallaby_controller::metrics::describe();
     wallaby_coordination::metrics::describe();
+    let metrics_wanted = options.metrics;
     let controller = Controller::start(options).await?;
     // Programs that start a controller on port 0 read these.
-    tracing::info!(api = %controller.address(), metrics = ?telemetry.metrics_address(), "controller started");
+    let metrics = telemetry.metrics_address().unwrap_or(metrics_wanted);
+    tracing::info!(api = %controller.address(), %metrics, "controller started");
     wait_for_the_end().await?;
     controller.stop().await;
     telemetry.shutdown().await;

@@ -246,3 +246,16 @@ fn keys_agree(value: &serde_json::Value, object: &'static fields::Object, path: 
         }
     }
 }
+
+proptest::proptest! {
+    /// Whatever a file holds: an answer and no panic, and lines that exist.
+    #[test]
+    fn damaged_files_get_an_answer(cut in 0usize..GOOD.len(), len in 0usize..40, junk in "[-{}\\[\\]:,&*!|>'\"%#?@ \n\ta-z0-9é]{0,12}") {
+        let end = (cut + len).min(GOOD.len());
+        let text = format!("{}{junk}{}", &GOOD[..cut], &GOOD[end..]);
+        if let Err(error) = parse_all(&text, "-") {
+            let lines = text.lines().count() + 1;
+            proptest::prop_assert!(error.problems.iter().all(|p| (1..=lines).contains(&p.line)), "{error} in {text:?}");
+        }
+    }
+}
