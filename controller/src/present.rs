@@ -6,7 +6,7 @@
 use wallaby_coordination::{FlowEntry, WorkerInfo};
 use wallaby_model::condition::{Condition, ConditionStatus, ConditionType, Progress, TaskPhase, TaskStatus, Timestamp};
 use wallaby_model::flow::SinkSpec;
-use wallaby_model::{TaskId, TaskKind, WorkerId, api};
+use wallaby_model::{Position, TaskId, TaskKind, WorkerId, api};
 use wallaby_proto::v1;
 
 use crate::view::{TaskView, View};
@@ -66,7 +66,7 @@ pub fn sink(view: &View, entry: &FlowEntry, spec: &SinkSpec) -> v1::Sink {
             .map(|kind| condition_message(&told.condition(kind)))
             .into(),
         task: Some(told.task()),
-        progress: told.progress().map(|(progress, at)| sink_progress(progress, at)),
+        progress: told.progress().map(|(progress, at)| sink_progress(progress, staged_by_capture(view, entry), at)),
     }
 }
 
@@ -308,10 +308,20 @@ fn capture_progress(progress: &Progress, at: Timestamp) -> v1::CaptureProgress {
     }
 }
 
-fn sink_progress(progress: &Progress, at: Timestamp) -> v1::SinkProgress {
+/// The log's end as the capture says it: a sink's task knows only what it has read so far.
+fn staged_by_capture(view: &View, entry: &FlowEntry) -> Option<Position> {
+    let capture = Told::of(view, entry, &TaskId::capture(&entry.flow));
+    capture.progress().and_then(|(progress, _)| progress.staged)
+}
+
+fn sink_progress(progress: &Progress, log_end: Option<Position>, at: Timestamp) -> v1::SinkProgress {
+    let behind_the_log = match (log_end, progress.applied) {
+        (Some(end), Some(applied)) => end.commit.0.saturating_sub(applied.commit.0),
+        _ => 0,
+    };
     v1::SinkProgress {
         position: progress.applied.map(|position| position.to_string()).unwrap_or_default(),
-        lag_bytes: progress.lag_bytes.unwrap_or(0),
+        lag_bytes: progress.lag_bytes.unwrap_or(0).max(behind_the_log),
         lag: progress.lag_ms.map(milliseconds),
         rows_total: progress.rows,
         report_time: Some(timestamp(at)),
