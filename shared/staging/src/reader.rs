@@ -235,6 +235,8 @@ impl LogReader {
     /// The place is searched by position.
     fn numbered_anew(&mut self) -> StagingError {
         (self.next, self.last, self.expected) = (None, None, None);
+        // The cache may still have the old life's records under the sequences that come: the servers say which life this is.
+        self.state.incarnation = None;
         StagingError::unavailable("the reader's place", "the log was purged or numbered anew")
     }
 
