@@ -6,8 +6,7 @@ use std::process::Command;
 use wallaby_stack::Folder;
 
 /// `EXT4_IOC_SHUTDOWN` with `NOLOGFLUSH`, through perl: the call is unsafe in Rust, and perl is on every Debian.
-const POWER_CUT: &str =
-    r#"open(my $disk, "<", $ARGV[0]) or die "open: $!"; ioctl($disk, 0x8004587d, pack("I", 2)) or die "ioctl: $!""#;
+const POWER_CUT: &str = r#"open(my $disk, "<", $ARGV[0]) or die "open: $!"; my $flags = pack("I", 2); ioctl($disk, 0x8004587d, $flags) or die "ioctl: $!""#;
 
 /// A mounted disk. Dropping it unmounts it.
 #[derive(Debug)]
@@ -36,6 +35,14 @@ impl Disk {
     /// Where it is mounted.
     pub fn path(&self) -> &Path {
         &self.mounted_at
+    }
+
+    /// Puts everything written so far on the disk, as the servers do now and then.
+    ///
+    /// # Errors
+    /// When the disk is gone.
+    pub fn sync(&self) -> Result<(), String> {
+        run("sync", &["-f", &text(&self.mounted_at)])
     }
 
     /// Cuts the power: nothing that was not synced reaches the disk any more, every write fails.

@@ -87,7 +87,7 @@ fn sum(text: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
         let fits = wanted.iter().all(|label| series.contains(label.as_str()));
         fits.then(|| value.trim().parse::<f64>().ok()).flatten()
     };
-    text.lines().filter_map(of_line).sum()
+    text.lines().filter_map(of_line).fold(0.0, |sum, value| sum + value)
 }
 
 #[cfg(test)]

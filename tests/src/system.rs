@@ -19,7 +19,7 @@ use crate::traffic::{LEDGER, Traffic, connect};
 
 /// How long a dead worker's tasks stay without an owner.
 pub const LEASE_TTL: Duration = Duration::from_secs(2);
-const LOG_LINES: usize = 40;
+const LOG_LINES: usize = 60;
 
 /// How a system is set up.
 #[derive(Clone, Debug)]
@@ -165,7 +165,7 @@ impl System {
             ("WALLABY_ETCD", self.etcd.endpoints().join(",")),
             ("WALLABY_NATS", self.nats.client_url()),
             ("WALLABY_NATS_MONITORING", self.nats.monitoring_urls().join(",")),
-            ("WALLABY_LOG", "info".to_owned()),
+            ("WALLABY_LOG", std::env::var("WALLABY_LOG").unwrap_or_else(|_| "info".to_owned())),
             ("SHOP_DSN", self.source_dsn()),
             ("WAREHOUSE_DSN", self.target_dsn()),
         ]

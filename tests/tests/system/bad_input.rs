@@ -35,7 +35,7 @@ async fn a_source_that_does_not_fit_is_described_and_goes_on_once_it_is_mended()
     let _alone = alone().await;
     let mut system = System::start(small()).await;
     let admin = system.source().await;
-    admin.batch_execute("CREATE ROLE clerk LOGIN PASSWORD 'right'; CREATE TABLE bare (a int)").await.unwrap();
+    admin.batch_execute("CREATE ROLE clerk LOGIN PASSWORD 'right'").await.unwrap();
     let port = system.postgres.port();
     let clerk = |password: &str| format!("{{ value: \"postgres://clerk:{password}@127.0.0.1:{port}/shop\" }}");
     let base = || FlowFile { replicas: 1, ..FlowFile::default() };
@@ -51,6 +51,7 @@ async fn a_source_that_does_not_fit_is_described_and_goes_on_once_it_is_mended()
     applied(&system, &FlowFile { tables: "[public.orders, public.nowhere]".to_owned(), ..base() }).await;
     describes(&system, "unknown table", &["TableMissing", "public.nowhere", "publication.tables"]).await;
 
+    admin.batch_execute("CREATE TABLE bare (a int)").await.unwrap();
     applied(&system, &base()).await;
     describes(&system, "table without key", &["TableWithoutKey", "public.bare", "REPLICA IDENTITY FULL"]).await;
 
@@ -121,16 +122,6 @@ async fn mistakes_at_the_command_line_say_what_to_do() {
     let said = second.process().log_tail(20).to_string();
     assert_ne!(exit.code, Some(0));
     assert!(said.contains(&listen) && said.contains("--listen"), "{said}");
-
-    // A second worker under a name that is taken.
-    let name = system.workers[0].name().to_owned();
-    let arguments = ["--name", &name, "--lease-ttl", "2s"].map(str::to_owned);
-    let twin = Program::spawn("twin", "wallaby-worker", folder.path(), &arguments, &environment);
-    eventually(PATIENCE, "the second worker says that its name is taken", async || {
-        let said = twin.process().log_tail(30).to_string();
-        if said.contains(&name) && said.contains("name") && said.contains("WARN") { Ok(()) } else { Err(said) }
-    })
-    .await;
 
     // Nobody is there: etcd and NATS for a worker, the controller for the command line.
     let nowhere =

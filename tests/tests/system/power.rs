@@ -35,6 +35,11 @@ async fn power_cut(sync_interval: SyncInterval) {
     let (mut system, traffic) = System::start_with_traffic(Plan { nats, ..Plan::default() }, 200).await;
     for _ in 0..rounds(3) {
         system.row_passes().await;
+        for disk in &disks {
+            disk.sync().unwrap();
+        }
+        // What comes now is acknowledged, applied and, unless every write is synced, on no disk.
+        system.row_passes().await;
         let at = Instant::now();
         for disk in &disks {
             disk.cut_power().unwrap();
@@ -45,6 +50,19 @@ async fn power_cut(sync_interval: SyncInterval) {
         }
         system.nats.start_again().await.unwrap();
         system.recovers(&format!("power cut under NATS, {sync_interval:?}"), at, &traffic).await;
+        if sync_interval != SyncInterval::Always {
+            tail_was_lost(&system).await;
+        }
     }
     system.all_is_equal(traffic).await;
+}
+
+/// The cut took something that was acknowledged, or nothing is shown.
+async fn tail_was_lost(system: &System) {
+    let mut lost = 0.0;
+    for worker in &system.workers {
+        lost += worker.metric("wallaby_log_tail_lost_total", &[]).await.unwrap();
+    }
+    println!("acknowledged tails that were lost and published again: {lost}");
+    assert!(lost >= 1.0, "the power cut took nothing that was acknowledged");
 }
