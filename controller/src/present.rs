@@ -310,8 +310,8 @@ fn capture_progress(progress: &Progress, at: Timestamp) -> v1::CaptureProgress {
 
 /// The log's end as the capture says it: a sink's task knows only what it has read so far.
 fn staged_by_capture(view: &View, entry: &FlowEntry) -> Option<Position> {
-    let capture = Told::of(view, entry, &TaskId::capture(&entry.flow));
-    capture.progress().and_then(|(progress, _)| progress.staged)
+    let capture = TaskId::capture(&entry.flow);
+    Told::of(view, entry, &capture).progress().and_then(|(progress, _)| progress.staged)
 }
 
 fn sink_progress(progress: &Progress, log_end: Option<Position>, at: Timestamp) -> v1::SinkProgress {
