@@ -16,6 +16,7 @@ mod stage;
 use std::time::Instant;
 
 use wallaby_coordination::Mark;
+use wallaby_model::Nonce;
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_staging::LogWriter;
 
@@ -30,6 +31,8 @@ pub(crate) use error::{CaptureError, Directive};
 pub(crate) struct Owned {
     /// The log's writer, once the fence landed and the first resume was written.
     pub(crate) writer: Option<LogWriter>,
+    /// What our fences carry: one for the whole ownership, or a second try would meet the first one's fence as a stranger's.
+    pub(crate) nonce: Option<Nonce>,
     /// Rows handed to the log.
     pub(crate) rows: u64,
     /// Transactions that have rows in what was handed to the log.

@@ -45,7 +45,8 @@ pub async fn run(
         Some(_) => None,
         None => {
             enter(context, TaskPhase::Fencing, "the fence");
-            Some(LogWriter::take_over(&log, epoch, Nonce::random(), writer_options(context, &log).await).await?)
+            let nonce = *owned.nonce.get_or_insert_with(Nonce::random);
+            Some(LogWriter::take_over(&log, epoch, nonce, writer_options(context, &log).await).await?)
         }
     };
     enter(context, TaskPhase::SlotWait, "the source");
