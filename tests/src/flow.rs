@@ -37,7 +37,9 @@ impl fmt::Display for FlowFile {
         let FlowFile { source, tables, source_lines, max_bytes, large_transaction_bytes, replicas } = self;
         writeln!(f, "apiVersion: wallaby/v1\nkind: Flow\nmetadata: {{ name: shop }}\nspec:\n  source:\n    postgres:")?;
         writeln!(f, "      dsn: {source}")?;
-        writeln!(f, "      publication: {{ create: true, tables: {tables}, exclude: [public.audit_log] }}")?;
+        // What is not taken in by a pattern cannot be left out.
+        let exclude = if tables.contains('*') { ", exclude: [public.audit_log]" } else { "" };
+        writeln!(f, "      publication: {{ create: true, tables: {tables}{exclude} }}")?;
         writeln!(f, "      snapshot: never\n      largeTransactionBytes: {large_transaction_bytes}")?;
         for line in source_lines {
             writeln!(f, "      {line}")?;
