@@ -97,7 +97,7 @@ impl FrameReader {
         match first.await? {
             Some(bytes) => self.finish_gulp(bytes).await.map(Some),
             None => {
-                self.policy.after_gulp(0);
+                self.policy.after_gulp(0, std::time::Instant::now());
                 Ok(None)
             }
         }
@@ -128,7 +128,7 @@ impl FrameReader {
             }
         }
         metrics::gulp(gulp);
-        let length = self.policy.after_gulp(gulp);
+        let length = self.policy.after_gulp(gulp, std::time::Instant::now());
         if !length.is_zero() {
             let armed = match &mut self.pause {
                 Some(pause) => pause.arm(length),
