@@ -221,7 +221,7 @@ async fn h14_a_frozen_owner_that_holds_locks_is_ended() {
     point.reached().await;
     // The fault landed: a session of epoch 2 is idle inside its transaction and holds the lock on the checkpoint.
     let held = "SELECT count(*) FROM pg_stat_activity a JOIN pg_locks l USING (pid) WHERE state = 'idle in transaction' \
-        AND application_name LIKE 'wallaby/%/2' AND relation = 'wallaby.checkpoints'::regclass AND granted";
+        AND application_name LIKE 'wallaby/%/2' AND datname = current_database() AND relation = 'wallaby.checkpoints'::regclass AND granted";
     assert_ne!(query(&target.database, held).await, rows(&[&["0"]]));
     let mut young = target.sink();
     let opened = tokio::time::timeout(Duration::from_secs(10), young.open(Epoch(3))).await.unwrap().unwrap();
@@ -243,7 +243,7 @@ async fn h14_a_zombies_commit_is_refused_by_the_epoch() {
     apply(&mut zombie, &log.batch()).await;
     let mut young = target.make(Faults { keep_older_sessions: true, ..Faults::default() }, Arc::new(EmptySource));
     assert_eq!(young.open(Epoch(2)).await.unwrap().sessions_ended, 0);
-    let alive = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'wallaby/%/1'";
+    let alive = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'wallaby/%/1' AND datname = current_database()";
     assert_eq!(query(&target.database, alive).await, rows(&[&["1"]]));
     log.transaction([Change::update(&items, item(1, 2, "zombie"))]);
     let refused = try_apply(&mut zombie, &log.batch()).await;

@@ -65,7 +65,7 @@ pub async fn run(
         .map(|seen| SourceIdentity { system_identifier: seen.system_identifier, timeline: seen.timeline });
     enter(context, TaskPhase::Resuming, "the log");
     if let Some(takeover) = takeover {
-        let (position, rewind) = resume_position(context, &takeover, &prepared).await?;
+        let (position, rewind) = resume_position(context, &takeover, &mut prepared).await?;
         // Before the resume record is written: one of a server that is refused would vouch for it to the next owner.
         prepared.verify(position, previous.as_ref()).await?;
         let info = resume_info(demand, prepared.identity(), rewind);
@@ -147,7 +147,7 @@ async fn set_up_source(config: &ConnectConfig, demand: &CaptureDemand, is_first:
 async fn resume_position(
     context: &TaskContext,
     takeover: &Takeover,
-    prepared: &Prepared,
+    prepared: &mut Prepared,
 ) -> Result<(Position, bool), CaptureError> {
     let confirmed = Position::before(prepared.slot().confirmed_flush);
     let staged = context.lock.found_checkpoint().and_then(|checkpoint| checkpoint.position);
@@ -162,7 +162,15 @@ async fn resume_position(
             tracing::error!(task = %context.task, %end, %claimed, "the log lost its tail: publishing it again");
             Ok((end, true))
         }
-        TailVerdict::Lost { end, claimed } => Err(CaptureError::LogLost { found: end, staged: claimed, confirmed }),
+        TailVerdict::Lost { end, claimed } => {
+            // Nobody but the slot is past the log's end: somebody moved the slot, and no staged change is missing.
+            if let Some(end) = end
+                && staged.max(furthest_sink).is_none_or(|known| known <= end)
+            {
+                prepared.verify(end, None).await?;
+            }
+            Err(CaptureError::LogLost { found: end, staged: claimed, confirmed })
+        }
     }
 }
 

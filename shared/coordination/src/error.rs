@@ -135,6 +135,11 @@ pub enum Error {
         /// The reader.
         reader: SinkId,
     },
+    /// A worker of this id has a lease.
+    #[error(
+        "a worker named {0} is alive: give this one another --name (WALLABY_WORKER_NAME), or end the other. One that was killed is gone when its lease ends"
+    )]
+    NameTaken(WorkerId),
     /// No worker of this id has a lease.
     #[error("there is no worker {0}: `wallaby workers` lists those that are alive")]
     WorkerNotFound(WorkerId),
@@ -146,7 +151,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// Whether the same call may succeed later without anybody changing anything.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Error::Unreachable { .. })
+        matches!(self, Error::Unreachable { .. } | Error::NameTaken(_))
     }
 
     /// Whether the caller no longer owns what it acted for: it stops without another write.

@@ -101,7 +101,13 @@ impl WorkerSession {
             _watches: watches,
         };
         let session = WorkerSession { inner: Arc::new(inner) };
-        session.update_info(&info).await?;
+        if let Err(error) = session.announce(&info).await {
+            // The lease holds nothing yet; the next try has one of its own.
+            if let Err(error) = session.revoke().await {
+                tracing::debug!(%error, "a lease that is of no use was not given up");
+            }
+            return Err(error);
+        }
         Ok(session)
     }
 
@@ -143,6 +149,22 @@ impl WorkerSession {
     /// The tasks whose locks this session holds.
     pub fn tasks(&self) -> Vec<TaskId> {
         self.inner.registry.tasks()
+    }
+
+    /// Announces the worker for the first time: two live workers never share a name.
+    async fn announce(&self, info: &WorkerInfo) -> Result<()> {
+        let coordination = &self.inner.coordination;
+        let key = coordination.keys().text(&Key::Worker(self.inner.worker.clone()));
+        let value = encode(&key, info)?;
+        let lease = self.inner.lease.id();
+        let put = vec![TxnOp::put(key.clone(), value, Some(PutOptions::new().with_lease(lease)))];
+        let free = vec![Compare::create_revision(key.clone(), CompareOp::Equal, 0)];
+        let txn = Txn::new().when(free).and_then(put).or_else(vec![TxnOp::get(key, None)]);
+        let outcome = coordination.transact("announcing the worker", txn).await;
+        let outcome = outcome.map_err(|error| self.inner.name_holder(error))?;
+        // A repeated attempt may find what an earlier one of this very call wrote.
+        let is_ours = outcome.read(0).is_some_and(|found| found.lease == lease);
+        if outcome.succeeded || is_ours { Ok(()) } else { Err(Error::NameTaken(self.inner.worker.clone())) }
     }
 
     /// Announces the worker anew (its load, that it drains).

@@ -190,3 +190,15 @@ async fn an_etcd_that_is_down_is_named() {
     let bad = Coordination::connect(&["http://not a host"], options("/wallaby")).await;
     assert!(matches!(bad, Err(Error::Settings(_))), "{bad:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_live_workers_never_share_a_name() {
+    let (_scope, coordination) = shared("names").await;
+    let first = worker(&coordination, "w1", lease(3, true)).await;
+    let (name, options) = (WorkerId::new("w1").unwrap(), lease(3, true));
+    let second = wallaby_coordination::WorkerSession::start(&coordination, name.clone(), info(), options).await;
+    let Err(error) = second else { panic!("two live workers share a name") };
+    assert!(error.is_transient() && error.to_string().contains("--name"), "{error}");
+    first.revoke().await.unwrap();
+    worker(&coordination, "w1", lease(3, true)).await;
+}
