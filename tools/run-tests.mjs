@@ -103,7 +103,7 @@ async function runBinary(binary) {
     const event = parse(line);
     if (event?.type !== "test") return;
     if (event.event === "started") open.add(event.name);
-    else {
+    else if (event.event !== "timeout") {
       open.delete(event.name);
       record(`${label} ${event.name}`, event);
     }

@@ -23,8 +23,10 @@ use crate::{metrics, secret, status};
 
 /// How often figures are brought up to date.
 const TICK: Duration = Duration::from_secs(1);
-/// How often checkpoint and hold in etcd follow the sink.
+/// How often the checkpoint in etcd follows the sink.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
+/// How often the hold follows: a full log gets room no faster than this.
+const HOLD_EVERY: Duration = Duration::from_secs(3);
 /// A sink that has nothing to apply is told so rarely: its position moves on heartbeats alone.
 const IDLE_MOVE_EVERY: Duration = Duration::from_secs(5);
 /// The sink's sessions are given up and opened again after this long without an answer.
@@ -181,7 +183,8 @@ impl Run<'_> {
         tokio::pin!(ending);
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut holds = tokio::time::interval(CHECKPOINT_EVERY);
+        let mut holds = tokio::time::interval(HOLD_EVERY);
+        holds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             if context.shared.failpoints.fires_once(Failpoint::HangApply) {
                 // Without a named wait, or it would count as one.
