@@ -161,7 +161,11 @@ impl<'a> Told<'a> {
         let spec = &entry.record.document.spec;
         let is_paused = spec.paused
             || match &id.kind {
-                TaskKind::Capture => false,
+                TaskKind::Capture
+                | TaskKind::Run(_)
+                | TaskKind::Chunk(..)
+                | TaskKind::Load(..)
+                | TaskKind::Verify(_) => false,
                 TaskKind::Apply(name) => spec.sinks.iter().any(|sink| sink.name == *name && sink.paused),
             };
         Told { view, entry, id, task, status, is_paused }
@@ -208,7 +212,7 @@ impl<'a> Told<'a> {
                 TaskKind::Apply(sink) if !self.entry.record.document.spec.paused => {
                     format!("{flow}/{sink}` lets it go on. The log keeps what it needs meanwhile")
                 }
-                TaskKind::Apply(_) => format!("{flow}` lets it go on"),
+                _ => format!("{flow}` lets it go on"),
             };
             return say("Paused", format!("paused by request; `wallaby resume {what}"));
         }

@@ -139,7 +139,14 @@ impl View {
             Key::WorkerDrain(worker) => {
                 self.draining.insert(worker.clone());
             }
-            Key::FlowHold(..) | Key::FlowPurge(_) | Key::ControllerLeader => {}
+            Key::FlowHold(..)
+            | Key::FlowPurge(_)
+            | Key::RunSpec(..)
+            | Key::RunPlan(..)
+            | Key::RunChunk(..)
+            | Key::RunLoaded(..)
+            | Key::RunSink(..)
+            | Key::ControllerLeader => {}
         }
         Ok(())
     }
@@ -153,7 +160,14 @@ impl View {
             Key::TaskCheckpoint(task) => self.edit_task(task, |view| view.has_checkpoint = false),
             Key::Worker(worker) => drop(self.workers.remove(worker)),
             Key::WorkerDrain(worker) => drop(self.draining.remove(worker)),
-            Key::FlowHold(..) | Key::FlowPurge(_) | Key::ControllerLeader => {}
+            Key::FlowHold(..)
+            | Key::FlowPurge(_)
+            | Key::RunSpec(..)
+            | Key::RunPlan(..)
+            | Key::RunChunk(..)
+            | Key::RunLoaded(..)
+            | Key::RunSink(..)
+            | Key::ControllerLeader => {}
         }
     }
 

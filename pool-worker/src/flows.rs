@@ -91,6 +91,7 @@ pub fn demand(flow: Option<&Flow>, task: &TaskId) -> Demand {
             }
             _ => Demand::Nothing,
         },
+        TaskKind::Run(_) | TaskKind::Chunk(..) | TaskKind::Load(..) | TaskKind::Verify(_) => Demand::Nothing,
     }
 }
 

@@ -165,6 +165,7 @@ async fn run(context: Arc<TaskContext>) -> TaskEnd {
     match &context.task.kind {
         TaskKind::Capture => capture::run(&context).await,
         TaskKind::Apply(_) => apply::run(&context).await,
+        TaskKind::Run(_) | TaskKind::Chunk(..) | TaskKind::Load(..) | TaskKind::Verify(_) => TaskEnd::Released(None),
     }
 }
 

@@ -1,8 +1,9 @@
 //! What a sink is asked to apply.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use wallaby_model::{Epoch, Position, SegmentBody, TableChanges, Transaction};
+use wallaby_model::{Epoch, Position, SegmentBody, TableChanges, TableName, Transaction};
 
 /// One segment's share of a batch: its rows with `after < position <= up_to`.
 #[derive(Clone, Debug)]
@@ -13,18 +14,48 @@ pub struct BatchPart {
     pub after: Position,
     /// Rows past this are not part of the batch.
     pub up_to: Position,
+    /// Which tables' rows are part of it; `None`: all of them.
+    pub tables: Option<Arc<TableFilter>>,
 }
 
 impl BatchPart {
     /// The part's rows by table and shape, without copying.
     pub fn tables(&self) -> impl Iterator<Item = TableChanges> + '_ {
-        let slices = self.body.tables.iter().map(|table| table.slice(&self.body.transactions, self.after, self.up_to));
+        let slices = self.body.tables.iter().filter_map(|table| {
+            let after = match &self.tables {
+                None => self.after,
+                Some(filter) => filter.after(&table.schema.table)?.max(self.after),
+            };
+            Some(table.slice(&self.body.transactions, after, self.up_to))
+        });
         slices.filter(|table| table.rows.num_rows() > 0)
     }
 
     /// The transactions that `_txn` counts.
     pub fn transactions(&self) -> &[Transaction] {
         &self.body.transactions
+    }
+}
+
+/// Which tables a reader takes rows of, and from where on (architecture.md, "Snapshot": a sink's checkpoint has a state per table).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TableFilter {
+    /// Tables whose rows past a position are taken.
+    pub taken: HashMap<TableName, Position>,
+    /// Whether rows of tables that are not in `taken` are taken, all of them.
+    pub others: bool,
+    /// Tables that are left out although `others` are taken.
+    pub left_out: HashSet<TableName>,
+}
+
+impl TableFilter {
+    /// The position past which rows of a table are taken; `None`: none of them.
+    pub fn after(&self, table: &TableName) -> Option<Position> {
+        match self.taken.get(table) {
+            Some(after) => Some(*after),
+            None if self.others && !self.left_out.contains(table) => Some(Position::ZERO),
+            None => None,
+        }
     }
 }
 

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use wallaby_model::{SegmentBody, TableSchema};
+use wallaby_model::{SegmentBody, TableName, TableSchema};
 
-use crate::SinkError;
+use crate::{SinkError, TableExtras};
 
 /// The values of a key, in the order of `TableSchema::key`, as Postgres' text form. `None` is NULL.
 pub type KeyValues = Vec<Option<String>>;
@@ -22,4 +22,13 @@ pub trait SourceLookup: Send + Sync {
     /// # Errors
     /// When the source cannot be reached or refuses; transient ones may be tried again.
     async fn row_by_key(&self, table: &Arc<TableSchema>, key: &KeyValues) -> Result<SourceRow, SinkError>;
+
+    /// What a table has at the source beyond columns and primary key, for a sink that made it. Empty when the table is gone.
+    ///
+    /// # Errors
+    /// When the source cannot be reached or refuses.
+    async fn extras(&self, table: &TableName) -> Result<TableExtras, SinkError> {
+        let _ = table;
+        Ok(TableExtras::default())
+    }
 }

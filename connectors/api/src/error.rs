@@ -36,6 +36,9 @@ pub enum SinkError {
         /// What a person can do.
         remedy: String,
     },
+    /// What was to be applied could not be read on: the log, or the side store. Whoever fed the sink knows more.
+    #[error("what is to be applied could not be read on: {0}")]
+    Interrupted(String),
     /// A write met a younger epoch, or our epoch was refused.
     #[error("fenced: {0}")]
     Fenced(String),
@@ -53,7 +56,7 @@ impl SinkError {
     /// What to do after this error.
     pub fn directive(&self) -> Directive {
         match self {
-            SinkError::Transient(_) => Directive::Retry(Duration::from_secs(1)),
+            SinkError::Transient(_) | SinkError::Interrupted(_) => Directive::Retry(Duration::from_secs(1)),
             SinkError::Position { .. } => Directive::Retry(Duration::ZERO),
             SinkError::Configuration { .. } | SinkError::Data { .. } => Directive::Stop,
             SinkError::Fenced(_) => Directive::GiveUp,

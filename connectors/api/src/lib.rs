@@ -8,12 +8,16 @@ mod catalog;
 pub mod conformance;
 mod error;
 mod faults;
+mod large;
+mod load;
 mod page;
 mod sink;
 
-pub use batch::{Batch, BatchPart};
+pub use batch::{Batch, BatchPart, TableFilter};
 pub use catalog::{KeyValues, SourceLookup, SourceRow};
 pub use error::{Directive, SinkError};
 pub use faults::{CommitFault, Faults, HangPoint};
+pub use large::{Portion, Portions};
+pub use load::{ChunkLoad, ChunkLoader, ChunkParts, Loaded, TableExtra, TableExtras, TableLoads, TableMark};
 pub use page::guarantees_page;
 pub use sink::{Applied, Capabilities, Guarantee, Opened, Sink, SinkFactory, SinkTask};

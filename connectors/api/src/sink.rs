@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use wallaby_model::{Epoch, Position, TaskId};
 
-use crate::{Batch, SinkError, SourceLookup};
+use crate::{Batch, ChunkLoader, Portion, Portions, SinkError, SourceLookup, TableLoads};
 
 /// What a sink promises; printed in the docs from this declaration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +85,29 @@ pub trait Sink: Send {
     /// `Position` when the sink does not stand at `batch.from`; `Fenced` after a takeover; else as classified.
     async fn apply(&mut self, batch: &Batch) -> Result<Applied, SinkError>;
 
+    /// Applies one transaction that is given out in portions, in one transaction of the sink: all of it or nothing of it is
+    /// seen, and memory stays within a few portions. The sink stands at `from` before, and at the end's `to` after it.
+    ///
+    /// # Errors
+    /// As `apply`; `Interrupted` when the portions could not be read on.
+    async fn apply_large(&mut self, from: Position, portions: &mut dyn Portions) -> Result<Applied, SinkError> {
+        // For sinks that keep a batch in memory anyway; one that has transactions does better.
+        let mut parts = Vec::new();
+        loop {
+            match portions.next().await? {
+                Portion::Rows(more) => parts.extend(more),
+                Portion::End { to, log_epoch } => {
+                    return self.apply(&Batch { from, to, log_epoch, parts }).await;
+                }
+            }
+        }
+    }
+
+    /// The first load's part of the sink; `None` for a sink that cannot be loaded.
+    fn loads(&mut self) -> Option<&mut dyn TableLoads> {
+        None
+    }
+
     /// Returns once everything applied so far is durable, and says up to where.
     ///
     /// # Errors
@@ -108,4 +131,10 @@ pub struct SinkTask {
 pub trait SinkFactory: Send + Sync {
     /// A new, unopened sink.
     fn make(&self, task: SinkTask) -> Box<dyn Sink>;
+
+    /// A new, unconnected loader of chunks; `None` for a sink that cannot be loaded.
+    fn make_loader(&self, task: SinkTask) -> Option<Box<dyn ChunkLoader>> {
+        let _ = task;
+        None
+    }
 }

@@ -131,6 +131,7 @@ pub(crate) fn slice(parts: &[BatchPart], after: Position, up_to: Position) -> Ve
         body: Arc::clone(&part.body),
         after: part.after.max(after),
         up_to: part.up_to.min(up_to),
+        tables: part.tables.clone(),
     });
     narrowed.filter(|part| part.after < part.up_to).collect()
 }

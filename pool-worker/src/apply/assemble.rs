@@ -119,7 +119,7 @@ impl BatchAssembler {
                 break;
             }
             if let Some(body) = &segment.body {
-                parts.push(BatchPart { body: Arc::clone(body), after, up_to: to.min(segment.to) });
+                parts.push(BatchPart { body: Arc::clone(body), after, up_to: to.min(segment.to), tables: None });
             }
         }
         Some(Batch { from: self.at, to, log_epoch: epoch, parts })

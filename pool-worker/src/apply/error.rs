@@ -78,6 +78,7 @@ impl ApplyError {
             ApplyError::Secret { .. } => "SecretMissing",
             ApplyError::SourceDsn(_) => "DsnInvalid",
             ApplyError::Sink(SinkError::Transient(_)) => "SinkUnavailable",
+            ApplyError::Sink(SinkError::Interrupted(_)) => "LogInterrupted",
             ApplyError::Sink(SinkError::Configuration { .. }) => "SinkConfiguration",
             ApplyError::Sink(SinkError::Data { .. }) => "SinkData",
             ApplyError::Sink(SinkError::Fenced(_)) => "Fenced",

@@ -109,6 +109,7 @@ fn decode(accepted: Accepted) -> Result<Option<AcceptedSegment>, ApplyError> {
             Some(Arc::new(decoded))
         }
         RecordKind::Heartbeat { .. } | RecordKind::Resume { .. } => None,
+        RecordKind::Splice { .. } => return Err(ApplyError::Invalid),
         RecordKind::Fence { .. } => return Ok(None),
     };
     Ok(Some(AcceptedSegment {

@@ -130,6 +130,7 @@ impl CaptureError {
             StagingError::Missing { .. } | StagingError::TailLost { .. } => "LogLost",
             StagingError::Fenced { .. } | StagingError::EpochTaken { .. } => "Fenced",
             StagingError::NotContinuing { .. } | StagingError::Closed { .. } => "LogInterrupted",
+            StagingError::SideFull { .. } => "SideStoreFull",
             StagingError::TooLarge { .. } => "RowTooLarge",
             StagingError::Gap { .. } => "LogGap",
             StagingError::PastHold { .. } => "PastHold",

@@ -1,6 +1,6 @@
 //! The key space of protocol.md, in one place: names go in typed and come out typed.
 
-use wallaby_model::{FlowId, SinkId, TaskId, WorkerId};
+use wallaby_model::{ChunkId, FlowId, RunId, SinkId, TaskId, WorkerId};
 
 use crate::{Error, Result};
 
@@ -15,6 +15,16 @@ pub enum Key {
     FlowHold(FlowId, SinkId),
     /// `flows/<F>/purge`: up to where the log may be gone.
     FlowPurge(FlowId),
+    /// `flows/<F>/runs/<N>/spec`: what is asked of a run.
+    RunSpec(FlowId, RunId),
+    /// `flows/<F>/runs/<N>/plan`: its plan, by its owner.
+    RunPlan(FlowId, RunId),
+    /// `flows/<F>/runs/<N>/chunks/<K>`: a chunk that is read.
+    RunChunk(FlowId, RunId, ChunkId),
+    /// `flows/<F>/runs/<N>/loaded/<S>/<K>`: a chunk that a sink has.
+    RunLoaded(FlowId, RunId, SinkId, ChunkId),
+    /// `flows/<F>/runs/<N>/sinks/<S>`: how far a sink is in a run.
+    RunSink(FlowId, RunId, SinkId),
     /// `tasks/<T>/lock`: who owns a task, under the worker's lease.
     TaskLock(TaskId),
     /// `tasks/<T>/status`: what its owner says.
@@ -65,6 +75,13 @@ impl KeySpace {
             Key::FlowStatus(flow) => format!("{prefix}/flows/{flow}/status"),
             Key::FlowHold(flow, reader) => format!("{prefix}/flows/{flow}/holds/{reader}"),
             Key::FlowPurge(flow) => format!("{prefix}/flows/{flow}/purge"),
+            Key::RunSpec(flow, run) => format!("{prefix}/flows/{flow}/runs/{run}/spec"),
+            Key::RunPlan(flow, run) => format!("{prefix}/flows/{flow}/runs/{run}/plan"),
+            Key::RunChunk(flow, run, chunk) => format!("{prefix}/flows/{flow}/runs/{run}/chunks/{chunk}"),
+            Key::RunLoaded(flow, run, sink, chunk) => {
+                format!("{prefix}/flows/{flow}/runs/{run}/loaded/{sink}/{chunk}")
+            }
+            Key::RunSink(flow, run, sink) => format!("{prefix}/flows/{flow}/runs/{run}/sinks/{sink}"),
             Key::TaskLock(task) => format!("{prefix}/tasks/{task}/lock"),
             Key::TaskStatus(task) => format!("{prefix}/tasks/{task}/status"),
             Key::TaskCheckpoint(task) => format!("{prefix}/tasks/{task}/checkpoint"),
@@ -83,6 +100,17 @@ impl KeySpace {
             ["flows", flow, "status"] => Key::FlowStatus(flow.parse().ok()?),
             ["flows", flow, "holds", reader] => Key::FlowHold(flow.parse().ok()?, reader.parse().ok()?),
             ["flows", flow, "purge"] => Key::FlowPurge(flow.parse().ok()?),
+            ["flows", flow, "runs", run, "spec"] => Key::RunSpec(flow.parse().ok()?, run.parse().ok()?),
+            ["flows", flow, "runs", run, "plan"] => Key::RunPlan(flow.parse().ok()?, run.parse().ok()?),
+            ["flows", flow, "runs", run, "chunks", chunk] => {
+                Key::RunChunk(flow.parse().ok()?, run.parse().ok()?, chunk.parse().ok()?)
+            }
+            ["flows", flow, "runs", run, "loaded", sink, chunk] => {
+                Key::RunLoaded(flow.parse().ok()?, run.parse().ok()?, sink.parse().ok()?, chunk.parse().ok()?)
+            }
+            ["flows", flow, "runs", run, "sinks", sink] => {
+                Key::RunSink(flow.parse().ok()?, run.parse().ok()?, sink.parse().ok()?)
+            }
             ["tasks", task, "lock"] => Key::TaskLock(task.parse().ok()?),
             ["tasks", task, "status"] => Key::TaskStatus(task.parse().ok()?),
             ["tasks", task, "checkpoint"] => Key::TaskCheckpoint(task.parse().ok()?),
@@ -106,6 +134,16 @@ impl KeySpace {
     /// The prefix of a flow's holds.
     pub fn holds(&self, flow: &FlowId) -> String {
         format!("{}/flows/{flow}/holds/", self.prefix)
+    }
+
+    /// The prefix of everything about a flow's runs.
+    pub fn runs(&self, flow: &FlowId) -> String {
+        format!("{}/flows/{flow}/runs/", self.prefix)
+    }
+
+    /// The prefix of everything about one run.
+    pub fn run(&self, flow: &FlowId, run: RunId) -> String {
+        format!("{}/flows/{flow}/runs/{run}/", self.prefix)
     }
 
     /// The prefix of everything about all tasks.
@@ -149,7 +187,12 @@ mod tests {
         for key in [
             Key::FlowSpec(flow.clone()),
             Key::FlowStatus(flow.clone()),
-            Key::FlowHold(flow.clone(), sink),
+            Key::FlowHold(flow.clone(), sink.clone()),
+            Key::RunSpec(flow.clone(), RunId(3)),
+            Key::RunPlan(flow.clone(), RunId(3)),
+            Key::RunChunk(flow.clone(), RunId(3), ChunkId { table: 1, restart: 2, number: 30 }),
+            Key::RunLoaded(flow.clone(), RunId(3), sink.clone(), ChunkId { table: 1, restart: 2, number: 30 }),
+            Key::RunSink(flow.clone(), RunId(3), sink),
             Key::FlowPurge(flow.clone()),
             Key::TaskLock(task.clone()),
             Key::TaskStatus(task.clone()),

@@ -20,8 +20,16 @@ pub enum IdError {
         text: String,
     },
     /// The text is not a task id.
-    #[error("{0:?} is not a task id: expected <flow>.capture or <flow>.apply.<sink>")]
+    #[error(
+        "{0:?} is not a task id: expected <flow>.capture, <flow>.apply.<sink>, <flow>.run.<run>, <flow>.chunk.<run>.<chunk>, <flow>.load.<sink>.<run>.<chunk> or <flow>.verify.<operation>"
+    )]
     Task(String),
+    /// The text is not a run's number.
+    #[error("{0:?} is not the number of a snapshot run: expected a whole number from 1 on")]
+    Run(String),
+    /// The text is not a chunk's id.
+    #[error("{0:?} is not a chunk id: expected <table>-<restart>-<number>")]
+    Chunk(String),
     /// The text is not a worker id.
     #[error("{0:?} is not a worker id: use 1 to 63 letters, digits, dashes, dots and underscores")]
     Worker(String),
@@ -119,9 +127,18 @@ pub enum TaskKind {
     Capture,
     /// Reads the log and writes one sink.
     Apply(SinkId),
+    /// Owns a snapshot run: its slot, its exporting session, its plan.
+    Run(RunId),
+    /// Reads one chunk of a run from the source into the side store. Short.
+    Chunk(RunId, ChunkId),
+    /// Loads one chunk of a run from the side store into a sink. Short.
+    Load(SinkId, RunId, ChunkId),
+    /// Compares the source with a sink, once; the number of its operation.
+    Verify(u32),
 }
 
-/// The unit of leasing. Text form `<flow>.capture` or `<flow>.apply.<sink>`: fit for etcd keys and NATS subjects.
+/// The unit of leasing. Text form `<flow>.capture`, `<flow>.apply.<sink>`, `<flow>.run.<run>`, `<flow>.chunk.<run>.<chunk>`,
+/// `<flow>.load.<sink>.<run>.<chunk>`, `<flow>.verify.<operation>`: fit for etcd keys and NATS subjects.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TaskId {
     /// The flow it belongs to.
@@ -163,6 +180,10 @@ impl fmt::Display for TaskId {
         match &self.kind {
             TaskKind::Capture => write!(f, "{}.capture", self.flow),
             TaskKind::Apply(sink) => write!(f, "{}.apply.{}", self.flow, sink),
+            TaskKind::Run(run) => write!(f, "{}.run.{}", self.flow, run),
+            TaskKind::Chunk(run, chunk) => write!(f, "{}.chunk.{}.{}", self.flow, run, chunk),
+            TaskKind::Load(sink, run, chunk) => write!(f, "{}.load.{}.{}.{}", self.flow, sink, run, chunk),
+            TaskKind::Verify(operation) => write!(f, "{}.verify.{}", self.flow, operation),
         }
     }
 }
@@ -178,11 +199,22 @@ impl FromStr for TaskId {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let bad = || IdError::Task(text.to_owned());
-        let mut parts = text.split('.');
-        let flow = FlowId::new(parts.next().ok_or_else(bad)?).map_err(|_| bad())?;
-        let kind = match (parts.next(), parts.next(), parts.next()) {
-            (Some("capture"), None, None) => TaskKind::Capture,
-            (Some("apply"), Some(sink), None) => TaskKind::Apply(SinkId::new(sink).map_err(|_| bad())?),
+        let parts: Vec<&str> = text.split('.').collect();
+        let (name, rest) = parts.split_first().ok_or_else(bad)?;
+        let flow = FlowId::new(*name).map_err(|_| bad())?;
+        let kind = match rest {
+            ["capture"] => TaskKind::Capture,
+            ["apply", sink] => TaskKind::Apply(SinkId::new(*sink).map_err(|_| bad())?),
+            ["run", run] => TaskKind::Run(run.parse().map_err(|_| bad())?),
+            ["chunk", run, chunk] => {
+                TaskKind::Chunk(run.parse().map_err(|_| bad())?, chunk.parse().map_err(|_| bad())?)
+            }
+            ["load", sink, run, chunk] => TaskKind::Load(
+                SinkId::new(*sink).map_err(|_| bad())?,
+                run.parse().map_err(|_| bad())?,
+                chunk.parse().map_err(|_| bad())?,
+            ),
+            ["verify", operation] => TaskKind::Verify(operation.parse().map_err(|_| bad())?),
             _ => return Err(bad()),
         };
         Ok(TaskId { flow, kind })
@@ -199,6 +231,90 @@ impl<'de> Deserialize<'de> for TaskId {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
+}
+
+/// The number of a snapshot run inside its flow, from 1. A table's *run number* also tells its loads apart at a sink.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RunId(pub u32);
+
+impl fmt::Display for RunId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl fmt::Debug for RunId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "run {}", self.0)
+    }
+}
+
+impl FromStr for RunId {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match number(text) {
+            Some(number) if number > 0 => Ok(RunId(number)),
+            _ => Err(IdError::Run(text.to_owned())),
+        }
+    }
+}
+
+/// A chunk of a run: a range of pages of one relation of its plan. Text form `<table>-<restart>-<number>`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChunkId {
+    /// Index of the relation in the run's plan.
+    pub table: u32,
+    /// How often the relation was started again from nothing (it was rewritten, or its rows may not be mixed).
+    pub restart: u32,
+    /// The chunk's number in the relation, from 0.
+    pub number: u32,
+}
+
+impl fmt::Display for ChunkId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}-{}", self.table, self.restart, self.number)
+    }
+}
+
+impl fmt::Debug for ChunkId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "chunk {self}")
+    }
+}
+
+impl FromStr for ChunkId {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bad = || IdError::Chunk(text.to_owned());
+        let parts: Vec<Option<u32>> = text.split('-').map(number).collect();
+        match parts.as_slice() {
+            [Some(table), Some(restart), Some(number)] => {
+                Ok(ChunkId { table: *table, restart: *restart, number: *number })
+            }
+            _ => Err(bad()),
+        }
+    }
+}
+
+impl Serialize for ChunkId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for ChunkId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Digits only, as we write them: one text for one number.
+fn number(text: &str) -> Option<u32> {
+    let number: u32 = text.parse().ok()?;
+    (number.to_string() == text).then_some(number)
 }
 
 /// The id of a worker process: unique in the pool, a new one for every start.
@@ -306,10 +422,31 @@ mod tests {
     fn task_ids_round_trip() {
         let flow = FlowId::new("shop").unwrap();
         let sink = SinkId::new("warehouse").unwrap();
-        for task in [TaskId::capture(&flow), TaskId::apply(&flow, &sink)] {
+        let chunk = ChunkId { table: 3, restart: 0, number: 17 };
+        let kinds = [
+            TaskKind::Capture,
+            TaskKind::Apply(sink.clone()),
+            TaskKind::Run(RunId(2)),
+            TaskKind::Chunk(RunId(2), chunk),
+            TaskKind::Load(sink, RunId(2), chunk),
+            TaskKind::Verify(9),
+        ];
+        for kind in kinds {
+            let task = TaskId { flow: flow.clone(), kind };
             assert_eq!(task.to_string().parse::<TaskId>().unwrap(), task);
         }
-        for bad in ["shop", "shop.apply", "shop.capture.x", "shop.run", "Shop.capture"] {
+        for bad in [
+            "shop",
+            "shop.apply",
+            "shop.capture.x",
+            "shop.run",
+            "shop.run.0",
+            "shop.run.01",
+            "shop.chunk.1",
+            "shop.chunk.1.2-3",
+            "shop.load.a.1.+2-3-4",
+            "Shop.capture",
+        ] {
             assert!(bad.parse::<TaskId>().is_err(), "{bad}");
         }
     }

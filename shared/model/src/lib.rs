@@ -10,11 +10,14 @@ pub mod ids;
 pub mod offer;
 pub mod position;
 pub mod record;
+pub mod run;
 pub mod schema;
+pub mod splice;
 
 pub use change::{Op, SegmentBody, TableChanges, Transaction};
-pub use ids::{Epoch, FlowId, IdError, Nonce, PoolId, SinkId, TaskId, TaskKind, WorkerId};
+pub use ids::{ChunkId, Epoch, FlowId, IdError, Nonce, PoolId, RunId, SinkId, TaskId, TaskKind, WorkerId};
 pub use offer::Offer;
 pub use position::{Lsn, Position, PositionError};
 pub use record::{Codec, Record, RecordKind, ResumeInfo};
 pub use schema::{Column, ColumnType, ReplicaIdentity, SchemaId, TableName, TableSchema};
+pub use splice::{Attempt, Manifest, ManifestPart, Splice};

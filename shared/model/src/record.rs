@@ -59,6 +59,14 @@ pub enum RecordKind {
         /// How the body is packed.
         codec: Codec,
     },
+    /// The rest of a transaction whose rows stand in the side store; the body is a [`crate::Splice`]. `to` is the end of that
+    /// transaction, `(end_lsn, 0)`.
+    Splice {
+        /// The reader's end before this record: where the transaction begins, or how far it stands in the log.
+        from: Position,
+        /// The reader's end after it.
+        to: Position,
+    },
     /// Nothing happened up to `to`, which is of the form `(L, 0)`.
     Heartbeat {
         /// The reader's end before this record.
@@ -85,7 +93,7 @@ impl RecordKind {
         match self {
             RecordKind::Fence { .. } => None,
             RecordKind::Resume { position, .. } => Some(*position),
-            RecordKind::Data { to, .. } | RecordKind::Heartbeat { to, .. } => Some(*to),
+            RecordKind::Data { to, .. } | RecordKind::Splice { to, .. } | RecordKind::Heartbeat { to, .. } => Some(*to),
         }
     }
 
@@ -93,7 +101,7 @@ impl RecordKind {
     pub fn complete_to(&self) -> Option<Position> {
         match self {
             RecordKind::Data { complete_to, .. } => Some(*complete_to),
-            RecordKind::Heartbeat { to, .. } => Some(*to),
+            RecordKind::Splice { to, .. } | RecordKind::Heartbeat { to, .. } => Some(*to),
             RecordKind::Fence { .. } | RecordKind::Resume { .. } => None,
         }
     }

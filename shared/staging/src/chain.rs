@@ -40,7 +40,7 @@ impl Append {
     }
 
     fn is_data(&self) -> bool {
-        matches!(self.record.kind, RecordKind::Data { .. })
+        matches!(self.record.kind, RecordKind::Data { .. } | RecordKind::Splice { .. })
     }
 }
 

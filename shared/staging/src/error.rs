@@ -20,6 +20,18 @@ pub enum StagingError {
         /// What the client said.
         reason: String,
     },
+    /// A shelf of the side store has no room for another object.
+    #[error("the side store of flow {flow} has no room for {bytes} bytes more: {used} of {max} bytes are taken")]
+    SideFull {
+        /// The flow.
+        flow: FlowId,
+        /// What was to be kept.
+        bytes: u64,
+        /// What is taken.
+        used: u64,
+        /// The quota.
+        max: u64,
+    },
     /// A server with the bug in the sequence check that fencing rests on.
     #[error(
         "nats-server {version} at {server} is too old: appends are fenced by a check that is only right from 2.14.5 on; upgrade every server of the cluster"

@@ -14,6 +14,7 @@
 //! | [`writer`] | takeover, appends, resync: the owner's side |
 //! | [`durability`], [`sync`] | when an acknowledged record may be confirmed to Postgres; what the servers say of their fsync |
 //! | [`reader`] | a reader that heals itself, in front of it an optional cache |
+//! | [`side`] | the side store: what is too big or too early for the log |
 //! | [`retention`] | the purge, and what a tail that came back shorter means |
 //! | [`metrics`] | the names of what is counted |
 
@@ -30,6 +31,7 @@ pub mod record;
 pub mod retention;
 pub mod rule;
 pub mod segment_cache;
+pub mod side;
 pub mod sync;
 pub mod tail;
 mod takeover;
@@ -45,6 +47,7 @@ pub use record::{Incarnation, Staged};
 pub use retention::{Purged, Retention, TailClaims, TailVerdict, judge_tail};
 pub use rule::ReaderState;
 pub use segment_cache::{SegmentCache, SegmentKey};
+pub use side::{Shelf, ShelfUsage, SideGroup, SideKey, SideStore};
 pub use sync::{SyncPolicy, SyncReport, SyncSource, sync_policy};
 pub use tail::Tail;
 pub use takeover::Takeover;

@@ -174,6 +174,11 @@ pub fn encode(record: &Record, incarnation: Option<Incarnation>) -> HeaderMap {
             headers.insert(ROWS, rows.to_string());
             headers.insert(CODEC, codec_name(*codec));
         }
+        RecordKind::Splice { from, to } => {
+            headers.insert(KIND, "splice");
+            headers.insert(FROM, from.to_string());
+            headers.insert(TO, to.to_string());
+        }
         RecordKind::Heartbeat { from, to } => {
             headers.insert(KIND, "heartbeat");
             headers.insert(FROM, from.to_string());
@@ -232,6 +237,7 @@ fn decode_kind(headers: &HeaderMap) -> Result<RecordKind, RecordError> {
                 _ => return Err(RecordError::Unreadable("Wallaby-Codec")),
             },
         },
+        "splice" => RecordKind::Splice { from: position(FROM, "Wallaby-From")?, to: position(TO, "Wallaby-To")? },
         "heartbeat" => RecordKind::Heartbeat { from: position(FROM, "Wallaby-From")?, to: position(TO, "Wallaby-To")? },
         _ => return Err(RecordError::Unreadable("Wallaby-Kind")),
     })
@@ -284,6 +290,7 @@ mod tests {
                     RecordKind::Data { from, to, complete_to, rows, codec }
                 }
             ),
+            (position(), position()).prop_map(|(from, to)| RecordKind::Splice { from, to }),
             (position(), position()).prop_map(|(from, to)| RecordKind::Heartbeat { from, to }),
         ]
     }

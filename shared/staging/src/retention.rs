@@ -44,7 +44,9 @@ fn from_of(message: &LeaderMessage) -> Option<Position> {
     match message.staged.record.kind {
         RecordKind::Fence { .. } => None,
         RecordKind::Resume { position, .. } => Some(position),
-        RecordKind::Data { from, .. } | RecordKind::Heartbeat { from, .. } => Some(from),
+        RecordKind::Data { from, .. } | RecordKind::Splice { from, .. } | RecordKind::Heartbeat { from, .. } => {
+            Some(from)
+        }
     }
 }
 

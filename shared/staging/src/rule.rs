@@ -112,7 +112,7 @@ impl ReaderState {
             }
             RecordKind::Resume { position, info } => self.resume(*position, info.rewind),
             RecordKind::Data { from, to, complete_to, .. } => self.advance(*from, *to, *complete_to),
-            RecordKind::Heartbeat { from, to } => self.advance(*from, *to, *to),
+            RecordKind::Splice { from, to } | RecordKind::Heartbeat { from, to } => self.advance(*from, *to, *to),
         };
         if matches!(verdict, Verdict::Gap { .. }) {
             return verdict;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use wallaby_model::{Codec, Epoch, Lsn, Nonce, Position, Record, RecordKind, ResumeInfo};
+use wallaby_model::{Codec, Epoch, Lsn, Nonce, Position, Record, RecordKind, ResumeInfo, Splice};
 
 use crate::chain::Append;
 use crate::error::{Result, StagingError};
@@ -192,6 +192,17 @@ impl LogWriter {
         let DataAppend { from, to, complete_to, rows, codec, body } = data;
         let kind = RecordKind::Data { from, to, complete_to, rows, codec };
         self.hand_in(from, to, kind, body).await
+    }
+
+    /// Hands in a splice: the rest of a transaction whose parts and manifest are acknowledged by the side store. `to` is the end of
+    /// the transaction. As [`LogWriter::append`] otherwise.
+    ///
+    /// # Errors
+    /// As [`LogWriter::append`].
+    pub async fn splice(&self, from: Position, to: Position, splice: &Splice) -> Result<()> {
+        // A splice is a handful of numbers: it always serialises, and always fits.
+        let body = Bytes::from(serde_json::to_vec(splice).unwrap_or_default());
+        self.hand_in(from, to, RecordKind::Splice { from, to }, body).await
     }
 
     /// Hands in that nothing happened with a commit LSN below `to`. One that does not lie past [`LogWriter::end`] is no news and

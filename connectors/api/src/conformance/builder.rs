@@ -239,7 +239,7 @@ impl Log {
         for changes in pending.chunks(changes_max.max(1)) {
             let last = &changes[changes.len() - 1];
             let up_to = Position::of(last.commit, last.change, 1);
-            parts.push(BatchPart { body: Arc::new(body(changes)), after, up_to });
+            parts.push(BatchPart { body: Arc::new(body(changes)), after, up_to, tables: None });
             after = up_to;
         }
         if let Some(last) = parts.last_mut() {

@@ -108,6 +108,7 @@ impl World {
                 RecordKind::Fence { .. } => "fence".to_owned(),
                 RecordKind::Resume { position, .. } => format!("resume {}", number(*position)),
                 RecordKind::Data { from, to, .. } => format!("{}..{}", number(*from), number(*to)),
+                RecordKind::Splice { from, to } => format!("splice {}..{}", number(*from), number(*to)),
                 RecordKind::Heartbeat { to, .. } => format!("heartbeat {}", number(*to)),
             };
             let link = staged.link.map_or(String::new(), |link| format!("{:04x}-{}", link.chain >> 48, link.index));

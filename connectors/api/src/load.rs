@@ -1,0 +1,156 @@
+//! The first load at a sink: a state for each table, chunks that are loaded exactly once, and the hand-over to the main stream
+//! (architecture.md, "Snapshot").
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use wallaby_model::run::TableStage;
+use wallaby_model::{ChunkId, Position, RunId, SegmentBody, TableName, TableSchema};
+
+use crate::SinkError;
+
+/// The state of one table in a sink's own checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableMark {
+    /// The table as the source names it.
+    pub table: TableName,
+    /// The run that loads, or loaded, it.
+    pub run: RunId,
+    /// How often that run started it again; chunks of another restart are refused.
+    pub restart: u32,
+    /// What becomes of it.
+    pub stage: TableStage,
+    /// Rows at or before this are in the table, or not for it: where the replay stands, or where the main stream took over.
+    /// `None` while it is copied.
+    pub position: Option<Position>,
+}
+
+/// A chunk that is to be loaded.
+#[derive(Clone, Debug)]
+pub struct ChunkLoad {
+    /// The run.
+    pub run: RunId,
+    /// The chunk.
+    pub chunk: ChunkId,
+    /// The table that its rows belong to, as the source names it.
+    pub table: TableName,
+    /// The restart count of the table's mark: the load is refused when the mark has another one.
+    pub restart: u32,
+    /// Whether all chunks of the table were read under one snapshot: then no two of them have a row with the same key.
+    pub is_one_generation: bool,
+}
+
+/// What came of a load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loaded {
+    /// Its rows are in the table now, durably.
+    Now {
+        /// How many.
+        rows: u64,
+    },
+    /// They were before.
+    Before,
+    /// The table is at another run or restart, or not being copied: the chunk is of no use to it.
+    Stale,
+}
+
+/// Gives the parts of a chunk out, in order. Each body has rows of one table, all of them inserts.
+#[async_trait]
+pub trait ChunkParts: Send {
+    /// The next part; `None` after the last. There is at least one, which may have no rows: it says the table's shape.
+    ///
+    /// # Errors
+    /// `Interrupted` when the side store could not be read on: the sink rolls back.
+    async fn next(&mut self) -> Result<Option<Arc<SegmentBody>>, SinkError>;
+}
+
+/// Loads chunks into a sink; any number of them, of any workers, at a time. It is not fenced by the apply task's epoch but by the
+/// table's mark: a load commits only while its table is being copied in its run and restart.
+#[async_trait]
+pub trait ChunkLoader: Send {
+    /// Loads a chunk in one transaction together with a note of it, so that it takes effect exactly once.
+    ///
+    /// # Errors
+    /// As [`crate::Sink::apply`].
+    async fn load(&mut self, chunk: &ChunkLoad, parts: &mut dyn ChunkParts) -> Result<Loaded, SinkError>;
+
+    /// Ends the loader's session.
+    async fn close(&mut self);
+}
+
+/// What a sink adds to a table that it made itself, after the load: from the source's catalog.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TableExtras {
+    /// `CREATE [UNIQUE] INDEX …` of each index beyond the primary key, as `pg_get_indexdef` prints them.
+    pub indexes: Vec<TableExtra>,
+    /// Check, unique, exclusion and foreign key constraints, as `pg_get_constraintdef` prints them.
+    pub constraints: Vec<TableExtra>,
+    /// Column defaults: `name` is the column, `definition` the expression as `pg_get_expr` prints it.
+    pub defaults: Vec<TableExtra>,
+}
+
+/// One of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableExtra {
+    /// Its name.
+    pub name: String,
+    /// Its definition.
+    pub definition: String,
+}
+
+/// What the first load asks of a sink. A sink that has this gives it by [`crate::Sink::loads`].
+#[async_trait]
+pub trait TableLoads: Send {
+    /// The marks of all tables of this task.
+    ///
+    /// # Errors
+    /// As [`crate::Sink::apply`].
+    async fn marks(&mut self) -> Result<Vec<TableMark>, SinkError>;
+
+    /// Makes a table when it is missing, empties it when it is there, and marks it as copying in `run` and `restart`, in one
+    /// transaction under the task's epoch. Nothing happens when the mark says so already (also: catching up, or ready, in that run).
+    ///
+    /// # Errors
+    /// As [`crate::Sink::apply`].
+    async fn prepare(&mut self, run: RunId, restart: u32, shape: &Arc<TableSchema>) -> Result<(), SinkError>;
+
+    /// The chunks of a run that are loaded, by the sink's own notes.
+    ///
+    /// # Errors
+    /// As [`crate::Sink::apply`].
+    async fn loaded(&mut self, run: RunId) -> Result<Vec<ChunkId>, SinkError>;
+
+    /// Moves the marks of tables under the task's epoch: from copying to catching up at a position; from catching up to ready where the
+    /// main stream stands; from copying straight to ready in a first load. A mark that is there already is left.
+    ///
+    /// # Errors
+    /// As [`crate::Sink::apply`].
+    async fn mark(&mut self, tables: &[TableName], stage: TableStage, position: Position) -> Result<(), SinkError>;
+
+    /// Applies a batch to tables that catch up and moves their marks from `batch.from` to `batch.to` in the same transaction; the main
+    /// position stays. The batch has rows of these tables only.
+    ///
+    /// # Errors
+    /// `Position` when a mark is not at `batch.from`; else as [`crate::Sink::apply`].
+    async fn replay(&mut self, tables: &[TableName], batch: &crate::Batch) -> Result<(), SinkError>;
+
+    /// Adds indexes, constraints and defaults to a table that this sink made, each unless it is there. What cannot be added is returned
+    /// as sentences, with the statement to run: the rows are whole without it.
+    ///
+    /// # Errors
+    /// `Transient` only.
+    async fn finish(&mut self, table: &TableName) -> Result<Vec<String>, SinkError>;
+
+    /// Forgets the notes of loaded chunks of a run that is over.
+    ///
+    /// # Errors
+    /// As [`crate::Sink::apply`].
+    async fn forget(&mut self, run: RunId) -> Result<(), SinkError>;
+
+    /// The sink is to be loaded anew as a whole: its position and all marks are removed, under the task's epoch. Tables stay until
+    /// [`TableLoads::prepare`].
+    ///
+    /// # Errors
+    /// As [`crate::Sink::apply`].
+    async fn start_anew(&mut self) -> Result<(), SinkError>;
+}

@@ -1,0 +1,295 @@
+//! Snapshot runs: what is asked, what is planned, what is done. These stand in etcd (protocol.md, "etcd", `runs/<N>`), each key with
+//! one writer:
+//!
+//! | key | type | written by |
+//! |---|---|---|
+//! | `runs/<N>/spec` | [`RunSpec`] | the controller |
+//! | `runs/<N>/plan` | [`RunPlan`] | the run task, guarded by its lock |
+//! | `runs/<N>/chunks/<K>` | [`ChunkDone`] | the chunk task, once, guarded by its lock |
+//! | `runs/<N>/loaded/<sink>/<K>` | [`ChunkLoaded`] | the load task: a hint, the truth is in the sink |
+//! | `runs/<N>/sinks/<sink>` | [`SinkRun`] | the apply task, guarded by its lock |
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::condition::Timestamp;
+use crate::ids::{ChunkId, Epoch, SinkId, WorkerId};
+use crate::position::{Lsn, Position};
+use crate::schema::TableName;
+
+/// Why a run exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RunReason {
+    /// The flow was made with `snapshot: initial` or `only`.
+    FirstLoad,
+    /// Tables were added to a live flow.
+    TablesAdded,
+    /// Somebody asked: tables that a sink has are emptied there and loaded anew.
+    Asked,
+    /// A sink was added to a flow that loads, or fell past its hold: it loads everything anew.
+    SinkAnew,
+}
+
+/// What is wanted of a run now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum RunWish {
+    /// Go on.
+    #[default]
+    Go,
+    /// Start no further chunk; what is done stays done. The exporting session is given up.
+    Pause,
+    /// End it; what was loaded of tables that are not ready is of no use.
+    Cancel,
+}
+
+/// What is asked of a run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunSpec {
+    /// Why.
+    pub reason: RunReason,
+    /// `schema.table` or `schema.*`; empty: every published table.
+    #[serde(default)]
+    pub tables: Vec<String>,
+    /// The sinks that load; empty: every sink of the flow.
+    #[serde(default)]
+    pub sinks: Vec<SinkId>,
+    /// What is wanted of it now.
+    #[serde(default)]
+    pub wish: RunWish,
+    /// At most this many rows a second are read from the source, all workers together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows_per_second: Option<u64>,
+    /// At most this many chunks are read at a time.
+    pub readers: u32,
+    /// When it was asked for.
+    pub created_at: Timestamp,
+}
+
+/// Where a run stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum RunState {
+    /// Publication, slot, snapshot and plan are being made.
+    #[default]
+    Planning,
+    /// Chunks are read, and loaded by the sinks.
+    Reading,
+    /// Every chunk is read; sinks load and catch up.
+    Loading,
+    /// Every sink took every table over.
+    Done,
+    /// Somebody cancelled it.
+    Cancelled,
+}
+
+impl RunState {
+    /// Whether nothing more comes of it.
+    pub fn is_over(self) -> bool {
+        matches!(self, RunState::Done | RunState::Cancelled)
+    }
+}
+
+/// One export of a snapshot. Chunks that were read under it hold what was committed before its consistent point.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Generation {
+    /// Counts from 1.
+    pub number: u32,
+    /// C: changes with a commit LSN at or above it are not in the snapshot.
+    pub consistent_point: Lsn,
+    /// The exported snapshot's name while its session lives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+    /// When it was exported.
+    pub exported_at: Timestamp,
+}
+
+/// What becomes of a relation in a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum RelationState {
+    /// Its chunks are read.
+    #[default]
+    Reading,
+    /// It was dropped, or left the publication, while the run went on: nothing more is read of it.
+    Gone,
+}
+
+/// One relation that is read: a table, or a leaf of a partitioned one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedRelation {
+    /// The table as the publication sends it, and as sinks know it.
+    pub table: TableName,
+    /// The relation that is read: the same, or a partition of it.
+    pub relation: TableName,
+    /// Its oid.
+    pub oid: u32,
+    /// Its relfilenode when it was planned: another one means that it was rewritten.
+    pub relfilenode: u32,
+    /// Its pages when it was planned. The last chunk's range is open, so rows beyond are not lost.
+    pub pages: u32,
+    /// Pages of one chunk.
+    pub chunk_pages: u32,
+    /// How often it was started again.
+    #[serde(default)]
+    pub restart: u32,
+    /// What becomes of it.
+    #[serde(default)]
+    pub state: RelationState,
+    /// Rows by the planner's statistics; none when it was never analysed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows_estimate: Option<u64>,
+    /// Whether the table has a key by which a sink finds rows: only then chunks of several generations may be mixed.
+    pub has_key: bool,
+}
+
+impl PlannedRelation {
+    /// The number of its chunks; at least one, so that an empty table is made at the sinks too.
+    pub fn chunks(&self) -> u32 {
+        self.pages.div_ceil(self.chunk_pages.max(1)).max(1)
+    }
+
+    /// The pages of a chunk: from the first to before the second; `None` for an open end.
+    pub fn pages_of(&self, number: u32) -> (u32, Option<u32>) {
+        let from = number.saturating_mul(self.chunk_pages);
+        let is_last = number + 1 >= self.chunks();
+        (from, (!is_last).then(|| from.saturating_add(self.chunk_pages)))
+    }
+}
+
+/// The plan of a run, and how far it is.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RunPlan {
+    /// Where it stands.
+    pub state: RunState,
+    /// The exports so far, oldest first.
+    #[serde(default)]
+    pub generations: Vec<Generation>,
+    /// What is read. Chunk ids point into this list; entries are only appended.
+    #[serde(default)]
+    pub relations: Vec<PlannedRelation>,
+    /// What it waits for, or why it ended, as a sentence.
+    #[serde(default)]
+    pub message: String,
+    /// The epoch of the owner that wrote this.
+    #[serde(default)]
+    pub epoch: Epoch,
+    /// When this was written.
+    #[serde(default)]
+    pub at: Timestamp,
+}
+
+impl RunPlan {
+    /// The chunks that make the run whole, in order.
+    pub fn chunks(&self) -> impl Iterator<Item = ChunkId> + '_ {
+        self.relations.iter().enumerate().filter(|(_, relation)| relation.state == RelationState::Reading).flat_map(
+            |(index, relation)| {
+                let table = u32::try_from(index).unwrap_or(u32::MAX);
+                (0..relation.chunks()).map(move |number| ChunkId { table, restart: relation.restart, number })
+            },
+        )
+    }
+
+    /// The export that chunks can be read under now.
+    pub fn snapshot(&self) -> Option<&Generation> {
+        self.generations.last().filter(|generation| generation.snapshot.is_some())
+    }
+}
+
+/// A chunk that is whole in the side store. Written once.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChunkDone {
+    /// Whose parts these are: the epoch of the chunk task that wrote them.
+    pub attempt: Epoch,
+    /// C of the snapshot that it was read under.
+    pub consistent_point: Lsn,
+    /// Its parts, numbered from 0; at least one, whose segment says the table's shape.
+    pub parts: u32,
+    /// Rows.
+    pub rows: u64,
+    /// Bytes as stored.
+    pub bytes: u64,
+    /// XXH64 with seed 0 over the checksums (XXH64, seed 0, little endian) of its parts in order.
+    pub checksum: u64,
+    /// Who read it.
+    pub worker: WorkerId,
+    /// How long that took, in milliseconds.
+    pub took_ms: u64,
+}
+
+/// A chunk that a sink has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChunkLoaded {
+    /// Rows.
+    pub rows: u64,
+    /// Who loaded it.
+    pub worker: WorkerId,
+}
+
+/// What a sink makes of a table in a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TableStage {
+    /// Chunks are loaded.
+    Copying,
+    /// The log is replayed for it.
+    CatchingUp,
+    /// It is part of the sink's main stream.
+    Ready,
+    /// The table is gone at the source; the sink keeps what it has.
+    Gone,
+}
+
+/// How far a sink is in a run.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SinkRun {
+    /// The tables of the run at this sink.
+    pub tables: BTreeMap<String, TableStage>,
+    /// Where each table was handed over.
+    #[serde(default)]
+    pub handed_over: BTreeMap<String, Position>,
+    /// Everything is handed over: the run is no longer needed here.
+    pub is_done: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+
+    fn relation(pages: u32, chunk_pages: u32) -> PlannedRelation {
+        let table = TableName::new("public", "t");
+        PlannedRelation {
+            relation: table.clone(),
+            table,
+            oid: 1,
+            relfilenode: 1,
+            pages,
+            chunk_pages,
+            restart: 0,
+            state: RelationState::Reading,
+            rows_estimate: None,
+            has_key: true,
+        }
+    }
+
+    #[test]
+    fn chunks_cover_every_page_once_and_the_last_is_open() {
+        for (pages, chunk_pages) in [(0, 10), (1, 10), (10, 10), (11, 10), (29, 10), (30, 10), (5, 0)] {
+            let relation = relation(pages, chunk_pages);
+            let mut next = 0;
+            for number in 0..relation.chunks() {
+                let (from, to) = relation.pages_of(number);
+                assert_eq!(from, next);
+                assert_eq!(to.is_none(), number + 1 == relation.chunks());
+                next = to.unwrap_or(u32::MAX);
+            }
+            assert_eq!(next, u32::MAX);
+        }
+    }
+
+    #[test]
+    fn a_plan_survives_json() {
+        let plan = RunPlan { relations: vec![relation(25, 10)], ..RunPlan::default() };
+        assert_eq!(plan.chunks().count(), 3);
+        let text = serde_json::to_string(&plan).unwrap();
+        assert_eq!(serde_json::from_str::<RunPlan>(&text).unwrap(), plan);
+    }
+}
