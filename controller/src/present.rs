@@ -104,7 +104,7 @@ pub fn accepted(view: &View, entry: &FlowEntry) -> Condition {
 
 fn observed_generation(view: &View, entry: &FlowEntry) -> i64 {
     let generation = |task: &TaskId| view.task(task).status.map_or(0, |status| status.generation);
-    let oldest = View::wanted_tasks(entry).iter().map(generation).min().unwrap_or(entry.record.generation);
+    let oldest = view.standing_tasks(entry).iter().map(generation).min().unwrap_or(entry.record.generation);
     i64::try_from(oldest).unwrap_or(i64::MAX)
 }
 

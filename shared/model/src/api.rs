@@ -87,8 +87,10 @@ fn spec_to_message(spec: &FlowSpec) -> v1::FlowSpec {
             retained_wal_max: Some(source.safety.retained_wal_max.0),
             on_exceeded: match source.safety.on_exceeded {
                 OnExceeded::Alarm => v1::OnExceeded::Alarm,
+                OnExceeded::PauseSnapshot => v1::OnExceeded::PauseSnapshot,
             }
             .into(),
+            snapshot_max: Some(duration_to_message(source.safety.snapshot_max.0)),
         }),
     };
     v1::FlowSpec {
@@ -245,13 +247,24 @@ impl Reader {
             Ok(v1::SnapshotMode::Never) => Some(SnapshotMode::Never),
             Ok(v1::SnapshotMode::Initial) => Some(SnapshotMode::Initial),
             Ok(v1::SnapshotMode::Only) => Some(SnapshotMode::Only),
-            _ => self.wrong(format!("{at}.snapshot"), "is missing: only `never` for now"),
+            _ => self.wrong(format!("{at}.snapshot"), "is missing: `initial`, `never` or `only`"),
         };
         let mut safety = SafetySpec::default();
         if let Some(message) = &source.safety {
             safety.retained_wal_max = message.retained_wal_max.map_or(safety.retained_wal_max, ByteSize);
-            if v1::OnExceeded::try_from(message.on_exceeded).is_err() {
-                self.wrong::<()>(format!("{at}.safety.onExceeded"), "unknown: only `alarm` for now");
+            match v1::OnExceeded::try_from(message.on_exceeded) {
+                Ok(v1::OnExceeded::Unspecified | v1::OnExceeded::Alarm) => {}
+                Ok(v1::OnExceeded::PauseSnapshot) => safety.on_exceeded = OnExceeded::PauseSnapshot,
+                Err(_) => {
+                    self.wrong::<()>(format!("{at}.safety.onExceeded"), "unknown: use `alarm` or `pauseSnapshot`");
+                }
+            }
+            match message.snapshot_max.map(Duration::try_from) {
+                None => {}
+                Some(Ok(longest)) => safety.snapshot_max = Span(longest),
+                Some(Err(_)) => {
+                    self.wrong::<()>(format!("{at}.safety.snapshotMax"), "must not be negative");
+                }
             }
         }
         Some(PostgresSourceSpec {
@@ -315,9 +328,9 @@ impl Reader {
             None => self.wrong(at, "give exactly one of `postgres`"),
         };
         let on_overrun = match v1::OnOverrun::try_from(sink.on_overrun) {
-            Ok(v1::OnOverrun::Unspecified | v1::OnOverrun::Backpressure) => Some(OnOverrun::Backpressure),
-            Ok(v1::OnOverrun::Detach) => Some(OnOverrun::Detach),
-            Err(_) => self.wrong(format!("{at}.onOverrun"), "unknown: only `backpressure` for now"),
+            Ok(v1::OnOverrun::Unspecified | v1::OnOverrun::Detach) => Some(OnOverrun::Detach),
+            Ok(v1::OnOverrun::Backpressure) => Some(OnOverrun::Backpressure),
+            Err(_) => self.wrong(format!("{at}.onOverrun"), "unknown: use `detach` or `backpressure`"),
         };
         Some(SinkSpec { name: name?, postgres: postgres?, on_overrun: on_overrun?, paused: sink.paused })
     }
@@ -362,6 +375,13 @@ mod tests {
         document.spec.source.postgres.slot =
             SlotSpec { name: Some("s".into()), create: false, failover: Failover::Off };
         document.spec.source.postgres.publication.name = Some("p".into());
+        document.spec.source.postgres.snapshot = SnapshotMode::Only;
+        document.spec.source.postgres.safety = SafetySpec {
+            on_exceeded: OnExceeded::PauseSnapshot,
+            snapshot_max: Span(Duration::from_millis(90_500)),
+            ..SafetySpec::default()
+        };
+        document.spec.sinks[0].on_overrun = OnOverrun::Backpressure;
         document.spec.sinks[0].postgres.dsn = SecretRef::Value("x".into());
         assert_eq!(flow_from_message(&flow_to_message(&document)).unwrap(), document);
     }
@@ -376,9 +396,12 @@ mod tests {
         source.slot = None;
         source.safety = None;
         source.large_transaction_bytes = None;
+        spec.sinks[0].on_overrun = v1::OnOverrun::Unspecified.into();
         let read = flow_from_message(&message).unwrap();
         assert_eq!(read.spec.log, LogSpec::default());
         assert_eq!(read.spec.source.postgres.slot, SlotSpec::default());
+        assert_eq!(read.spec.source.postgres.safety, SafetySpec::default());
+        assert_eq!(read.spec.sinks[0].on_overrun, OnOverrun::Detach);
         assert_eq!(read.spec.source.postgres.large_transaction_bytes, ByteSize(64 << 20));
     }
 
