@@ -27,12 +27,8 @@ pub(crate) fn relation(table: &str, chunks: u32, restart: u32) -> PlannedRelatio
 }
 
 pub(crate) fn reading(relations: Vec<PlannedRelation>) -> RunPlan {
-    let generation = Generation {
-        number: 1,
-        consistent_point: Lsn(7),
-        snapshot: Some("1-1".into()),
-        exported_at: Timestamp(1_000),
-    };
+    let generation =
+        Generation { number: 1, consistent_point: Lsn(7), snapshot: Some("1-1".into()), exported_at: Timestamp(1_000) };
     RunPlan { state: RunState::Reading, generations: vec![generation], relations, ..RunPlan::default() }
 }
 

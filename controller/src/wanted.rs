@@ -43,7 +43,8 @@ impl View {
             !loads_only || self.runs(&entry.flow).any(|(_, view)| view.is_open() && of_sink(view))
         };
         // A sink that is cut off has nothing to do until its run is made.
-        let is_cut_off = |sink: &SinkId| self.detached(&entry.flow, sink).is_some_and(|detached| detached.run.is_none());
+        let is_cut_off =
+            |sink: &SinkId| self.detached(&entry.flow, sink).is_some_and(|detached| detached.run.is_none());
         let sinks = spec.sinks.iter().filter(|sink| !sink.paused).map(|sink| &sink.name);
         let sinks = sinks.filter(|sink| is_needed(sink) && !is_cut_off(sink));
         let capture = (!loads_only).then_some(capture);

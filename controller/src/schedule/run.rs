@@ -221,9 +221,10 @@ impl State {
 fn chores(view: &View) -> (Vec<(FlowId, RunId)>, Vec<(FlowEntry, SinkId)>) {
     let (mut leftovers, mut cut_off) = (Vec::new(), Vec::new());
     for entry in view.flows().filter(|entry| entry.record.deleting_since.is_none()) {
-        let over = view.runs(&entry.flow).filter(|(_, run)| run.is_over());
-        let too_many = over.clone().count() > FINISHED_RUNS_KEPT;
-        let of_flow = over.filter(|(_, run)| too_many || run.has_leftovers()).map(|(run, _)| (entry.flow.clone(), run));
+        let over = || view.runs(&entry.flow).filter(|(_, run)| run.is_over());
+        let too_many = over().count() > FINISHED_RUNS_KEPT;
+        let of_flow =
+            over().filter(|(_, run)| too_many || run.has_leftovers()).map(|(run, _)| (entry.flow.clone(), run));
         leftovers.extend(of_flow);
         if entry.record.document.spec.paused {
             continue;

@@ -12,7 +12,7 @@ use crate::flow::{
     PostgresSinkSpec, PostgresSourceSpec, Problem, PublicationSpec, Replicas, SafetySpec, SecretRef, SinkMode,
     SinkSpec, SlotSpec, SnapshotMode, SourceSpec, Span,
 };
-use crate::ids::{FlowId, SinkId, WorkerId};
+use crate::ids::{FlowId, RunId, SinkId, WorkerId};
 use crate::record::Codec;
 
 /// `flows/{flow}`.
@@ -39,6 +39,17 @@ pub fn parse_flow_name(name: &str) -> Option<FlowId> {
 pub fn parse_sink_name(name: &str) -> Option<(FlowId, SinkId)> {
     let (flow, sink) = name.strip_prefix("flows/")?.split_once("/sinks/")?;
     Some((FlowId::new(flow).ok()?, SinkId::new(sink).ok()?))
+}
+
+/// `flows/{flow}/snapshots/{run}`.
+pub fn snapshot_name(flow: &FlowId, run: RunId) -> String {
+    format!("flows/{flow}/snapshots/{run}")
+}
+
+/// The flow and the run that `flows/{flow}/snapshots/{run}` names.
+pub fn parse_snapshot_name(name: &str) -> Option<(FlowId, RunId)> {
+    let (flow, run) = name.strip_prefix("flows/")?.split_once("/snapshots/")?;
+    Some((FlowId::new(flow).ok()?, run.parse().ok()?))
 }
 
 /// The worker that `workers/{worker}` names.
@@ -423,6 +434,9 @@ mod tests {
         assert_eq!(parse_sink_name(&sink_name(&flow, &sink)), Some((flow, sink)));
         assert_eq!(parse_flow_name("flows/a/sinks/b"), None);
         assert_eq!(parse_sink_name("flows/a"), None);
+        let flow = FlowId::new("shop").unwrap();
+        assert_eq!(parse_snapshot_name(&snapshot_name(&flow, RunId(3))), Some((flow, RunId(3))));
+        assert_eq!(parse_snapshot_name("flows/a/snapshots/0"), None);
         assert_eq!(parse_worker_name("workers/w-1"), WorkerId::new("w-1").ok());
     }
 }

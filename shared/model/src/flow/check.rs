@@ -236,7 +236,8 @@ fn check_publication(publication: &PublicationSpec, at: &str, found: &mut Vec<Pr
     }
 }
 
-fn table_problem(table: &str) -> Option<String> {
+/// What is wrong with `schema.table` or `schema.*`, and what to write instead; none when nothing is.
+pub fn table_problem(table: &str) -> Option<String> {
     let Some((schema, name)) = table.split_once('.') else {
         return Some(format!("`{table}` has no schema: write `public.{table}` or the schema it is in"));
     };
