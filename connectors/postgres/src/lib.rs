@@ -13,6 +13,7 @@
 //! | `assemble`, `collapse` | a batch by table and shape, and its net effect (pure) |
 //! | `encode`, `write` | COPY BINARY (pure), the statements |
 //! | `sink` | the contract: open, apply, small steps after a violation |
+//! | `verify` | this side of `wallaby verify` |
 //! | `error` | SQLSTATE to retry, stop or give up |
 
 mod assemble;
@@ -27,8 +28,10 @@ mod schema;
 mod session;
 mod sink;
 mod tls;
+mod verify;
 mod write;
 
 pub use config::PostgresSinkConfig;
 pub use metrics::describe_metrics;
 pub use sink::{PostgresSink, PostgresSinkFactory, capabilities};
+pub use verify::PostgresVerify;
