@@ -20,11 +20,11 @@ async fn a_value_that_the_sink_keeps_in_another_type_is_equal() {
     .await;
     // As the sink writes them: a composite in the WAL stream's words, an interval cast in the sink's own session.
     pair.at_source(
-        "INSERT INTO t VALUES (1, 2, 3, 0.1, 'ab', 'x', '1 day 02:00', 'sad', '(1,1 day)', true, '{sad}'), (2)",
+        "INSERT INTO t VALUES (1, 2, 3, 0.1, 'ab', 'x', '1 day 02:00', 'sad', '(1,1 day)', true, '{sad}'); INSERT INTO t (id) VALUES (2)",
     )
     .await;
     pair.at_sink(
-        "INSERT INTO t VALUES (1, 2, 3, 0.1::real, 'ab    ', 'x', '1 day 02:00:00', 'sad', '(1,P1D)', 'true', '{sad}'), (2)",
+        "INSERT INTO t VALUES (1, 2, 3, 0.1::real, 'ab    ', 'x', '1 day 02:00:00', 'sad', '(1,P1D)', 'true', '{sad}'); INSERT INTO t (id) VALUES (2)",
     )
     .await;
     pair.publish("t").await;
