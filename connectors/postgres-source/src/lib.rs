@@ -39,4 +39,4 @@ pub use replication::{Feedback, Frame, FrameReader, GulpPolicy, ReplicationClien
 pub use sessions::SessionOwner;
 pub use setup::{PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot};
 pub use slot::SlotState;
-pub use status::{SourceStatus, source_status};
+pub use status::{SourceStatus, ended_before, source_status};
