@@ -9,4 +9,5 @@ mod fixtures;
 mod kit;
 mod older;
 mod ready;
+mod streamed;
 mod types;
