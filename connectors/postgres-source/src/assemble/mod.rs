@@ -23,6 +23,7 @@ use table::{RowHead, TableBuilder};
 use table_set::TableSet;
 
 pub(crate) use relation::{RelationShape, ShapeColumn};
+pub(crate) use table::binary::CopiedRows;
 
 /// µs between 1970 and 2000.
 const UNIX_TO_POSTGRES_MICROS: i64 = 946_684_800_000_000;
