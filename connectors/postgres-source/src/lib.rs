@@ -41,5 +41,5 @@ pub use replication::{Feedback, Frame, FrameReader, GulpPolicy, ReplicationClien
 pub use sessions::SessionOwner;
 pub use setup::{PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot};
 pub use slot::SlotState;
-pub use snapshot::{ChunkRead, ChunkRequest, ExportOptions, PartSink, SnapshotExport, plan, read_chunk};
+pub use snapshot::{ChunkRead, ChunkRequest, PartSink, SnapshotExport, read_chunk};
 pub use status::{SourceStatus, source_status};

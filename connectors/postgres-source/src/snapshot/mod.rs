@@ -14,5 +14,4 @@ mod sql;
 mod throttle;
 
 pub use chunk::{ChunkRead, ChunkRequest, PartSink, read_chunk};
-pub use export::{ExportOptions, SnapshotExport};
-pub use plan::plan;
+pub use export::SnapshotExport;

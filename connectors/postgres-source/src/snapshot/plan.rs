@@ -53,20 +53,17 @@ WHERE c.relkind = 'r'
          SELECT FROM tree t WHERE t.root = p.oid AND t.relkind = 'r'))
 ORDER BY 1, 2, 3, 4";
 
-/// Plans a run over the published tables that `wanted` names: `schema.table` or `schema.*`, in double quotes where names hold dots;
-/// empty for all of them. A partitioned table that is published as a whole gives one relation for each leaf (or itself, when it
-/// has none). Call it in a transaction under the run's snapshot.
-///
-/// # Errors
-/// `PublicationMissing`; `TableMissing` when nothing published fits what was named.
-pub async fn plan(
+/// The plan, in a transaction under the run's snapshot: [`super::SnapshotExport::plan`].
+pub(super) async fn plan(
     client: &tokio_postgres::Client,
     publication: &str,
     wanted: &[String],
+    exclude: &[String],
 ) -> Result<Vec<PlannedRelation>, SourceError> {
     let missing = |reason: String| SourceError::TableMissing { reason };
-    let patterns: Vec<Pattern> =
-        wanted.iter().map(|text| Pattern::parse(text)).collect::<Result<_, _>>().map_err(missing)?;
+    let parse = |texts: &[String]| texts.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>();
+    let patterns = parse(wanted).map_err(missing)?;
+    let excluded = parse(exclude).map_err(missing)?;
     let failed = |error| SourceError::from_client(format!("planning a run over publication {publication}"), &error);
     let argument: [Argument<'_>; 1] = [(&publication, Type::TEXT)];
     let rows = client.query_typed(PLAN_SQL, &argument).await.map_err(failed)?;
@@ -84,7 +81,8 @@ pub async fn plan(
         }
     }
     let is_wanted = |relation: &PlannedRelation| {
-        patterns.is_empty() || patterns.iter().any(|pattern| pattern.matches(&relation.table))
+        let is_named = |patterns: &[Pattern]| patterns.iter().any(|pattern| pattern.matches(&relation.table));
+        (patterns.is_empty() || is_named(&patterns)) && !is_named(&excluded)
     };
     Ok(planned.into_iter().filter(is_wanted).collect())
 }
