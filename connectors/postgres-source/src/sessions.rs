@@ -110,6 +110,41 @@ pub(crate) async fn evict(
     }
 }
 
+/// Ends the sessions of older owners of this task and waits until they are gone. Those of this owner stay: a run has several.
+pub(crate) async fn evict_older(
+    client: &tokio_postgres::Client,
+    owner: &SessionOwner,
+    within: Duration,
+) -> Result<(), SourceError> {
+    let failed = |error| SourceError::from_client("ending sessions of older owners", &error);
+    let deadline = Instant::now() + within;
+    loop {
+        let sessions = client.query_typed(SESSIONS_SQL, &[(&owner.prefix, Type::TEXT)]).await.map_err(failed)?;
+        let mut waiting = false;
+        for session in &sessions {
+            let (pid, started, name): (i32, String, String) = (session.get(0), session.get(1), session.get(2));
+            match owner.epoch_of(&name) {
+                Some(epoch) if epoch > owner.epoch => {
+                    return Err(SourceError::Fenced { holder: epoch, ours: owner.epoch });
+                }
+                Some(epoch) if epoch < owner.epoch => {}
+                _ => continue,
+            }
+            waiting = true;
+            let arguments: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 3] =
+                [(&pid, Type::INT4), (&started, Type::TEXT), (&name, Type::TEXT)];
+            client.query_typed(TERMINATE_SQL, &arguments).await.map_err(failed)?;
+        }
+        if !waiting {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(SourceError::Timeout { what: "ending sessions of older owners".to_owned(), after: within });
+        }
+        sleep(POLL_EVERY).await;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -16,7 +16,7 @@ const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
 /// Text forms that the parsers rely on, and warnings, which report a publication that is missing (PG 18).
 const SESSION_OPTIONS: &str = "-c datestyle=ISO -c intervalstyle=iso_8601 -c timezone=UTC -c extra_float_digits=3 \
-                               -c bytea_output=hex -c client_min_messages=warning";
+                               -c bytea_output=hex -c search_path=pg_catalog -c client_min_messages=warning";
 
 /// A transport with a buffer that whole messages are taken from.
 pub(super) struct MessageStream {
