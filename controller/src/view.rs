@@ -141,6 +141,8 @@ impl View {
             }
             Key::FlowHold(..)
             | Key::FlowPurge(_)
+            | Key::SinkDetached(..)
+            | Key::RunIndex(_)
             | Key::RunSpec(..)
             | Key::RunPlan(..)
             | Key::RunChunk(..)
@@ -162,6 +164,8 @@ impl View {
             Key::WorkerDrain(worker) => drop(self.draining.remove(worker)),
             Key::FlowHold(..)
             | Key::FlowPurge(_)
+            | Key::SinkDetached(..)
+            | Key::RunIndex(_)
             | Key::RunSpec(..)
             | Key::RunPlan(..)
             | Key::RunChunk(..)

@@ -4,6 +4,7 @@
 //! [`fields`] describes every key for people and for the parser, [`page`] prints that as the docs. Unknown keys are errors
 //! everywhere.
 
+pub mod change;
 pub mod check;
 pub mod fields;
 pub mod page;
