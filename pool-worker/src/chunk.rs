@@ -1,0 +1,207 @@
+//! One chunk of a run: read under the run's snapshot into the side store, then marked as done in one guarded write.
+//!
+//! One ownership is one attempt: its parts carry the lock's epoch, so two readers of one chunk never mix them (hazard 23). Whatever
+//! goes wrong, the parts of this attempt go and the task is given back; the next owner has another epoch. Whether a
+//! relation was rewritten is for the run's owner to see: it makes the plan over, and this chunk is then no longer of it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use wallaby_coordination::{ChunkOutcome, Error as EtcdError};
+use wallaby_model::condition::TaskPhase;
+use wallaby_model::run::{ChunkDone, Generation, PlannedRelation, RelationState, RunSpec, RunWish};
+use wallaby_model::{ChunkId, Epoch, RunId, SegmentBody, TaskKind};
+use wallaby_postgres_source::{ChunkRequest, ConnectConfig, PartSink, SourceError, read_chunk};
+use wallaby_staging::{PutBudget, Puts, Shelf, SideGroup, SideKey, SideStore, StagingError};
+use wallaby_wire::part_checksum;
+
+use crate::capture::{CaptureError, Directive};
+use crate::flows::{Demand, SourceDemand};
+use crate::runs::RunView;
+use crate::task::{TaskContext, TaskEnd};
+use crate::{metrics, secret};
+
+/// Bytes of parts that are on their way to the side store.
+const IN_FLIGHT_BYTES: u32 = 8 << 20;
+/// How long a chunk waits for the run's owner to export another snapshot before it is given back.
+const PLAN_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a full side store is waited for while the snapshot is held; then the transaction ends and the wait goes on outside.
+const ROOM_PATIENCE: Duration = Duration::from_secs(20);
+/// Between two tries at a full side store, and before a failed chunk is given back.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// What there is to do.
+struct Work {
+    relation: PlannedRelation,
+    generation: Generation,
+    spec: RunSpec,
+}
+
+/// Why there is nothing to do now.
+enum Idle {
+    /// The chunk is read, or no longer of the plan.
+    Over,
+    /// There is no snapshot to read under.
+    NoSnapshot,
+}
+
+/// Runs the task to its end.
+pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
+    let (Demand::Chunk(demand), TaskKind::Chunk(run, chunk)) = (&context.demand, &context.task.kind) else {
+        return TaskEnd::Released(None);
+    };
+    let work = match find(context, *run, *chunk).await {
+        Ok(work) => work,
+        Err(Idle::Over) => return TaskEnd::Completed,
+        Err(Idle::NoSnapshot) => return TaskEnd::Released(None),
+    };
+    let reading = read(context, demand, *run, *chunk, &work);
+    let outcome = tokio::select! {
+        outcome = reading => outcome,
+        _ = context.ending() => Ok(false),
+    };
+    match outcome {
+        Ok(true) => TaskEnd::Completed,
+        Ok(false) => {
+            discard(context, demand, *run, *chunk).await;
+            TaskEnd::Released(None)
+        }
+        Err(error) => {
+            discard(context, demand, *run, *chunk).await;
+            failed(context, *run, &work, &error).await
+        }
+    }
+}
+
+/// Looks the chunk up in the plan; waits a little for a snapshot.
+async fn find(context: &TaskContext, run: RunId, chunk: ChunkId) -> Result<Work, Idle> {
+    let mut changes = context.runs.changes();
+    let deadline = Instant::now() + PLAN_PATIENCE;
+    loop {
+        changes.borrow_and_update();
+        let found = context.runs.run(&context.task.flow, run, |view| work_of(view, chunk));
+        match found {
+            Some(Ok(work)) => return Ok(work),
+            Some(Err(Idle::Over)) => return Err(Idle::Over),
+            // The watch may not have the run yet.
+            Some(Err(Idle::NoSnapshot)) | None => {}
+        }
+        context.pulse.wait("a snapshot to read under");
+        let left = deadline.saturating_duration_since(Instant::now());
+        tokio::select! {
+            _ = context.ending() => return Err(Idle::NoSnapshot),
+            changed = tokio::time::timeout(left, changes.changed()) => match changed {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => return Err(Idle::NoSnapshot),
+            },
+        }
+    }
+}
+
+fn work_of(view: &RunView, chunk: ChunkId) -> Result<Work, Idle> {
+    let (Some(spec), Some(plan)) = (&view.spec, &view.plan) else { return Err(Idle::NoSnapshot) };
+    let relation = plan.relations.get(chunk.table as usize).ok_or(Idle::Over)?;
+    let is_over = view.chunks.contains_key(&chunk)
+        || plan.state.is_over()
+        || spec.wish == RunWish::Cancel
+        || relation.restart != chunk.restart
+        || relation.state == RelationState::Gone
+        || chunk.number >= relation.chunks();
+    if is_over {
+        return Err(Idle::Over);
+    }
+    match plan.snapshot() {
+        Some(generation) if spec.wish == RunWish::Go => {
+            Ok(Work { relation: relation.clone(), generation: generation.clone(), spec: spec.clone() })
+        }
+        _ => Err(Idle::NoSnapshot),
+    }
+}
+
+/// Reads the chunk. `false` when somebody else's attempt is the chunk.
+async fn read(
+    context: &Arc<TaskContext>,
+    demand: &SourceDemand,
+    run: RunId,
+    chunk: ChunkId,
+    work: &Work,
+) -> Result<bool, CaptureError> {
+    context.pulse.wait("etcd");
+    let epoch = context.lock.fix_epoch(None).await?;
+    context.status.epoch(epoch);
+    context.status.phase(TaskPhase::Streaming);
+    let config = ConnectConfig::parse(&secret::resolve(&demand.dsn)?)?
+        .with_application_name(&context.task.session_name(epoch));
+    context.pulse.wait("the side store");
+    let side = context.shared.side(&context.task.flow, &demand.log).await?;
+    side.ensure(Shelf::Chunks).await?;
+    let begun = Instant::now();
+    let mut parts = Parts::new(context, demand, Arc::clone(&side), run, chunk, epoch);
+    context.pulse.wait("the source");
+    let request = ChunkRequest {
+        snapshot: work.generation.snapshot.clone().unwrap_or_default(),
+        consistent_point: work.generation.consistent_point,
+        exported_at: work.generation.exported_at,
+        publication: demand.publication.clone(),
+        relation: work.relation.clone(),
+        number: chunk.number,
+        part_bytes: side.part_bytes_target(),
+        rows_per_second: work.spec.rows_per_second.map(|all| (all / u64::from(work.spec.readers.max(1))).max(1)),
+    };
+    read_chunk(&config, &request, &mut parts).await?;
+    parts.puts.settled().await?;
+    let done = ChunkDone {
+        attempt: epoch,
+        consistent_point: work.generation.consistent_point,
+        parts: parts.number,
+        rows: parts.rows,
+        bytes: parts.bytes,
+        checksum: part_checksum(&parts.checksums),
+        worker: context.shared.session.worker().clone(),
+        took_ms: begun.elapsed().as_millis() as u64,
+    };
+    if !context.is_valid_now() {
+        return Err(CaptureError::Invalid);
+    }
+    context.pulse.wait("etcd");
+    match context.lock.put_chunk_done(run, chunk, &done).await? {
+        ChunkOutcome::Ours => {
+            metrics::chunk_read(&context.task.flow, done.rows, done.bytes, begun.elapsed());
+            tracing::debug!(task = %context.task, rows = done.rows, bytes = done.bytes, parts = done.parts, "chunk read");
+            Ok(true)
+        }
+        ChunkOutcome::Theirs(_) => {
+            side.delete(SideGroup::ChunkAttempt(run, chunk, epoch)).await?;
+            Ok(true)
+        }
+    }
+}
+
+/// The parts on their way into the side store.
+struct Parts<'a> {
+    context: &'a TaskContext,
+    codec: wallaby_model::Codec,
+    puts: Puts,
+    run: RunId,
+    chunk: ChunkId,
+    attempt: Epoch,
+    number: u32,
+    rows: u64,
+    bytes: u64,
+    checksums: Vec<u8>,
+}
+
+impl<'a> Parts<'a> {
+    fn new(
+        context: &'a TaskContext,
+        demand: &SourceDemand,
+        side: Arc<dyn SideStore>,
+        run: RunId,
+        chunk: ChunkId,
+        attempt: Epoch,
+    ) -> Parts<'a> {
+        let puts = Puts::new(side, PutBudget::new(IN_FLIGHT_BYTES));
+        let codec = demand.log.codec;
+        Parts { context, codec, puts, run, chunk, attempt, number: 0, rows: 0, bytes: 0, checksums: Vec::new() }
+    }
+}
