@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use etcd_client::{Compare, CompareOp, Txn, TxnOp};
-use wallaby_model::run::{ChunkDone, ChunkLoaded, RunPlan, RunSpec, RunWish, SinkRun};
+use wallaby_model::run::{ChunkDone, ChunkLoaded, RunPlan, RunSpec, RunTotals, RunWish, SinkRun};
 use wallaby_model::{ChunkId, FlowId, Reader, RunId, SinkId};
 
 use crate::client::encode;
@@ -264,10 +264,9 @@ impl Coordination {
     /// oldest of the runs that are over. Whoever notices does it; twice is no harm. False when the run is not over.
     ///
     /// # Errors
-    /// `RunNotFound`; `Malformed`; when etcd cannot be reached.
+    /// `RunNotFound` when it has no plan; `Malformed`; when etcd cannot be reached.
     pub async fn clear_run(&self, flow: &FlowId, run: RunId) -> Result<bool> {
-        let entry = self.run(flow, run).await?;
-        if !entry.is_over() {
+        if !self.keep_totals(flow, run).await? {
             return Ok(false);
         }
         let keys = self.keys();
@@ -279,6 +278,29 @@ impl Coordination {
         }
         self.forget_old_runs(flow).await?;
         Ok(true)
+    }
+
+    /// Writes what was read into the plan, once, before the chunks' keys go. False when the run is not over.
+    async fn keep_totals(&self, flow: &FlowId, run: RunId) -> Result<bool> {
+        let key = Key::RunPlan(flow.clone(), run);
+        let unknown = || Error::RunNotFound { flow: flow.clone(), run };
+        let entry = self.get(&key).await?.ok_or_else(unknown)?;
+        let mut plan: RunPlan = entry.decode()?;
+        if !plan.state.is_over() || plan.totals.is_some() {
+            return Ok(plan.state.is_over());
+        }
+        let totals = self.run_chunks(flow, run).await?.values().fold(RunTotals::default(), |sum, done| RunTotals {
+            chunks: sum.chunks + 1,
+            rows: sum.rows + done.rows,
+            bytes: sum.bytes + done.bytes,
+        });
+        plan.totals = Some(totals);
+        let text = self.keys().text(&key);
+        let value = encode(&text, &plan)?;
+        // Somebody else who clears it writes the same; a plan that is over is written by nobody else.
+        let unchanged = Compare::mod_revision(text.clone(), CompareOp::Equal, entry.mod_revision.0);
+        let txn = Txn::new().when(vec![unchanged]).and_then(vec![TxnOp::put(text, value, None)]);
+        self.transact("keeping the totals of a run", txn).await.map(|_| true)
     }
 
     async fn delete_all(&self, prefix: &str) -> Result<()> {

@@ -229,6 +229,20 @@ pub struct RunPlan {
     /// When this was written.
     #[serde(default)]
     pub at: Timestamp,
+    /// What was read, kept once the run is over and its chunks' keys are removed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub totals: Option<RunTotals>,
+}
+
+/// What a run has read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RunTotals {
+    /// Chunks, those of relations that were started again included.
+    pub chunks: u64,
+    /// Their rows.
+    pub rows: u64,
+    /// Their bytes, as stored.
+    pub bytes: u64,
 }
 
 impl RunPlan {
