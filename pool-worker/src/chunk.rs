@@ -205,3 +205,22 @@ impl<'a> Parts<'a> {
         Parts { context, codec, puts, run, chunk, attempt, number: 0, rows: 0, bytes: 0, checksums: Vec::new() }
     }
 }
+
+#[async_trait]
+impl PartSink for Parts<'_> {
+    async fn part(&mut self, body: SegmentBody) -> Result<(), SourceError> {
+        Ok(())
+    }
+}
+
+/// Removes the parts of this attempt. What arrives late goes with the run.
+async fn discard(context: &TaskContext, demand: &SourceDemand, run: RunId, chunk: ChunkId) {
+    let Some(epoch) = context.lock.epoch() else { return };
+    let removed = async {
+        let side = context.shared.side(&context.task.flow, &demand.log).await?;
+        side.delete(SideGroup::ChunkAttempt(run, chunk, epoch)).await
+    };
+    if let Err(error) = removed.await {
+        tracing::debug!(task = %context.task, %error, "the parts of an attempt stay until the run is over");
+    }
+}
