@@ -7,7 +7,7 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep;
 use wallaby_model::{Lsn, Position};
 
-use crate::assemble::{Assembler, Limits, RelationShape, SegmentDraft, Step};
+use crate::assemble::{Assembler, CaptureEvent, Limits, PartLimits, RelationShape, Step};
 use crate::catalog;
 use crate::config::ConnectConfig;
 use crate::control::{Control, wait_for_end};
@@ -33,8 +33,11 @@ pub struct CaptureOptions {
     pub segment_bytes_max: usize,
     /// The largest content of a segment with one row: the log's `max_payload` less headroom for headers.
     pub row_bytes_max: usize,
-    /// A larger transaction is an error.
+    /// A larger transaction goes to the side store, if there is one.
     pub large_transaction_bytes: u64,
+    /// Asks for transactions while they are in progress, and cuts large ones into parts. `None`: there is no side store, or it
+    /// is full; every transaction becomes segments when it commits.
+    pub parts: Option<PartOptions>,
     /// With fewer publishes than this in flight, a whole transaction is flushed as soon as nothing more is readable.
     pub eager_in_flight: u32,
     /// How long older owners may take to let go of the slot.
@@ -42,6 +45,37 @@ pub struct CaptureOptions {
     /// Heartbeats that nobody waits for are not made more often.
     pub heartbeat_every: Duration,
 }
+
+/// How parts are cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PartOptions {
+    /// A part with this much content is done: what the side store takes at a time. At least 128 KiB are used.
+    pub target_bytes: usize,
+    /// What the open parts of all transactions may have together in memory; the largest goes out first.
+    pub open_bytes_max: usize,
+}
+
+impl PartOptions {
+    /// For a side store that takes `target_bytes` at a time.
+    pub fn new(target_bytes: usize) -> PartOptions {
+        PartOptions { target_bytes, open_bytes_max: 16 << 20 }
+    }
+
+    fn limits(self) -> PartLimits {
+        PartLimits {
+            target_bytes: self.target_bytes.max(PART_TARGET_BYTES_LEAST),
+            open_bytes_max: self.open_bytes_max,
+            row_bytes_max: PART_ROW_BYTES_MAX,
+        }
+    }
+}
+
+/// A part smaller than this costs more than it holds.
+const PART_TARGET_BYTES_LEAST: usize = 128 << 10;
+/// PostgreSQL's own bound: no message of it reaches 1 GiB.
+const FRAME_BYTES_MAX: usize = 1 << 30;
+/// The largest row of a part: as large as a message, framed.
+const PART_ROW_BYTES_MAX: usize = FRAME_BYTES_MAX + (4 << 20);
 
 impl CaptureOptions {
     /// The defaults of api.md.
@@ -55,23 +89,12 @@ impl CaptureOptions {
             segment_bytes_max: 512 << 10,
             row_bytes_max: (1 << 20) - (64 << 10),
             large_transaction_bytes: 64 << 20,
+            parts: None,
             eager_in_flight: 2,
             slot_wait: Duration::from_secs(30),
             heartbeat_every: Duration::from_secs(1),
         }
     }
-}
-
-/// What capture has for the log.
-#[derive(Debug)]
-pub enum CaptureEvent {
-    /// Rows.
-    Segment(SegmentDraft),
-    /// Nothing happened up to here.
-    Heartbeat {
-        /// `(L, 0)`.
-        to: Position,
-    },
 }
 
 /// A running capture. Closes its connections when it is dropped.
@@ -103,6 +126,8 @@ enum Drained {
     Empty,
     /// A segment has to be given out before the next frame.
     Flush,
+    /// What is ready has to be given out before the next frame.
+    Ready,
     /// The catalog has to be asked before the next frame.
     Shape,
 }
@@ -121,15 +146,18 @@ impl Capture {
         control: Control,
         mut reader: FrameReader,
         feedback: Feedback,
+        protocol: u8,
         log_end: Position,
     ) -> Capture {
         // Hex doubles a bytea, and REPLICA IDENTITY FULL sends a row twice.
-        reader.set_frame_bytes_max(4 * options.row_bytes_max + (64 << 10));
+        let frame_bytes_max = 4 * options.row_bytes_max + (64 << 10);
+        reader.set_frame_bytes_max(if options.parts.is_some() { FRAME_BYTES_MAX } else { frame_bytes_max });
         let limits = Limits {
             segment_target_bytes: options.segment_target_bytes,
             segment_bytes_max: options.segment_bytes_max,
             row_bytes_max: options.row_bytes_max,
             large_transaction_bytes: options.large_transaction_bytes,
+            parts: options.parts.map(PartOptions::limits),
             heartbeat_every: options.heartbeat_every,
         };
         let shutdown_watch = tokio::spawn(close_when_control_ends(control.end_watch(), feedback.clone()));
@@ -138,7 +166,7 @@ impl Capture {
             control,
             reader,
             feedback,
-            assembler: Assembler::new(limits, log_end),
+            assembler: Assembler::new(limits, protocol, log_end),
             shape: None,
             failed: None,
             received: Lsn::ZERO,
@@ -162,7 +190,7 @@ impl Capture {
         &self.control
     }
 
-    /// Waits for the next segment or heartbeat. `in_flight` is the number of publishes that are not acknowledged yet:
+    /// Waits for the next event. `in_flight` is the number of publishes that are not acknowledged yet:
     /// with few of them a segment goes out as soon as it ends with a whole transaction and nothing more is readable,
     /// with many it fills up. Cancel-safe.
     ///
@@ -173,6 +201,9 @@ impl Capture {
             if let Some(error) = self.failed.take() {
                 return Err(error);
             }
+            if let Some(event) = self.assembler.take_ready() {
+                return Ok(event);
+            }
             if let Some(shape) = &self.shape {
                 let schema = catalog::resolve(&self.control, shape).await?;
                 self.assembler.set_shape(schema)?;
@@ -180,7 +211,7 @@ impl Capture {
             }
             match self.drain() {
                 Ok(Drained::Empty) => {}
-                Ok(Drained::Shape) => continue,
+                Ok(Drained::Shape | Drained::Ready) => continue,
                 Ok(Drained::Flush) => {
                     if let Some(segment) = self.assembler.take_segment()? {
                         return Ok(CaptureEvent::Segment(segment));
@@ -217,6 +248,10 @@ impl Capture {
                         Step::Full => {
                             self.received = self.received.max(start);
                             return Ok(Drained::Flush);
+                        }
+                        Step::Ready => {
+                            self.received = self.received.max(start);
+                            return Ok(Drained::Ready);
                         }
                         Step::FlushFirst => {
                             self.reader.put_back();

@@ -127,22 +127,9 @@ pub enum SourceError {
         /// Arrow's words.
         reason: String,
     },
-    /// A transaction is above the flow's bound.
-    #[error("transaction {xid} has more than {limit} bytes ({bytes} so far, last in {table})")]
-    LargeTransaction {
-        /// The transaction.
-        xid: u32,
-        /// The table whose row crossed the bound.
-        table: TableName,
-        /// Bytes of the transaction up to that row.
-        bytes: u64,
-        /// `largeTransactionBytes`.
-        limit: u64,
-    },
-    /// A row does not fit into a message of the log.
-    #[error(
-        "a row of {table} in transaction {xid} has {bytes} bytes; the largest that fits into a log message is {limit}"
-    )]
+    /// A row is larger than what can be taken: than a message of the log while there is no side store for it, else than what
+    /// PostgreSQL itself sends.
+    #[error("a row of {table} in transaction {xid} has {bytes} bytes; the largest that can be taken is {limit}")]
     RowTooLarge {
         /// The transaction.
         xid: u32,
@@ -316,7 +303,6 @@ impl SourceError {
             SourceError::Timeout { .. } => "TimedOut",
             SourceError::Protocol { .. } | SourceError::Decode(_) => "ProtocolError",
             SourceError::Value { .. } | SourceError::Columns { .. } => "UnreadableValue",
-            SourceError::LargeTransaction { .. } => "LargeTransaction",
             SourceError::RowTooLarge { .. } => "RowTooLarge",
             SourceError::SlotMissing { .. } => "SlotMissing",
             SourceError::SlotLost { .. } => "SlotLost",
@@ -347,13 +333,13 @@ impl SourceError {
             SourceError::Config(_) => "Correct the source's dsn".into(),
             SourceError::Auth { .. } => "Correct user, password or channel_binding of the source's dsn, or the server's pg_hba.conf".into(),
             SourceError::Server { error, .. } => return server_remedy(error),
-            SourceError::LargeTransaction { bytes, .. } => format!(
-                "Raise spec.source.postgres.largeTransactionBytes above the transaction's size (more than {bytes} bytes); capture goes on from its position"
-            ),
-            SourceError::RowTooLarge { bytes, .. } => format!(
-                "Raise max_payload of the NATS servers above {} bytes, or take the table out of the publication; capture goes on from its position",
+            SourceError::RowTooLarge { bytes, limit, .. } if *limit < (1 << 30) => format!(
+                "Give the side store more room than {bytes} bytes, or raise max_payload of the NATS servers above {} bytes, or take the table out of the publication; capture goes on from its position",
                 bytes + (64 << 10)
             ),
+            SourceError::RowTooLarge { .. } => {
+                "Make the row smaller, give the table REPLICA IDENTITY DEFAULT so that the old row is not sent with it, or take the table out of the publication; capture goes on from its position".into()
+            }
             SourceError::SlotMissing { .. } => {
                 "WAL since the last confirmed position may be gone. Delete the flow and create it again, or make the slot again and accept the gap".into()
             }

@@ -9,7 +9,7 @@ use wallaby_model::{Lsn, Position};
 use crate::capture::{Capture, CaptureOptions};
 use crate::control::{Control, connect_control};
 use crate::error::{PUBLICATION_NOW, SourceError};
-use crate::replication::{Feedback, ReplicationClient, StartOptions, TimelineSwitch};
+use crate::replication::{Feedback, ReplicationClient, StartOptions, Streaming, TimelineSwitch};
 use crate::sessions;
 use crate::slot::{self, SlotState};
 
@@ -97,12 +97,16 @@ impl Prepared {
         previous: Option<&SourceIdentity>,
     ) -> Result<(Capture, Feedback), SourceError> {
         self.verify(log_end, previous).await?;
+        let protocol = match self.options.parts {
+            Some(_) => protocol_of(&setting(&self.control, "server_version_num").await?),
+            None => 1,
+        };
         let start = StartOptions {
             slot: self.options.slot.clone(),
             publication: self.options.publication.clone(),
             start: log_end.commit,
-            protocol: 1,
-            streaming: false,
+            protocol,
+            streaming: if self.options.parts.is_some() { Streaming::On } else { Streaming::Off },
             messages: false,
             confirmed: self.slot.confirmed_flush,
             status_every: status_every(&self.control).await?,
@@ -118,7 +122,7 @@ impl Prepared {
             feedback.close();
             return Err(moved);
         }
-        let capture = Capture::new(self.options, self.control, reader, feedback.clone(), log_end);
+        let capture = Capture::new(self.options, self.control, reader, feedback.clone(), protocol, log_end);
         Ok((capture, feedback))
     }
 }
@@ -135,6 +139,15 @@ pub(crate) async fn setting(client: &tokio_postgres::Client, name: &str) -> Resu
         .await
         .map_err(|error| SourceError::from_client(format!("reading the setting {name}"), &error))?;
     Ok(row.first().map_or_else(String::new, |row| row.get(0)))
+}
+
+/// The newest protocol that a server speaks. All from 2 on stream transactions in progress.
+fn protocol_of(version_num: &str) -> u8 {
+    match version_num.parse::<u32>() {
+        Ok(160_000..) => 4,
+        Ok(150_000..) => 3,
+        _ => 2,
+    }
 }
 
 async fn read_slot(client: &tokio_postgres::Client, name: &str) -> Result<SlotState, SourceError> {

@@ -13,7 +13,7 @@ use wallaby_model::flow::Replicas;
 use wallaby_model::{Codec, Epoch, FlowId, Lsn, Nonce, Position, RecordKind, ResumeInfo, TaskId};
 use wallaby_postgres_source::{
     Capture, CaptureEvent, CaptureOptions, ConnectConfig, Frame, ReplicationClient, SegmentDraft, SessionOwner,
-    StartOptions,
+    StartOptions, Streaming,
 };
 use wallaby_staging::{
     Connections, DataAppend, Log, LogConfig, LogReader, LogWriter, NatsTarget, ReaderOptions, Start, WriterOptions,
@@ -140,7 +140,7 @@ async fn discard(slot: &str, publication: &str, wanted: u64) -> anyhow::Result<(
         publication: publication.to_owned(),
         start: Lsn::ZERO,
         protocol: 1,
-        streaming: false,
+        streaming: Streaming::Off,
         messages: false,
         confirmed: Lsn::ZERO,
         status_every: Duration::from_secs(10),
@@ -203,6 +203,8 @@ async fn capture(slot: &str, publication: &str, wanted: u64, nats: &str, replica
                 writer.append(pack(&mut encoder, &writer, &draft)?).await?;
             }
             CaptureEvent::Heartbeat { to } => writer.heartbeat(to.commit).await?,
+            // Without a side store nothing of the kind comes.
+            CaptureEvent::Part(_) | CaptureEvent::Splice(_) | CaptureEvent::Abandoned { .. } => {}
         }
     }
     writer.settled().await?;

@@ -44,10 +44,13 @@ pub use error::{Result, StagingError};
 pub use log::{Log, LogConfig, LogInfo, RESERVE_BYTES};
 pub use reader::{Accepted, LogReader, ReaderOptions, Start};
 pub use record::{Incarnation, Staged};
-pub use retention::{Purged, Retention, TailClaims, TailVerdict, judge_tail};
+pub use retention::{Purged, Retention, TailClaims, TailVerdict, judge_tail, log_begins};
 pub use rule::ReaderState;
 pub use segment_cache::{SegmentCache, SegmentKey};
-pub use side::{Shelf, ShelfUsage, SideGroup, SideKey, SideStore};
+pub use side::{
+    JetStreamSide, PutBudget, Puts, Quotas, Shelf, ShelfUsage, SideGroup, SideKey, SideStore, Sweep, open_side, sweep,
+    sweep_transactions,
+};
 pub use sync::{SyncPolicy, SyncReport, SyncSource, sync_policy};
 pub use tail::Tail;
 pub use takeover::Takeover;

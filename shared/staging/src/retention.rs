@@ -112,6 +112,17 @@ async fn place_before(log: &Log, leader: &Leader, sequence: u64, first: u64) -> 
     Ok(oldest)
 }
 
+/// Where the log begins: what it holds comes after this. `None` when no record of it carries a position.
+///
+/// # Errors
+/// `Unavailable`, `Missing`, `Record`.
+pub async fn log_begins(log: &Log) -> Result<Option<Position>> {
+    let leader = log.leader();
+    let first = leader.info(log).await?.state.first_sequence.max(1);
+    let oldest = leader.next_on(log, log.data_subject(), first).await?;
+    Ok(oldest.as_ref().and_then(from_of))
+}
+
 /// What a purge did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Purged {

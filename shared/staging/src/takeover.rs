@@ -137,11 +137,16 @@ impl Takeover {
     }
 
     /// Publishes `resume`, chained, and starts the writer. `position` is the log's end, or, in a log that carries no position,
-    /// where the flow begins. `info.rewind` opens a new incarnation.
+    /// where the flow begins. `info.rewind` opens a new incarnation; with it `position` may lie before the log's end: what stands behind
+    /// a splice was lost, and is published again from there (hazard 9).
     ///
     /// # Errors
     /// `NotContinuing` when `position` is not the log's end; `Fenced` and the other final errors of a writer.
-    pub async fn resume(self, position: Position, info: ResumeInfo) -> Result<LogWriter> {
+    pub async fn resume(mut self, position: Position, info: ResumeInfo) -> Result<LogWriter> {
+        if info.rewind && self.tail.end.is_some_and(|end| position < end) {
+            self.tail.end = Some(position);
+            self.tail.complete_to = self.tail.complete_to.map(|complete_to| complete_to.min(position));
+        }
         if self.tail.end.is_some_and(|end| end != position) {
             return Err(StagingError::NotContinuing {
                 flow: self.log.flow().clone(),

@@ -35,8 +35,9 @@ use wallaby_model::{Codec, Lsn, SegmentBody, TableChanges, TableSchema, Transact
 
 /// The version that is written.
 pub const VERSION: u8 = 1;
-/// No segment may unpack to more than this: bounds what a hostile length can make us allocate.
-pub const CONTENT_BYTES_MAX: usize = 256 << 20;
+/// No segment may unpack to more than this: bounds what a hostile length can make us allocate. A part of the side store can
+/// hold one row as large as PostgreSQL sends them, which is just below 1 GiB.
+pub const CONTENT_BYTES_MAX: usize = (1 << 30) + (16 << 20);
 const HEADER_BYTES: usize = 14;
 /// Where the length of the content stands, and where the checksum.
 const LENGTH_AT: usize = 2;

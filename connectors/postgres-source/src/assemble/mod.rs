@@ -4,58 +4,39 @@
 //! straight from the receive buffer into the columns of their table. Everything at or before the position that the log
 //! already has is counted but not kept, so that a transaction that was cut in the middle goes on where it was cut.
 
+mod buffer;
 mod column;
+mod draft;
+mod limits;
 mod relation;
+mod streamed;
+mod sub_xids;
 mod table;
 mod table_set;
 
 #[cfg(test)]
+mod large_tests;
+#[cfg(test)]
 mod tests;
 
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wallaby_model::{Lsn, Op, Position, SegmentBody, TableName, TableSchema, Transaction};
 
 use crate::error::SourceError;
-use crate::pgoutput::{Begin, Commit, DecodeError, Decoder, Message, Truncate, Tuple, TupleUpdate};
+use crate::pgoutput::{Begin, Commit, DecodeError, Decoder, Message, Truncate, TupleUpdate};
+use buffer::{Buffer, RowChange};
+use streamed::StreamedSet;
 use table::{RowHead, TableBuilder};
-use table_set::TableSet;
 
+pub use draft::{CaptureEvent, PartDraft, SegmentDraft, SpliceDraft};
+pub(crate) use limits::{Limits, PartLimits};
 pub(crate) use relation::{RelationShape, ShapeColumn};
 
 /// µs between 1970 and 2000.
 const UNIX_TO_POSTGRES_MICROS: i64 = 946_684_800_000_000;
-
-/// The bounds of segments, rows and transactions.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Limits {
-    /// A segment with this much content is done.
-    pub(crate) segment_target_bytes: usize,
-    /// No segment grows beyond this, unless a single row does.
-    pub(crate) segment_bytes_max: usize,
-    /// The largest content of a segment with a single row.
-    pub(crate) row_bytes_max: usize,
-    /// The largest transaction.
-    pub(crate) large_transaction_bytes: u64,
-    /// Heartbeats that nobody waits for are not made more often.
-    pub(crate) heartbeat_every: Duration,
-}
-
-/// A segment that is ready to be staged.
-#[derive(Clone, Debug)]
-pub struct SegmentDraft {
-    /// Where a reader stands after it.
-    pub to: Position,
-    /// The end of the last whole transaction at or before `to`.
-    pub complete_to: Position,
-    /// The rows.
-    pub body: SegmentBody,
-    /// About how large the content is before it is packed.
-    pub content_bytes: usize,
-    /// The number of rows, before-images included.
-    pub rows: usize,
-}
 
 /// What became of a message.
 #[derive(Debug)]
@@ -66,6 +47,8 @@ pub(crate) enum Step {
     Full,
     /// Not taken: flush first, then push the same message again.
     FlushFirst,
+    /// Taken, and something has to be given out before the next message: [`Assembler::take_ready`].
+    Ready,
     /// A table's shape has to be completed from the catalog before the next message: [`Assembler::set_shape`].
     Shape(RelationShape),
 }
@@ -73,7 +56,7 @@ pub(crate) enum Step {
 /// The transaction whose messages arrive.
 struct Open {
     begin: Begin,
-    /// Its index in the segment's transactions, once it has a row there.
+    /// Its index in the buffer's transactions, once it has a row there.
     txn: Option<u32>,
     /// LSN and index of its last change.
     change: Lsn,
@@ -82,27 +65,29 @@ struct Open {
     bytes: u64,
     /// Whether it has any change, staged before or now.
     has_changes: bool,
+    /// Parts given out, once it is too large for the log, or has a row that is.
+    parts: Option<u32>,
 }
 
 /// Assembles segments.
 pub(crate) struct Assembler {
     limits: Limits,
     decoder: Decoder,
-    tables: TableSet,
-    /// Tables with rows in the segment.
-    touched: Vec<u32>,
-    /// Rows of shapes that were replaced inside the segment.
-    finished: Vec<wallaby_model::TableChanges>,
-    transactions: Vec<Transaction>,
+    /// Rows for the log, or of the open transaction's next part.
+    buffer: Buffer,
     open: Option<Open>,
+    streamed: StreamedSet,
+    /// What has to be given out before the next message is taken.
+    ready: VecDeque<CaptureEvent>,
+    /// Counts the shapes that came, and says when that of a table in the log came.
+    shapes: u64,
+    shape_at: HashMap<u32, u64>,
     /// The end of everything that was taken.
     end: Position,
     /// The end of the last whole transaction of it.
     complete_to: Position,
     /// The end of everything that was given out.
     given: Position,
-    rows: usize,
-    content_bytes: usize,
     transactions_ended: u64,
     /// A keepalive that came after everything taken.
     keepalive: Option<Lsn>,
@@ -112,21 +97,20 @@ pub(crate) struct Assembler {
 }
 
 impl Assembler {
-    /// Goes on from `resume`, which is where the log ends.
-    pub(crate) fn new(limits: Limits, resume: Position) -> Assembler {
+    /// Goes on from `resume`, which is where the log ends. `protocol` is pgoutput's version.
+    pub(crate) fn new(limits: Limits, protocol: u8, resume: Position) -> Assembler {
         Assembler {
             limits,
-            decoder: Decoder::new(1),
-            tables: TableSet::default(),
-            touched: Vec::new(),
-            finished: Vec::new(),
-            transactions: Vec::new(),
+            decoder: Decoder::new(protocol),
+            buffer: Buffer::default(),
             open: None,
+            streamed: StreamedSet::default(),
+            ready: VecDeque::new(),
+            shapes: 0,
+            shape_at: HashMap::new(),
             end: resume,
             complete_to: if resume.is_between_transactions() { resume } else { Position::before(resume.commit) },
             given: resume,
-            rows: 0,
-            content_bytes: 0,
             transactions_ended: 0,
             keepalive: None,
             urgent: false,
@@ -137,30 +121,53 @@ impl Assembler {
     /// Takes one pgoutput message with the LSN of its XLogData header.
     pub(crate) fn push(&mut self, start: Lsn, payload: &[u8]) -> Result<Step, SourceError> {
         match self.decoder.decode(payload)? {
-            Message::Insert { relation, new, .. } => {
-                let rows = RowChange { op: Op::Insert, row: &new, old: None };
-                self.push_rows(start, relation, payload.len(), rows)
-            }
-            Message::Update { relation, change: TupleUpdate { old, new }, .. } => {
+            Message::Insert { xid, relation, new } => self.push_change(
+                start,
+                xid,
+                relation,
+                payload.len(),
+                &RowChange { op: Op::Insert, row: &new, old: None },
+            ),
+            Message::Update { xid, relation, change: TupleUpdate { old, new } } => {
                 let old = old.as_ref().map(|(whole, old)| (if *whole { Op::OldRow } else { Op::OldKey }, old));
-                self.push_rows(start, relation, payload.len(), RowChange { op: Op::Update, row: &new, old })
+                self.push_change(start, xid, relation, payload.len(), &RowChange { op: Op::Update, row: &new, old })
             }
-            Message::Delete { relation, whole, old, .. } => {
+            Message::Delete { xid, relation, whole, old } => {
                 let op = if whole { Op::DeleteRow } else { Op::DeleteKey };
-                self.push_rows(start, relation, payload.len(), RowChange { op, row: &old, old: None })
+                self.push_change(start, xid, relation, payload.len(), &RowChange { op, row: &old, old: None })
             }
-            Message::Truncate(truncate) => self.push_truncate(start, &truncate),
+            Message::Truncate(truncate) => match truncate.xid {
+                Some(xid) => self.truncate_streamed(start, xid, &truncate),
+                None => self.push_truncate(start, &truncate),
+            },
             Message::Begin(begin) => self.begin(begin),
             Message::Commit(commit) => self.commit(commit),
             Message::Relation(relation) => Ok(Step::Shape(RelationShape::of(&relation))),
-            // Where a type or a transaction comes from changes no row; logical messages are not asked for.
+            // Where a type or a transaction comes from changes no row; logical messages are not asked for, and have no
+            // rows. One of a rolled-back savepoint would come all the same, under the savepoint's xid (hazard 7).
             Message::Type(_) | Message::Origin { .. } | Message::Logical(_) => Ok(Step::Taken),
-            Message::StreamStart(_) | Message::StreamStop | Message::StreamCommit { .. } | Message::StreamAbort(_) => {
-                Err(DecodeError::Order { kind: 'S', reason: "streaming was not asked for" }.into())
-            }
+            Message::StreamStart(start) => self.stream_start(start),
+            Message::StreamStop => Ok(self.stream_stop()),
+            Message::StreamCommit { xid, commit } => self.stream_commit(xid, commit),
+            Message::StreamAbort(abort) => self.stream_abort(abort),
             Message::Prepared(prepared) => {
-                Err(DecodeError::Order { kind: prepared.kind, reason: "two-phase commit was not asked for" }.into())
+                Err(out_of_order(prepared.kind, "two-phase commit was not asked for").into())
             }
+        }
+    }
+
+    #[inline]
+    fn push_change(
+        &mut self,
+        start: Lsn,
+        xid: Option<u32>,
+        oid: u32,
+        message_bytes: usize,
+        change: &RowChange<'_, '_>,
+    ) -> Result<Step, SourceError> {
+        match xid {
+            None => self.push_rows(start, oid, message_bytes, change),
+            Some(xid) => self.push_streamed(start, xid, oid, message_bytes, change),
         }
     }
 
@@ -173,69 +180,69 @@ impl Assembler {
 
     /// The error for a row that was too large to be received whole.
     pub(crate) fn oversized(&self, frame_bytes: u64, head: &[u8]) -> SourceError {
+        let at = if self.streamed.in_block() { 5 } else { 1 };
         let relation = match head {
-            [b'I' | b'U' | b'D', a, b, c, d, ..] => Some(u32::from_be_bytes([*a, *b, *c, *d])),
+            [b'I' | b'U' | b'D', ..] => {
+                head.get(at..).and_then(|rest| rest.first_chunk()).copied().map(u32::from_be_bytes)
+            }
             _ => None,
         };
-        let table = relation.and_then(|oid| self.tables.get(oid)).map(|table| table.schema().table.clone());
+        let table = relation.and_then(|oid| self.buffer.table(oid)).map(|table| table.schema().table.clone());
         SourceError::RowTooLarge {
             xid: self.open.as_ref().map_or(0, |open| open.begin.xid),
             table: table.unwrap_or_else(|| TableName::new("?", "?")),
             bytes: frame_bytes,
-            limit: self.limits.row_bytes_max as u64,
+            limit: self.limits.largest_row_bytes() as u64,
         }
     }
 
-    /// Sets the shape of a table from here on. An equal one changes nothing.
+    /// Sets the shape of a table from here on. An equal one changes nothing. Inside of a streamed block it holds for that
+    /// transaction only.
     pub(crate) fn set_shape(&mut self, schema: TableSchema) -> Result<(), SourceError> {
-        let oid = schema.oid;
-        if let Some(known) = self.tables.get_mut(oid) {
-            if **known.schema() == schema {
-                return Ok(());
-            }
-            if known.rows() > 0 {
-                self.finished.push(known.finish()?);
-                self.touched.retain(|touched| *touched != oid);
-            }
+        self.shapes += 1;
+        let known = self.buffer.table(schema.oid).map(|table| Arc::clone(table.schema()));
+        let schema = known.filter(|known| **known == schema).unwrap_or_else(|| Arc::new(schema));
+        if self.streamed.in_block() {
+            return self.streamed.set_shape(self.shapes, schema);
         }
-        self.tables.insert(oid, TableBuilder::new(Arc::new(schema)));
-        Ok(())
+        self.shape_at.insert(schema.oid, self.shapes);
+        self.buffer.set_shape(schema)
     }
 
     /// Whether flushing now would make a transaction visible without cutting another.
     pub(crate) fn has_whole_transactions(&self) -> bool {
-        self.rows > 0 && self.open.is_none()
+        self.buffer.rows() > 0 && self.open.is_none()
+    }
+
+    /// What has to be given out before the next message is pushed.
+    pub(crate) fn take_ready(&mut self) -> Option<CaptureEvent> {
+        self.ready.pop_front()
+    }
+
+    fn step(&self) -> Step {
+        if self.ready.is_empty() { Step::Taken } else { Step::Ready }
     }
 
     /// Gives the segment out.
     pub(crate) fn take_segment(&mut self) -> Result<Option<SegmentDraft>, SourceError> {
-        if self.rows == 0 {
+        if self.open.as_ref().is_some_and(|open| open.parts.is_some()) {
+            // What is at hand belongs into a part.
             return Ok(None);
         }
-        let mut tables = std::mem::take(&mut self.finished);
-        for oid in self.touched.drain(..) {
-            if let Some(table) = self.tables.get_mut(oid) {
-                tables.push(table.finish()?);
-            }
-        }
-        let body = SegmentBody { transactions: std::mem::take(&mut self.transactions), tables };
+        let Some(taken) = self.buffer.take()? else { return Ok(None) };
         if let Some(open) = &mut self.open {
             open.txn = None;
         }
-        let draft = SegmentDraft {
+        crate::metrics::segment(taken.rows, std::mem::take(&mut self.transactions_ended));
+        self.given = self.end;
+        self.urgent = false;
+        Ok(Some(SegmentDraft {
             to: self.end,
             complete_to: self.complete_to,
-            body,
-            content_bytes: self.content_bytes,
-            rows: self.rows,
-        };
-        crate::metrics::segment(draft.rows, self.transactions_ended);
-        self.given = self.end;
-        self.rows = 0;
-        self.content_bytes = 0;
-        self.transactions_ended = 0;
-        self.urgent = false;
-        Ok(Some(draft))
+            body: taken.body,
+            content_bytes: taken.content_bytes,
+            rows: taken.rows,
+        }))
     }
 
     /// Gives a heartbeat out, when one is due at `now`. Only when there is no segment to give.
@@ -256,7 +263,7 @@ impl Assembler {
 
     /// How long until the next heartbeat is due; `None` when there is nothing to tell.
     pub(crate) fn heartbeat_wait(&self, now: Instant) -> Option<Duration> {
-        if self.rows > 0 || self.open.is_some() {
+        if self.buffer.rows() > 0 || self.open.is_some() {
             return None;
         }
         let wanted = self.keepalive.map_or(self.end, |lsn| self.end.max(Position::before(lsn)));
@@ -269,53 +276,85 @@ impl Assembler {
 
     fn begin(&mut self, begin: Begin) -> Result<Step, SourceError> {
         if self.open.is_some() {
-            return Err(DecodeError::Order { kind: 'B', reason: "the transaction before it did not end" }.into());
+            return Err(out_of_order('B', "the transaction before it did not end").into());
         }
-        let open = Open { begin, txn: None, change: Lsn::ZERO, index: 0, bytes: 0, has_changes: false };
+        let open = Open { begin, txn: None, change: Lsn::ZERO, index: 0, bytes: 0, has_changes: false, parts: None };
         self.open = Some(open);
         Ok(Step::Taken)
     }
 
     fn commit(&mut self, commit: Commit) -> Result<Step, SourceError> {
-        let Some(open) = self.open.take() else {
-            return Err(DecodeError::Order { kind: 'C', reason: "no transaction is open" }.into());
+        let Some(mut open) = self.open.take() else {
+            return Err(out_of_order('C', "no transaction is open").into());
         };
         if open.begin.final_lsn != commit.commit_lsn {
-            return Err(DecodeError::Order { kind: 'C', reason: "it ends another transaction" }.into());
+            return Err(out_of_order('C', "it ends another transaction").into());
         }
-        let end = Position::before(commit.end_lsn);
-        if end > self.end {
-            self.end = end;
-            self.complete_to = end;
-            self.urgent |= open.has_changes;
-            self.transactions_ended += 1;
+        let to = Position::before(commit.end_lsn);
+        if open.parts.is_some() {
+            self.take_open_part(&mut open)?;
+        }
+        match open.parts {
+            Some(parts) if parts > 0 => {
+                let transaction = transaction_of(&open.begin);
+                self.give_splice(SpliceDraft { transaction, to, parts, aborted: Vec::new() });
+            }
+            _ if to > self.end => {
+                self.urgent |= open.has_changes;
+                self.end_transaction(to);
+            }
+            _ => {}
         }
         self.keepalive = self.keepalive.filter(|lsn| *lsn > commit.end_lsn);
-        Ok(Step::Taken)
+        Ok(self.step())
     }
 
-    /// Checks the transaction's bound; `None` when the segment has to be flushed before the error is told.
-    fn count_transaction(&mut self, oid: u32, bytes: usize) -> Result<Option<u64>, SourceError> {
-        let Some(open) = &self.open else {
-            return Err(DecodeError::Order { kind: 'I', reason: "no transaction is open" }.into());
+    /// Everything up to `to`, which is the end of a transaction, was taken.
+    fn end_transaction(&mut self, to: Position) {
+        self.end = to;
+        self.complete_to = to;
+        self.transactions_ended += 1;
+    }
+
+    fn give_splice(&mut self, splice: SpliceDraft) {
+        self.end_transaction(splice.to);
+        self.given = splice.to;
+        self.urgent = false;
+        self.ready.push_back(CaptureEvent::Splice(splice));
+    }
+
+    /// Gives out what is at hand of a transaction that goes to the side store.
+    fn take_open_part(&mut self, open: &mut Open) -> Result<(), SourceError> {
+        let Some(taken) = self.buffer.take()? else { return Ok(()) };
+        let number = open.parts.unwrap_or(0);
+        open.parts = Some(number + 1);
+        open.txn = None;
+        self.ready.push_back(CaptureEvent::Part(PartDraft {
+            xid: open.begin.xid,
+            number,
+            body: taken.body,
+            content_bytes: taken.content_bytes,
+            rows: taken.rows,
+            last: (open.change, open.index),
+        }));
+        Ok(())
+    }
+
+    /// Counts a change of the open transaction; its bytes with it. `None` when the transaction goes to the side store from here on, and
+    /// the segment has to be flushed before.
+    #[inline]
+    fn count_transaction(&mut self, bytes: usize) -> Result<Option<u64>, SourceError> {
+        let Some(open) = &mut self.open else {
+            return Err(out_of_order('I', "no transaction is open").into());
         };
         let total = open.bytes + bytes as u64;
-        if total <= self.limits.large_transaction_bytes {
-            return Ok(Some(total));
+        if total > self.limits.large_transaction_bytes && self.limits.parts.is_some() && open.parts.is_none() {
+            if self.buffer.rows() > 0 {
+                return Ok(None);
+            }
+            open.parts = Some(0);
         }
-        if self.rows > 0 {
-            return Ok(None);
-        }
-        Err(SourceError::LargeTransaction {
-            xid: open.begin.xid,
-            table: self.table_name(oid),
-            bytes: total,
-            limit: self.limits.large_transaction_bytes,
-        })
-    }
-
-    fn table_name(&self, oid: u32) -> TableName {
-        self.tables.get(oid).map_or_else(|| TableName::new("?", "?"), |table| table.schema().table.clone())
+        Ok(Some(total))
     }
 
     fn push_rows(
@@ -323,69 +362,100 @@ impl Assembler {
         start: Lsn,
         oid: u32,
         message_bytes: usize,
-        change: RowChange<'_, '_>,
+        change: &RowChange<'_, '_>,
     ) -> Result<Step, SourceError> {
-        let Some(transaction_bytes) = self.count_transaction(oid, message_bytes)? else {
+        let Some(transaction_bytes) = self.count_transaction(message_bytes)? else {
             return Ok(Step::FlushFirst);
         };
         let Some((position, skipped)) = self.next_position(start)? else {
-            return Err(DecodeError::Order { kind: 'I', reason: "WAL positions fall inside of a transaction" }.into());
+            return Err(out_of_order('I', "WAL positions fall inside of a transaction").into());
         };
         if !skipped {
-            let mut bytes = match self.tables.get(oid) {
-                Some(table) => table.row_bytes() * change.rows() + message_bytes,
-                None => return Err(DecodeError::Order { kind: 'I', reason: "its table was not described" }.into()),
+            let Some(bytes) = self.make_room(oid, message_bytes, change)? else {
+                return Ok(Step::FlushFirst);
             };
-            if self.added(oid, bytes) > self.limits.segment_bytes_max.min(self.limits.row_bytes_max) {
-                bytes = self.exact_bytes(oid, &change)?;
-                if self.rows > 0 && self.added(oid, bytes) > self.limits.segment_bytes_max {
-                    return Ok(Step::FlushFirst);
-                }
-                self.check_row(oid, bytes)?;
-            }
-            self.append(oid, position, &change, bytes)?;
+            let txn = self.txn_index();
+            self.buffer.append(oid, txn, position, change, bytes)?;
         }
         self.advance(start, position, transaction_bytes, skipped);
-        Ok(if self.content_bytes >= self.limits.segment_target_bytes { Step::Full } else { Step::Taken })
+        self.after_change()
     }
 
-    /// What the segment would hold with `bytes` more in this table.
-    fn added(&self, oid: u32, bytes: usize) -> usize {
-        let overhead = match self.tables.get(oid) {
-            Some(table) if table.rows() == 0 => table.overhead_bytes(),
-            _ => 0,
-        };
-        self.content_bytes + overhead + bytes
-    }
-
-    fn exact_bytes(&self, oid: u32, change: &RowChange<'_, '_>) -> Result<usize, SourceError> {
-        let Some(table) = self.tables.get(oid) else { return Ok(0) };
-        let old = match change.old {
-            Some((_, old)) => table.bytes_of(old)?,
-            None => 0,
-        };
-        // A value that is filled in from the old row counts a second time.
-        let filled = if change.old.is_some_and(|(op, _)| op == Op::OldRow) { old } else { 0 };
-        Ok(old + filled.min(self.limits.row_bytes_max) + table.bytes_of(change.row)?)
-    }
-
-    fn check_row(&self, oid: u32, bytes: usize) -> Result<(), SourceError> {
-        let with_overhead = bytes + self.tables.get(oid).map_or(0, TableBuilder::overhead_bytes);
-        if with_overhead <= self.limits.row_bytes_max {
-            return Ok(());
+    /// The bytes that a change will take. `None` when the segment has to be flushed before it.
+    #[inline]
+    fn make_room(
+        &mut self,
+        oid: u32,
+        message_bytes: usize,
+        change: &RowChange<'_, '_>,
+    ) -> Result<Option<usize>, SourceError> {
+        let table = self.buffer.table(oid).ok_or(out_of_order('I', "its table was not described"))?;
+        let bytes = table.row_bytes() * change.rows() + message_bytes;
+        let bytes_max = self.limits.segment_bytes_max.min(self.limits.row_bytes_max);
+        if self.buffer.added(oid, bytes) <= bytes_max && self.open.as_ref().is_some_and(|open| open.parts.is_none()) {
+            return Ok(Some(bytes));
         }
-        Err(SourceError::RowTooLarge {
-            xid: self.open.as_ref().map_or(0, |open| open.begin.xid),
-            table: self.table_name(oid),
-            bytes: with_overhead as u64,
-            limit: self.limits.row_bytes_max as u64,
-        })
+        self.make_room_for_large(oid, bytes, change)
+    }
+
+    #[cold]
+    fn make_room_for_large(
+        &mut self,
+        oid: u32,
+        bytes_at_most: usize,
+        change: &RowChange<'_, '_>,
+    ) -> Result<Option<usize>, SourceError> {
+        let (limits, xid) = (self.limits, self.open.as_ref().map_or(0, |open| open.begin.xid));
+        let table = self.buffer.table(oid).ok_or(out_of_order('I', "its table was not described"))?;
+        if self.open.as_ref().is_some_and(|open| open.parts.is_none()) {
+            let bytes = table.exact_bytes(change, limits.row_bytes_max)?;
+            if self.buffer.rows() > 0 && self.buffer.added(oid, bytes) > limits.segment_bytes_max {
+                return Ok(None);
+            }
+            match table.check_row(xid, bytes, limits.row_bytes_max) {
+                Ok(()) => return Ok(Some(bytes)),
+                Err(error) if limits.parts.is_none() => return Err(error),
+                Err(_) if self.buffer.rows() > 0 => return Ok(None),
+                Err(_) => {}
+            }
+        }
+        let mut bytes = bytes_at_most;
+        if bytes > limits.part_row_bytes_max() {
+            bytes = table.exact_bytes(change, limits.part_row_bytes_max())?;
+            table.check_row(xid, bytes, limits.part_row_bytes_max())?;
+        }
+        let is_too_much = self.buffer.added(oid, bytes) > 2 * limits.part_target_bytes();
+        if let Some(mut open) = self.open.take() {
+            open.parts.get_or_insert(0);
+            let taken = if is_too_much { self.take_open_part(&mut open) } else { Ok(()) };
+            self.open = Some(open);
+            taken?;
+        }
+        Ok(Some(bytes))
+    }
+
+    /// What is done once a change was taken.
+    #[inline]
+    fn after_change(&mut self) -> Result<Step, SourceError> {
+        let content_bytes = self.buffer.content_bytes();
+        if self.open.as_ref().is_some_and(|open| open.parts.is_none()) {
+            let is_full = content_bytes >= self.limits.segment_target_bytes;
+            return Ok(if is_full { Step::Full } else { Step::Taken });
+        }
+        if content_bytes >= self.limits.part_target_bytes()
+            && let Some(mut open) = self.open.take()
+        {
+            let taken = self.take_open_part(&mut open);
+            self.open = Some(open);
+            taken?;
+        }
+        Ok(self.step())
     }
 
     /// The position of the next change, and whether the log has it already. `None` when LSNs fall.
     fn next_position(&self, start: Lsn) -> Result<Option<(Position, bool)>, SourceError> {
         let Some(open) = &self.open else {
-            return Err(DecodeError::Order { kind: 'I', reason: "no transaction is open" }.into());
+            return Err(out_of_order('I', "no transaction is open").into());
         };
         if start < open.change {
             return Ok(None);
@@ -407,88 +477,53 @@ impl Assembler {
         }
     }
 
-    /// The open transaction's index in the segment, and the table's builder, marked as having rows.
+    /// The open transaction's index in the buffer.
+    #[inline]
     fn txn_index(&mut self) -> u32 {
-        let next = self.transactions.len() as u32;
         let Some(open) = &mut self.open else { return 0 };
         if let Some(txn) = open.txn {
             return txn;
         }
-        open.txn = Some(next);
-        self.transactions.push(Transaction {
-            commit: open.begin.final_lsn,
-            xid: open.begin.xid,
-            committed_at_micros: open.begin.committed_at_micros.saturating_add(UNIX_TO_POSTGRES_MICROS),
-        });
-        next
-    }
-
-    fn append(
-        &mut self,
-        oid: u32,
-        position: Position,
-        change: &RowChange<'_, '_>,
-        bytes: usize,
-    ) -> Result<(), SourceError> {
-        let txn = self.txn_index();
-        let with_overhead = self.added(oid, bytes);
-        let Some(table) = self.tables.get_mut(oid) else { return Ok(()) };
-        if table.rows() == 0 {
-            self.touched.push(oid);
+        let mut transaction = transaction_of(&open.begin);
+        if open.parts.is_some() {
+            // The parts of all transactions look the same: their manifest says the rest.
+            transaction = Transaction { commit: Lsn::ZERO, committed_at_micros: 0, ..transaction };
         }
-        let head = |op| RowHead { txn, change: position.change, index: position.index, op };
-        let mut whole_old = None;
-        if let Some((op, old)) = change.old {
-            table.push(head(op), old, None)?;
-            whole_old = (op == Op::OldRow).then_some(old);
-        }
-        table.push(head(change.op), change.row, whole_old)?;
-        self.rows += change.rows();
-        self.content_bytes = with_overhead;
-        Ok(())
+        let txn = self.buffer.add_transaction(transaction);
+        open.txn = Some(txn);
+        txn
     }
 
     fn push_truncate(&mut self, start: Lsn, truncate: &Truncate) -> Result<Step, SourceError> {
         for oid in &truncate.relations {
             let Some((position, skipped)) = self.next_position(start)? else {
-                return Err(
-                    DecodeError::Order { kind: 'T', reason: "WAL positions fall inside of a transaction" }.into()
-                );
+                return Err(out_of_order('T', "WAL positions fall inside of a transaction").into());
             };
             if !skipped {
-                let row_bytes = match self.tables.get(*oid) {
-                    Some(table) => table.row_bytes(),
-                    None => return Err(DecodeError::Order { kind: 'T', reason: "its table was not described" }.into()),
-                };
+                self.buffer.table(*oid).ok_or(out_of_order('T', "its table was not described"))?;
                 let txn = self.txn_index();
-                let with_overhead = self.added(*oid, row_bytes);
-                if let Some(table) = self.tables.get_mut(*oid) {
-                    if table.rows() == 0 {
-                        self.touched.push(*oid);
-                    }
-                    let head = RowHead { txn, change: position.change, index: position.index, op: Op::Truncate };
-                    table.push_empty(head);
-                }
-                self.rows += 1;
-                self.content_bytes = with_overhead;
+                self.buffer.append_truncate(*oid, txn, position);
             }
             let bytes = self.open.as_ref().map_or(0, |open| open.bytes);
             self.advance(start, position, bytes, skipped);
         }
-        Ok(if self.content_bytes >= self.limits.segment_target_bytes { Step::Full } else { Step::Taken })
+        self.after_change()
     }
 }
 
-/// A change of one row: the row, and what the WAL carries of the old one.
-struct RowChange<'m, 'a> {
-    op: Op,
-    row: &'m Tuple<'a>,
-    old: Option<(Op, &'m Tuple<'a>)>,
+fn out_of_order(kind: char, reason: &'static str) -> DecodeError {
+    DecodeError::Order { kind, reason }
 }
 
-impl RowChange<'_, '_> {
-    fn rows(&self) -> usize {
-        1 + usize::from(self.old.is_some())
+fn committed_at(postgres_micros: i64) -> i64 {
+    postgres_micros.saturating_add(UNIX_TO_POSTGRES_MICROS)
+}
+
+fn transaction_of(begin: &Begin) -> Transaction {
+    Transaction {
+        commit: begin.final_lsn,
+        xid: begin.xid,
+        committed_at_micros: committed_at(begin.committed_at_micros),
     }
 }
 

@@ -7,6 +7,7 @@ use arrow_schema::SchemaRef;
 use wallaby_model::change::{FIRST_COLUMN, arrow_schema};
 use wallaby_model::{Lsn, Op, TableChanges, TableSchema};
 
+use super::buffer::RowChange;
 use super::column::{Column, Varying};
 use crate::error::SourceError;
 use crate::pgoutput::{Cell, DecodeError, Tuple};
@@ -93,6 +94,27 @@ impl TableBuilder {
             }
         }
         Ok(bytes)
+    }
+
+    /// What a change will take, exactly. A value that is filled in from the old row counts a second time; no more than
+    /// `limit` is counted for those.
+    pub(super) fn exact_bytes(&self, change: &RowChange<'_, '_>, limit: usize) -> Result<usize, DecodeError> {
+        let old = match change.old {
+            Some((_, old)) => self.bytes_of(old)?,
+            None => 0,
+        };
+        let filled = if change.old.is_some_and(|(op, _)| op == Op::OldRow) { old } else { 0 };
+        Ok(old + filled.min(limit) + self.bytes_of(change.row)?)
+    }
+
+    /// Refuses a row above the limit.
+    pub(super) fn check_row(&self, xid: u32, bytes: usize, limit: usize) -> Result<(), SourceError> {
+        let with_overhead = bytes + self.overhead_bytes;
+        if with_overhead <= limit {
+            return Ok(());
+        }
+        let (bytes, limit) = (with_overhead as u64, limit as u64);
+        Err(SourceError::RowTooLarge { xid, table: self.schema.table.clone(), bytes, limit })
     }
 
     fn push_head(&mut self, head: RowHead) {

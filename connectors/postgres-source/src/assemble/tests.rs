@@ -9,15 +9,16 @@ use wallaby_model::{Column, ColumnType, Lsn, Op, Position, ReplicaIdentity, Tabl
 use super::{Assembler, Limits, SegmentDraft, Step};
 use crate::error::SourceError;
 
-const LIMITS: Limits = Limits {
+pub(super) const LIMITS: Limits = Limits {
     segment_target_bytes: 128 << 10,
     segment_bytes_max: 512 << 10,
     row_bytes_max: 900 << 10,
     large_transaction_bytes: 64 << 20,
+    parts: None,
     heartbeat_every: Duration::from_secs(1),
 };
 
-fn shape(oid: u32) -> TableSchema {
+pub(super) fn shape(oid: u32) -> TableSchema {
     let column = |name: &str, kind, identity| Column {
         name: name.into(),
         kind,
@@ -36,7 +37,7 @@ fn shape(oid: u32) -> TableSchema {
     }
 }
 
-fn begin(commit: u64, xid: u32) -> Vec<u8> {
+pub(super) fn begin(commit: u64, xid: u32) -> Vec<u8> {
     let mut message = vec![b'B'];
     message.extend_from_slice(&commit.to_be_bytes());
     message.extend_from_slice(&0i64.to_be_bytes());
@@ -44,7 +45,7 @@ fn begin(commit: u64, xid: u32) -> Vec<u8> {
     message
 }
 
-fn commit(lsn: u64, end: u64) -> Vec<u8> {
+pub(super) fn commit(lsn: u64, end: u64) -> Vec<u8> {
     let mut message = vec![b'C', 0];
     message.extend_from_slice(&lsn.to_be_bytes());
     message.extend_from_slice(&end.to_be_bytes());
@@ -52,7 +53,7 @@ fn commit(lsn: u64, end: u64) -> Vec<u8> {
     message
 }
 
-fn insert(oid: u32, id: u32, text: &str) -> Vec<u8> {
+pub(super) fn insert(oid: u32, id: u32, text: &str) -> Vec<u8> {
     let mut message = vec![b'I'];
     message.extend_from_slice(&oid.to_be_bytes());
     message.extend_from_slice(&[b'N', 0, 2]);
@@ -65,7 +66,7 @@ fn insert(oid: u32, id: u32, text: &str) -> Vec<u8> {
 }
 
 fn assembler(limits: Limits, resume: Position) -> Assembler {
-    let mut assembler = Assembler::new(limits, resume);
+    let mut assembler = Assembler::new(limits, 1, resume);
     for oid in 1..4 {
         assembler.set_shape(shape(oid)).unwrap();
     }
@@ -143,19 +144,15 @@ fn a_transaction_that_ends_after_its_rows_were_given_out_is_completed_at_once() 
 }
 
 #[test]
-fn what_came_whole_is_given_out_before_a_bound_is_an_error() {
-    let limits = Limits { large_transaction_bytes: 100, ..LIMITS };
+fn what_came_whole_is_given_out_before_a_row_that_is_too_large_is_an_error() {
+    let limits = Limits { row_bytes_max: 10_000, ..LIMITS };
     let mut assembler = assembler(limits, Position::ZERO);
     assembler.push(Lsn(1), &begin(5, 1)).unwrap();
     assembler.push(Lsn(1), &insert(1, 1, "x")).unwrap();
     assembler.push(Lsn(5), &commit(5, 6)).unwrap();
     assembler.push(Lsn(7), &begin(9, 77)).unwrap();
-    let large = insert(2, 2, &"x".repeat(200));
-    assert!(matches!(assembler.push(Lsn(7), &large).unwrap(), Step::FlushFirst));
-    let draft = assembler.take_segment().unwrap().unwrap();
-    assert_eq!(draft.complete_to, Position::before(Lsn(6)));
-    let error = assembler.push(Lsn(7), &large).unwrap_err();
-    assert!(matches!(&error, SourceError::LargeTransaction { xid: 77, table, .. } if table.name == "t2"), "{error}");
+    let error = assembler.push(Lsn(7), &insert(2, 2, &"x".repeat(10_000))).unwrap_err();
+    assert!(matches!(&error, SourceError::RowTooLarge { xid: 77, table, .. } if table.name == "t2"), "{error}");
 }
 
 #[test]
@@ -163,6 +160,7 @@ fn messages_out_of_order_are_errors_and_never_panics() {
     let mut assembler = assembler(LIMITS, Position::ZERO);
     assert!(assembler.push(Lsn(1), &insert(1, 1, "x")).is_err(), "no transaction");
     assert!(assembler.push(Lsn(1), &commit(1, 2)).is_err());
+    assert!(assembler.push(Lsn(1), b"S\0\0\0\x01\x01").is_err(), "not asked for");
     assembler.push(Lsn(3), &begin(9, 1)).unwrap();
     assert!(assembler.push(Lsn(3), &begin(9, 1)).is_err());
     assert!(assembler.push(Lsn(3), &insert(99, 1, "x")).is_err(), "an unknown table");
@@ -218,7 +216,7 @@ proptest! {
                     Step::Taken => { next += 1; false }
                     Step::Full => { next += 1; true }
                     Step::FlushFirst => true,
-                    Step::Shape(_) => unreachable!(),
+                    Step::Shape(_) | Step::Ready => unreachable!(),
                 },
                 None => true,
             };

@@ -36,6 +36,17 @@ pub struct TimelineSwitch {
     pub at: Lsn,
 }
 
+/// Whether transactions are sent while they are in progress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Streaming {
+    /// When they commit.
+    Off,
+    /// Those that outgrow the server's memory for them (protocol 2 and up).
+    On,
+    /// The same; an abort says where and when (protocol 4).
+    Parallel,
+}
+
 /// What is asked of START_REPLICATION.
 #[derive(Clone, Debug)]
 pub struct StartOptions {
@@ -47,8 +58,8 @@ pub struct StartOptions {
     pub start: Lsn,
     /// pgoutput's protocol version, 1 to 4.
     pub protocol: u8,
-    /// Whether transactions are sent while they are in progress (protocol 2 and up).
-    pub streaming: bool,
+    /// Whether transactions are sent while they are in progress.
+    pub streaming: Streaming,
     /// Whether logical messages are sent.
     pub messages: bool,
     /// What status updates confirm until told otherwise: the slot's `confirmed_flush_lsn`.
@@ -168,9 +179,10 @@ impl ReplicationClient {
             options.protocol,
             quote_literal(&quote_identifier(&options.publication))
         );
-        if options.streaming {
-            // Version 4 is there for parallel apply: with it an abort says where and when.
-            plugin.push_str(if options.protocol >= 4 { ", streaming 'parallel'" } else { ", streaming 'on'" });
+        match options.streaming {
+            Streaming::Off => {}
+            Streaming::On => plugin.push_str(", streaming 'on'"),
+            Streaming::Parallel => plugin.push_str(", streaming 'parallel'"),
         }
         if options.messages {
             plugin.push_str(", messages 'true'");

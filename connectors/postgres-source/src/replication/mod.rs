@@ -11,7 +11,7 @@ mod pause;
 mod reader;
 mod startup;
 
-pub use client::{ReplicationClient, StartOptions, SystemIdentity, TimelineSwitch};
+pub use client::{ReplicationClient, StartOptions, Streaming, SystemIdentity, TimelineSwitch};
 pub use feedback::Feedback;
 pub use frame::Frame;
 pub use gulp::GulpPolicy;

@@ -269,7 +269,7 @@ async fn b84_heartbeats_follow_the_wal_without_any_captured_change() {
     while run.end < Position::before(target) {
         match run.next().await.unwrap() {
             CaptureEvent::Heartbeat { to } => beats.push((to, std::time::Instant::now())),
-            CaptureEvent::Segment(segment) => panic!("{segment:?}"),
+            other => panic!("{other:?}"),
         }
     }
     run.feedback.confirm(run.end.commit);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use wallaby_model::{Lsn, Position};
 use wallaby_postgres_source::{
-    Capture, CaptureEvent, ReplicationClient, SourceError, SourceIdentity, StartOptions, drop_slot, ensure_slot,
+    Capture, ReplicationClient, SourceError, SourceIdentity, StartOptions, Streaming, drop_slot, ensure_slot,
 };
 use wallaby_testkit::{Database, Postgres, PostgresOptions, Shutdown, eventually};
 
@@ -142,7 +142,7 @@ async fn hold_slot(flow: &Flow, name: &str) -> impl Sized + use<> {
         publication: flow.name.clone(),
         start: Lsn::ZERO,
         protocol: 1,
-        streaming: false,
+        streaming: Streaming::Off,
         messages: false,
         confirmed: Lsn::ZERO,
         status_every: Duration::from_secs(1),
@@ -229,48 +229,6 @@ async fn b64_a_killed_walsender_is_a_transient_error_and_nothing_is_lost() {
 }
 
 #[tokio::test]
-async fn a_transaction_over_the_bound_names_itself_and_goes_on_with_a_higher_one() {
-    let db = Database::create("large").await;
-    let flow = table(&db).await;
-    db.batch_execute(
-        "INSERT INTO t VALUES (1, 'before');
-         INSERT INTO t SELECT g, repeat('x', 1000) FROM generate_series(2, 1000) g;
-         INSERT INTO t VALUES (1001, 'after')",
-    )
-    .await
-    .unwrap();
-    let mut options = flow.options(1);
-    options.large_transaction_bytes = 500_000;
-    let mut run = flow.start_with(options, flow.first_position()).await.unwrap();
-    let mut rows = 0;
-    let mut complete_to = flow.first_position();
-    let error = loop {
-        match run.next().await {
-            Ok(CaptureEvent::Segment(segment)) => {
-                rows += segment.rows;
-                complete_to = segment.complete_to;
-            }
-            Ok(CaptureEvent::Heartbeat { .. }) => {}
-            Err(error) => break error,
-        }
-    };
-    assert!((300..600).contains(&rows), "{rows}");
-    assert!(!run.end.is_between_transactions() && complete_to < run.end);
-    let message = error.to_string();
-    assert!(matches!(&error, SourceError::LargeTransaction { xid, .. } if *xid > 0), "{message}");
-    assert!(message.contains("public.t") && message.contains("500000"), "{message}");
-    assert!(error.remedy().unwrap().contains("largeTransactionBytes"));
-    let end = run.end;
-    drop(run);
-    let mut run = flow.start(2, end).await;
-    while rows < 1001 {
-        rows += run.segment().await.rows;
-    }
-    assert_eq!(rows, 1001);
-    assert!(run.end.is_between_transactions());
-}
-
-#[tokio::test]
 async fn a_large_row_is_a_segment_of_its_own_and_a_larger_one_an_error() {
     let db = Database::create("rows").await;
     let flow = table(&db).await;
@@ -294,7 +252,7 @@ async fn a_large_row_is_a_segment_of_its_own_and_a_larger_one_an_error() {
         matches!(&error, SourceError::RowTooLarge { table, bytes, .. } if table.name == "t" && *bytes > 1_200_000),
         "{error}"
     );
-    assert!(error.remedy().unwrap().contains("max_payload"));
+    assert!(error.remedy().unwrap().contains("side store"));
     // A row above everything that is buffered is named without being read whole.
     let end = run.end;
     drop(run);

@@ -11,7 +11,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use wallaby_model::Lsn;
 use wallaby_postgres_source::pgoutput::{Cell, Decoder, Message, Tuple};
-use wallaby_postgres_source::{ConnectConfig, Frame, ReplicationClient, StartOptions};
+use wallaby_postgres_source::{ConnectConfig, Frame, ReplicationClient, StartOptions, Streaming};
 use wallaby_testkit::{Database, Postgres, PostgresOptions, Seeded};
 
 /// File, protocol version.
@@ -227,7 +227,11 @@ async fn record_all(db: &Database<'_>, version: &str) {
             publication: "p".into(),
             start: Lsn::ZERO,
             protocol,
-            streaming: protocol > 1,
+            streaming: match protocol {
+                1 => Streaming::Off,
+                4 => Streaming::Parallel,
+                _ => Streaming::On,
+            },
             messages: true,
             confirmed: Lsn::ZERO,
             status_every: Duration::from_secs(1),

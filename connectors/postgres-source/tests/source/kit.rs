@@ -87,6 +87,12 @@ impl Running {
                 assert!(to.is_between_transactions());
                 *to
             }
+            CaptureEvent::Splice(splice) => {
+                assert!(splice.to.is_between_transactions());
+                splice.to
+            }
+            // Nothing that a reader of the log sees.
+            CaptureEvent::Part(_) | CaptureEvent::Abandoned { .. } => return Ok(event),
         };
         assert!(to > self.end, "{to:?} does not go past {:?}", self.end);
         self.end = to;

@@ -8,4 +8,5 @@ mod fixtures;
 mod kit;
 mod older;
 mod ready;
+mod streamed;
 mod types;

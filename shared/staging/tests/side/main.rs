@@ -1,0 +1,10 @@
+//! The side store: one suite, run on every place that it can stand in, and the faults of each place.
+#![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
+
+#[path = "../log/counters.rs"]
+mod counters;
+mod faults;
+mod jetstream;
+mod suite;
+mod support;
+mod sweeping;
