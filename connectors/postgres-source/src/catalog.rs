@@ -48,8 +48,22 @@ FROM pg_catalog.pg_attribute a
 LEFT JOIN pg_catalog.pg_index i ON i.indrelid = a.attrelid AND i.indisprimary
 WHERE a.attrelid = $1::oid AND a.attnum > 0 AND NOT a.attisdropped";
 
-/// The whole shape of a table.
+/// The whole shape of a table; new to the stream, so it is counted, and types that travel as text are told.
 pub(crate) async fn resolve(
+    client: &tokio_postgres::Client,
+    shape: &RelationShape,
+) -> Result<TableSchema, SourceError> {
+    let schema = resolve_quietly(client, shape).await?;
+    let others = || schema.columns.iter().filter(|column| column.kind == ColumnType::Other);
+    metrics::shape(others().count());
+    for column in others() {
+        tracing::info!(table = %shape.table, column = %column.name, r#type = %column.sql_type, "a type without a rule of its own travels as text");
+    }
+    Ok(schema)
+}
+
+/// The whole shape of a table.
+pub(crate) async fn resolve_quietly(
     client: &tokio_postgres::Client,
     shape: &RelationShape,
 ) -> Result<TableSchema, SourceError> {
@@ -87,10 +101,6 @@ pub(crate) async fn resolve(
     let key_columns = now.values().filter(|(_, place)| place.is_some()).count();
     let primary_key =
         if key.len() == key_columns { key.into_iter().map(|(_, index)| index).collect() } else { Vec::new() };
-    metrics::shape(columns.iter().filter(|column| column.kind == ColumnType::Other).count());
-    for column in columns.iter().filter(|column| column.kind == ColumnType::Other) {
-        tracing::info!(table = %shape.table, column = %column.name, r#type = %column.sql_type, "a type without a rule of its own travels as text");
-    }
     Ok(TableSchema { oid: shape.oid, table: shape.table.clone(), identity: shape.identity, columns, primary_key })
 }
 

@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 use futures::future::{Ready, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_postgres::config::{ChannelBinding as PgChannelBinding, SslMode as PgSslMode, SslNegotiation};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
@@ -40,6 +41,16 @@ impl ControlEnd {
 pub struct Control {
     client: tokio_postgres::Client,
     end: watch::Receiver<Option<ControlEnd>>,
+    task: AbortHandle,
+}
+
+/// Cuts the connection when it is dropped: a COPY that nobody reads on would otherwise be drained to its end.
+pub(crate) struct CutOnDrop(AbortHandle);
+
+impl Drop for CutOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl Deref for Control {
@@ -54,6 +65,11 @@ impl Control {
     /// Returns when the connection has ended, with the reason. Cancel-safe.
     pub async fn ended(&self) -> ControlEnd {
         wait_for_end(self.end.clone()).await
+    }
+
+    /// Cuts the connection, whatever it does, when the answer is dropped.
+    pub(crate) fn cut_on_drop(&self) -> CutOnDrop {
+        CutOnDrop(self.task.clone())
     }
 
     pub(crate) fn end_watch(&self) -> watch::Receiver<Option<ControlEnd>> {
@@ -124,7 +140,7 @@ async fn open(config: &ConnectConfig, transport: Transport) -> Result<Control, S
     let connected = settings.connect_raw(transport, HandedOver).await;
     let (client, connection) = connected.map_err(|error| connect_error(config, &error))?;
     let (ended, end) = watch::channel(None);
-    tokio::spawn(async move {
+    let task = tokio::spawn(async move {
         let outcome = connection.await;
         let end = match outcome {
             Ok(()) => ControlEnd { sqlstate: None, message: "closed".into() },
@@ -134,7 +150,7 @@ async fn open(config: &ConnectConfig, transport: Transport) -> Result<Control, S
         };
         ended.send_replace(Some(end));
     });
-    Ok(Control { client, end })
+    Ok(Control { client, end, task: task.abort_handle() })
 }
 
 fn connect_error(config: &ConnectConfig, error: &tokio_postgres::Error) -> SourceError {

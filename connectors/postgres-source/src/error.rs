@@ -251,6 +251,34 @@ pub enum SourceError {
         /// The server's setting.
         found: String,
     },
+    /// The exported snapshot is gone: its session ended.
+    #[error("snapshot {snapshot} is gone: the session that exported it has ended")]
+    SnapshotGone {
+        /// Its name.
+        snapshot: String,
+    },
+    /// A table was rewritten, or its columns changed, after the snapshot: what the snapshot would show of it is not whole.
+    #[error("table {table} changed after the snapshot: {what}")]
+    Rewritten {
+        /// The relation.
+        table: TableName,
+        /// What is different.
+        what: String,
+    },
+    /// A table of the plan is gone: dropped, renamed, or no longer published.
+    #[error("table {table} is gone: it was dropped, renamed, or taken out of the publication after the snapshot")]
+    RelationGone {
+        /// The relation.
+        table: TableName,
+    },
+    /// Somebody holds, or waits for, an exclusive lock on a table: reading it yields.
+    #[error("reading {table} yields to another session: {why}")]
+    TableBusy {
+        /// The relation.
+        table: TableName,
+        /// What that session does.
+        why: &'static str,
+    },
     /// A younger owner of the task holds the slot.
     #[error("fenced: the slot is read by epoch {holder}, we are epoch {ours}")]
     Fenced {
@@ -271,7 +299,11 @@ impl SourceError {
             | SourceError::Timeout { .. }
             | SourceError::Protocol { .. }
             | SourceError::SlotWaits { .. }
-            | SourceError::SlotInUse { .. } => true,
+            | SourceError::SlotInUse { .. }
+            | SourceError::SnapshotGone { .. }
+            | SourceError::Rewritten { .. }
+            | SourceError::RelationGone { .. }
+            | SourceError::TableBusy { .. } => true,
             SourceError::Server { error, .. } => is_transient_state(&error.sqlstate),
             _ => false,
         }
@@ -317,6 +349,10 @@ impl SourceError {
             SourceError::OtherSystem { .. } => "OtherSystem",
             SourceError::TimelineDiverged { .. } => "TimelineDiverged",
             SourceError::WalLevel { .. } => "WalLevel",
+            SourceError::SnapshotGone { .. } => "SnapshotGone",
+            SourceError::Rewritten { .. } => "Rewritten",
+            SourceError::RelationGone { .. } => "RelationGone",
+            SourceError::TableBusy { .. } => "TableBusy",
             SourceError::Fenced { .. } => "Fenced",
         }
     }
@@ -380,6 +416,10 @@ impl SourceError {
             | SourceError::ShuttingDown { .. }
             | SourceError::Timeout { .. }
             | SourceError::Protocol { .. }
+            | SourceError::SnapshotGone { .. }
+            | SourceError::Rewritten { .. }
+            | SourceError::RelationGone { .. }
+            | SourceError::TableBusy { .. }
             | SourceError::Fenced { .. } => return None,
         };
         Some(text)

@@ -2,6 +2,7 @@
 //!
 //! From the server to a segment: transport and TLS, [`replication`] (bytes to frames), [`pgoutput`]
 //! (frames to messages), `assemble` (messages to Arrow segments), [`Capture`] (the loop that the capture task runs).
+//! [`SnapshotExport`] and [`read_chunk`] are the source side of the first load.
 //! Beside it: publication and slot ([`ensure_publication`], [`ensure_slot`]), checks before streaming, `wallaby doctor`'s [`preflight()`], rows by key
 //! ([`Lookup`]), and what the slot holds back ([`source_status`]).
 
@@ -20,6 +21,7 @@ pub mod replication;
 mod sessions;
 mod setup;
 mod slot;
+mod snapshot;
 mod status;
 mod tables;
 mod text;
@@ -39,4 +41,5 @@ pub use replication::{Feedback, Frame, FrameReader, GulpPolicy, ReplicationClien
 pub use sessions::SessionOwner;
 pub use setup::{PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot};
 pub use slot::SlotState;
+pub use snapshot::{ChunkRead, ChunkRequest, ExportOptions, PartSink, SnapshotExport, plan, read_chunk};
 pub use status::{SourceStatus, source_status};

@@ -51,7 +51,7 @@ impl Lookup {
         table: &TableSchema,
         key: &KeyValues,
     ) -> Result<SourceRow, SourceError> {
-        let Some(shape) = current_shape(control, &self.publication, table).await? else {
+        let Some(shape) = current_shape(control, &self.publication, table.oid, &table.table).await? else {
             return Ok(None);
         };
         let schema = catalog::resolve(control, &shape).await?;
@@ -104,19 +104,16 @@ WHERE (c.oid = $1 OR (n.nspname = $2 AND c.relname = $3))
 ORDER BY c.oid = $1 DESC, a.attnum";
 
 /// The table's shape as the stream would describe it now; `None` when the table is gone.
-async fn current_shape(
+pub(crate) async fn current_shape(
     control: &Control,
     publication: &str,
-    table: &TableSchema,
+    oid: u32,
+    name: &TableName,
 ) -> Result<Option<RelationShape>, SourceError> {
-    let arguments: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 4] = [
-        (&table.oid, Type::OID),
-        (&table.table.schema, Type::TEXT),
-        (&table.table.name, Type::TEXT),
-        (&publication, Type::TEXT),
-    ];
+    let arguments: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 4] =
+        [(&oid, Type::OID), (&name.schema, Type::TEXT), (&name.name, Type::TEXT), (&publication, Type::TEXT)];
     let rows = control.query_typed(SHAPE_SQL, &arguments).await;
-    let rows = rows.map_err(|error| SourceError::from_client(format!("looking up {}", table.table), &error))?;
+    let rows = rows.map_err(|error| SourceError::from_client(format!("looking up {name}"), &error))?;
     let Some(first) = rows.first() else { return Ok(None) };
     let oid: u32 = first.get(0);
     let identity = match first.get::<_, String>(3).as_str() {

@@ -146,7 +146,7 @@ pub async fn ensure_slot(
 }
 
 /// Time between two looks at whom the creation waits for.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// Creates the slot on a connection of its own, because it waits for every transaction that is older than the slot,
 /// and watches from the first connection whom it waits for.
@@ -211,7 +211,7 @@ fn control_name(config: &ConnectConfig) -> &str {
 }
 
 /// Who holds back a backend, as text: process, name, since when.
-async fn blockers_of(control: &Control, pid: i32) -> Result<String, SourceError> {
+pub(crate) async fn blockers_of(control: &Control, pid: i32) -> Result<String, SourceError> {
     let sql = "SELECT coalesce(pg_catalog.string_agg(
                  CASE WHEN b.pid = 0 THEN 'a prepared transaction (see pg_prepared_xacts)'
                       ELSE pg_catalog.format('backend %s (%s, %s, transaction open since %s)', b.pid, coalesce(nullif(a.application_name, ''), 'unnamed'), a.state, a.xact_start)

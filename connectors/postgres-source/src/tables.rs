@@ -115,13 +115,13 @@ fn missing(pattern: &Pattern, tables: &[SourceTable]) -> String {
 
 /// `schema.table` or `schema.*`.
 #[derive(Debug, PartialEq, Eq)]
-struct Pattern {
-    schema: String,
-    table: Option<String>,
+pub(crate) struct Pattern {
+    pub(crate) schema: String,
+    pub(crate) table: Option<String>,
 }
 
 impl Pattern {
-    fn parse(text: &str) -> Result<Pattern, String> {
+    pub(crate) fn parse(text: &str) -> Result<Pattern, String> {
         let bad = || format!("{text:?} names no table: write schema.table or schema.*");
         let (schema, rest) = part(text).ok_or_else(bad)?;
         let rest = rest.strip_prefix('.').ok_or_else(bad)?;
@@ -134,7 +134,7 @@ impl Pattern {
         }
     }
 
-    fn matches(&self, name: &TableName) -> bool {
+    pub(crate) fn matches(&self, name: &TableName) -> bool {
         name.schema == self.schema && self.table.as_ref().is_none_or(|table| *table == name.name)
     }
 }

@@ -3,6 +3,8 @@
 //! Plain vectors instead of Arrow's builders: fixed-width values are one push, text is one copy, and UTF-8 is checked
 //! once for the whole column when it is finished, not once per value.
 
+pub(super) mod binary;
+
 use std::sync::Arc;
 
 use arrow_array::types::{

@@ -34,6 +34,7 @@ use table::{RowHead, TableBuilder};
 pub use draft::{CaptureEvent, PartDraft, SegmentDraft, SpliceDraft};
 pub(crate) use limits::{Limits, PartLimits};
 pub(crate) use relation::{RelationShape, ShapeColumn};
+pub(crate) use table::binary::CopiedRows;
 
 /// µs between 1970 and 2000.
 const UNIX_TO_POSTGRES_MICROS: i64 = 946_684_800_000_000;

@@ -1,5 +1,7 @@
 //! The growing batch of one table in one shape.
 
+pub(super) mod binary;
+
 use std::sync::Arc;
 
 use arrow_array::{ArrayRef, RecordBatch, UInt8Array, UInt32Array, UInt64Array};

@@ -1,0 +1,258 @@
+//! The snapshot of a run: made by a temporary slot, so that its consistent point is known exactly, and held by a plain session.
+//!
+//! The slot is gone again once the plain session has taken the snapshot over and exported it under a name of its own: from
+//! then on the run holds back the source's xmin, which its age bounds, but no WAL and no slot.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::time::sleep;
+use tokio_postgres::types::Type;
+use wallaby_model::Lsn;
+use wallaby_model::condition::Timestamp;
+use wallaby_model::run::PlannedRelation;
+use wallaby_model::schema::quote_identifier;
+
+use super::{plan, sql};
+use crate::config::ConnectConfig;
+use crate::control::{Control, ControlEnd, connect_control};
+use crate::error::SourceError;
+use crate::prepare::setting;
+use crate::replication::ReplicationClient;
+use crate::sessions::{self, SessionOwner};
+use crate::setup;
+
+/// How a snapshot is exported.
+#[derive(Clone, Debug)]
+pub struct ExportOptions {
+    /// The source.
+    pub connect: ConnectConfig,
+    /// The run task. Sessions of older owners, and older ones of this owner, are ended first.
+    pub owner: SessionOwner,
+    /// How long the slot's creation may wait for transactions that are older than it.
+    pub timeout: Duration,
+}
+
+/// A snapshot that is held. Dropping it gives it up.
+pub struct SnapshotExport {
+    options: ExportOptions,
+    holder: Control,
+    snapshot: String,
+    consistent_point: Lsn,
+    exported_at: Timestamp,
+    since: Instant,
+    /// The columns that the planned relations had, by oid: the highest number, and a digest of all.
+    columns: HashMap<u32, (i16, String)>,
+}
+
+impl SnapshotExport {
+    /// Exports a snapshot. The publication has to name the run's tables before, and the log to be held.
+    ///
+    /// # Errors
+    /// `WalLevel`; `SlotWaits` when transactions that are older than the slot do not end in time, with who they are; `Fenced` by a
+    /// younger owner; what the server refuses (rights, no free slot or walsender).
+    pub async fn create(options: ExportOptions) -> Result<SnapshotExport, SourceError> {
+        let session = options.connect.with_application_name(&options.owner.session_name());
+        let holder = connect_control(&session).await?;
+        let wal_level = setting(&holder, "wal_level").await?;
+        if wal_level != "logical" {
+            return Err(SourceError::WalLevel { found: wal_level });
+        }
+        let slot = slot_name(&options.owner);
+        sessions::evict(&holder, &options.owner, &slot, Duration::from_secs(10)).await?;
+        sql::be_patient(&holder).await?;
+        let mut replication = ReplicationClient::connect(&session).await?;
+        let (consistent_point, exported) = create_slot(&mut replication, &holder, &slot, options.timeout).await?;
+        let since = Instant::now();
+        sql::import(&holder, &exported).await?;
+        let row = holder.query_typed_one("SELECT pg_catalog.pg_export_snapshot()", &[]).await;
+        let row = row.map_err(|error| SourceError::from_client("exporting the snapshot", &error))?;
+        drop(replication);
+        Ok(SnapshotExport {
+            options,
+            snapshot: row.get(0),
+            holder,
+            consistent_point,
+            exported_at: now(),
+            since,
+            columns: HashMap::new(),
+        })
+    }
+
+    /// C: what committed below it is in the snapshot, everything else is not.
+    pub fn consistent_point(&self) -> Lsn {
+        self.consistent_point
+    }
+
+    /// The name under which other sessions import it.
+    pub fn snapshot(&self) -> &str {
+        &self.snapshot
+    }
+
+    /// When it was exported.
+    pub fn exported_at(&self) -> Timestamp {
+        self.exported_at
+    }
+
+    /// How long it has held the source's xmin back.
+    pub fn age(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// Returns when the session that holds it has ended, with the reason. Cancel-safe.
+    pub async fn ended(&self) -> ControlEnd {
+        self.holder.ended().await
+    }
+
+    /// Plans the run inside the snapshot: [`plan()`] with what it shows.
+    ///
+    /// # Errors
+    /// As [`plan()`]; `SnapshotGone`.
+    pub async fn plan(&mut self, publication: &str, wanted: &[String]) -> Result<Vec<PlannedRelation>, SourceError> {
+        let control = sql::patient(&self.options.connect.with_application_name(self.reader_name())).await?;
+        sql::import(&control, &self.snapshot).await?;
+        let planned = plan::plan(&control, publication, wanted).await?;
+        let oids: Vec<u32> = planned.iter().map(|relation| relation.oid).collect();
+        let all = vec![i16::MAX; oids.len()];
+        self.columns = columns_of(&control, &oids, &all).await?;
+        Ok(planned)
+    }
+
+    /// Whether one of these relations was rewritten, dropped, renamed, or lost a column since it was planned: their chunks cannot be
+    /// read under this snapshot, and another one has to be exported. Added columns do no harm.
+    ///
+    /// # Errors
+    /// When the server cannot be asked.
+    pub async fn is_outdated(&self, relations: &[&PlannedRelation]) -> Result<bool, SourceError> {
+        if relations.is_empty() {
+            return Ok(false);
+        }
+        let control = connect_control(&self.options.connect.with_application_name(self.reader_name())).await?;
+        let oids: Vec<u32> = relations.iter().map(|relation| relation.oid).collect();
+        let rows = control
+            .query_typed(CURRENT_SQL, &[(&oids, Type::OID_ARRAY)])
+            .await
+            .map_err(|error| SourceError::from_client("looking for rewritten tables", &error))?;
+        let current: HashMap<u32, (u32, String, String)> =
+            rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2), row.get(3)))).collect();
+        let is_same = |relation: &&PlannedRelation| {
+            current.get(&relation.oid).is_some_and(|(filenode, schema, name)| {
+                *filenode == relation.relfilenode
+                    && *schema == relation.relation.schema
+                    && *name == relation.relation.name
+            })
+        };
+        if !relations.iter().all(is_same) {
+            return Ok(true);
+        }
+        let highest: Vec<i16> =
+            oids.iter().map(|oid| self.columns.get(oid).map_or(i16::MAX, |(highest, _)| *highest)).collect();
+        let columns = columns_of(&control, &oids, &highest).await?;
+        let differ = |oid: &u32| match (self.columns.get(oid), columns.get(oid)) {
+            (Some((_, then)), Some((_, now))) => then != now,
+            // A table without columns, or one that somebody else planned: the chunk's own check finds it.
+            (then, now) => then.is_some() != now.is_some() && !self.columns.is_empty(),
+        };
+        Ok(oids.iter().any(differ))
+    }
+
+    /// Sessions beside the holder are not named like it: its successor ends the holder, and they end by themselves.
+    fn reader_name(&self) -> &str {
+        self.options.connect.application_name()
+    }
+}
+
+const CURRENT_SQL: &str = "
+SELECT c.oid, coalesce(pg_catalog.pg_relation_filenode(c.oid), 0::oid), n.nspname::text, c.relname::text
+FROM pg_catalog.unnest($1::oid[]) AS asked(oid)
+JOIN pg_catalog.pg_class c ON c.oid = asked.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace";
+
+const COLUMNS_SQL: &str = "
+SELECT a.attrelid, max(a.attnum), pg_catalog.md5(pg_catalog.string_agg(a.attnum || ' ' || a.atttypid || ' ' || a.attname, '/' ORDER BY a.attnum))
+FROM pg_catalog.unnest($1::oid[], $2::int2[]) AS asked(oid, highest)
+JOIN pg_catalog.pg_attribute a ON a.attrelid = asked.oid AND a.attnum > 0 AND a.attnum <= asked.highest AND NOT a.attisdropped
+GROUP BY a.attrelid";
+
+async fn columns_of(
+    control: &Control,
+    oids: &[u32],
+    highest: &[i16],
+) -> Result<HashMap<u32, (i16, String)>, SourceError> {
+    let rows = control.query_typed(COLUMNS_SQL, &[(&oids, Type::OID_ARRAY), (&highest, Type::INT2_ARRAY)]).await;
+    let rows = rows.map_err(|error| SourceError::from_client("reading the columns of the run's tables", &error))?;
+    Ok(rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect())
+}
+
+/// A temporary slot's name that no other owner has: letters, digits and `_`, at most 63.
+fn slot_name(owner: &SessionOwner) -> String {
+    let fit = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' };
+    let task: String = owner.prefix.chars().map(fit).take(38).collect();
+    format!("{task}{}", owner.epoch)
+}
+
+/// Creates the slot and exports its snapshot on a walsender; says whom that waits for. Returns C and the snapshot's name.
+async fn create_slot(
+    replication: &mut ReplicationClient,
+    control: &Control,
+    slot: &str,
+    within: Duration,
+) -> Result<(Lsn, String), SourceError> {
+    let during = "exporting a snapshot";
+    replication.simple_query("SET statement_timeout = 0; SET lock_timeout = 0", during).await?;
+    let pid = replication.simple_query("SELECT pg_catalog.pg_backend_pid()", during).await?;
+    let pid: i32 = cell(&pid, 0).and_then(|pid| pid.parse().ok()).ok_or_else(|| odd("it has no process id"))?;
+    let version = setting(control, "server_version_num").await?.parse::<u32>().unwrap_or_default();
+    let argument = if version >= 150_000 { "(SNAPSHOT 'export')" } else { "EXPORT_SNAPSHOT" };
+    let command = format!("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput {argument}", quote_identifier(slot));
+    let deadline = Instant::now() + within;
+    let creating = replication.simple_query(&command, during);
+    tokio::pin!(creating);
+    let mut told = false;
+    let rows = loop {
+        tokio::select! {
+            created = &mut creating => break created?,
+            () = sleep(setup::LOOK_EVERY) => {}
+        }
+        let blockers = setup::blockers_of(control, pid).await?;
+        if !told && !blockers.is_empty() {
+            tracing::warn!(slot, waits_for = %blockers, "the export of a snapshot waits for older transactions");
+            told = true;
+        }
+        if Instant::now() >= deadline {
+            // The slot is temporary: it goes with the connection that is dropped here.
+            let _ = control.query_typed("SELECT pg_catalog.pg_cancel_backend($1)", &[(&pid, Type::INT4)]).await;
+            return Err(SourceError::SlotWaits { slot: slot.to_owned(), blockers, after: within });
+        }
+    };
+    let point = cell(&rows, 1).and_then(|point| point.parse().ok()).ok_or_else(|| odd("no consistent point"))?;
+    let snapshot = cell(&rows, 2).ok_or_else(|| odd("no snapshot name"))?;
+    Ok((point, snapshot.to_owned()))
+}
+
+fn cell(rows: &[Vec<Option<String>>], index: usize) -> Option<&str> {
+    rows.first()?.get(index)?.as_deref()
+}
+
+fn odd(reason: &str) -> SourceError {
+    SourceError::Protocol { what: "CREATE_REPLICATION_SLOT", offset: 0, reason: reason.into() }
+}
+
+/// Wall clock, in ms.
+fn now() -> Timestamp {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wallaby_model::Epoch;
+
+    #[test]
+    fn slot_names_are_fit() {
+        let owner = SessionOwner { prefix: "wallaby/0123456789abcdef/".into(), epoch: Epoch(u64::MAX) };
+        assert_eq!(slot_name(&owner), "wallaby_0123456789abcdef_18446744073709551615");
+        let long = SessionOwner { prefix: "Ü".repeat(90), epoch: Epoch(u64::MAX) };
+        assert!(slot_name(&long).len() <= 63);
+    }
+}
