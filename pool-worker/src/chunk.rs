@@ -7,13 +7,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use wallaby_coordination::{ChunkOutcome, Error as EtcdError};
+use wallaby_coordination::ChunkOutcome;
 use wallaby_model::condition::TaskPhase;
 use wallaby_model::run::{ChunkDone, Generation, PlannedRelation, RelationState, RunSpec, RunWish};
 use wallaby_model::{ChunkId, Epoch, RunId, SegmentBody, TaskKind};
 use wallaby_postgres_source::{ChunkRequest, ConnectConfig, PartSink, SourceError, read_chunk};
 use wallaby_staging::{PutBudget, Puts, Shelf, SideGroup, SideKey, SideStore, StagingError};
-use wallaby_wire::part_checksum;
+use wallaby_wire::splice::part_checksum;
 
 use crate::capture::{CaptureError, Directive};
 use crate::flows::{Demand, SourceDemand};
@@ -25,9 +25,9 @@ use crate::{metrics, secret};
 const IN_FLIGHT_BYTES: u32 = 8 << 20;
 /// How long a chunk waits for the run's owner to export another snapshot before it is given back.
 const PLAN_PATIENCE: Duration = Duration::from_secs(15);
-/// How long a full side store is waited for while the snapshot is held; then the transaction ends and the wait goes on outside.
-const ROOM_PATIENCE: Duration = Duration::from_secs(20);
-/// Between two tries at a full side store, and before a failed chunk is given back.
+/// How long a chunk that met a full side store waits before it is given back. The snapshot is not held meanwhile.
+const FULL_AGAIN: Duration = Duration::from_secs(5);
+/// Before a failed chunk is given back.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// What there is to do.
@@ -206,9 +206,21 @@ impl<'a> Parts<'a> {
     }
 }
 
-#[async_trait]
 impl PartSink for Parts<'_> {
-    async fn part(&mut self, body: SegmentBody) -> Result<(), SourceError> {
+    type Error = CaptureError;
+
+    async fn part(&mut self, body: SegmentBody) -> Result<(), CaptureError> {
+        let rows = body.rows() as u64;
+        let packed = wallaby_wire::encode(&body, self.codec)?;
+        let key =
+            SideKey::ChunkPart { run: self.run, chunk: self.chunk, attempt: self.attempt, number: self.number };
+        self.checksums.extend_from_slice(&part_checksum(&packed).to_le_bytes());
+        self.rows += rows;
+        self.bytes += packed.len() as u64;
+        self.number += 1;
+        self.context.pulse.wait("room in the side store");
+        self.puts.put(key, packed.into()).await?;
+        self.context.pulse.wait("the source");
         Ok(())
     }
 }
@@ -222,5 +234,55 @@ async fn discard(context: &TaskContext, demand: &SourceDemand, run: RunId, chunk
     };
     if let Err(error) = removed.await {
         tracing::debug!(task = %context.task, %error, "the parts of an attempt stay until the run is over");
+    }
+}
+
+/// Waits before the task is given back, by what went wrong.
+async fn failed(context: &TaskContext, run: RunId, work: &Work, error: &CaptureError) -> TaskEnd {
+    let said = error.to_string();
+    context.status.backoff(&said, AGAIN);
+    if error.directive() == Directive::GiveUp {
+        return TaskEnd::GivenUp(said);
+    }
+    match error {
+        CaptureError::Source(
+            SourceError::Rewritten { .. } | SourceError::RelationGone { .. } | SourceError::SnapshotGone { .. },
+        ) => {
+            // The run's owner sees it too, and makes the plan over.
+            tracing::debug!(task = %context.task, error = %said, "the chunk waits for another plan");
+            other_plan(context, run, &work.generation).await;
+        }
+        CaptureError::Staging(StagingError::SideFull { .. }) => {
+            tracing::info!(task = %context.task, "the side store is full: the chunk waits until sinks have taken others");
+            context.status.waiting(Some("room in the side store"));
+            context.pause("room in the side store", FULL_AGAIN).await;
+        }
+        _ => {
+            tracing::warn!(task = %context.task, error = %said, "reading a chunk failed");
+            context.pause("the next try", AGAIN).await;
+        }
+    }
+    TaskEnd::Released(None)
+}
+
+/// Waits until the run's plan has another export than the one that failed, or for a while.
+async fn other_plan(context: &TaskContext, run: RunId, failed: &Generation) {
+    let mut changes = context.runs.changes();
+    context.pulse.wait("the run's owner to export another snapshot");
+    let changed = async {
+        loop {
+            changes.borrow_and_update();
+            let is_same = context.runs.run(&context.task.flow, run, |view| {
+                let last = view.plan.as_ref().and_then(|plan| plan.generations.last());
+                last.is_some_and(|last| last.number == failed.number && last.snapshot.is_some())
+            });
+            if is_same != Some(true) || changes.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        _ = context.ending() => {}
+        _ = tokio::time::timeout(PLAN_PATIENCE, changed) => {}
     }
 }

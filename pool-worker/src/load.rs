@@ -13,7 +13,7 @@ use wallaby_model::condition::TaskPhase;
 use wallaby_model::run::{ChunkDone, ChunkLoaded, RunPlan};
 use wallaby_model::{ChunkId, Epoch, Lsn, RunId, SegmentBody, SinkId, TableName, TaskKind};
 use wallaby_staging::{SideKey, SideStore, StagingError};
-use wallaby_wire::part_checksum;
+use wallaby_wire::splice::part_checksum;
 
 use crate::apply::ApplyError;
 use crate::apply::load::report_lost;

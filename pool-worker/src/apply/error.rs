@@ -6,7 +6,8 @@ use wallaby_connector_api::{Directive, SinkError};
 use wallaby_model::{ChunkId, Lsn, RunId};
 use wallaby_postgres_source::ConfigError;
 use wallaby_staging::StagingError;
-use wallaby_wire::{SegmentError, SpliceError};
+use wallaby_wire::SegmentError;
+use wallaby_wire::splice::SpliceError;
 
 use crate::capture::CaptureError;
 use crate::secret::SecretError;

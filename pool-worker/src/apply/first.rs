@@ -71,7 +71,7 @@ pub async fn load(
                 context.pulse.beat();
                 continue;
             }
-            Stepped::Idle | Stepped::Replay(_) | Stepped::Done(_) => {}
+            Stepped::Idle | Stepped::Replay(_) | Stepped::Done { .. } => {}
         }
         let waits_for = waits_for(context, loads);
         context.pulse.wait(waits_for.clone());

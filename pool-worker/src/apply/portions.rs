@@ -11,7 +11,7 @@ use tokio_util::task::AbortOnDropHandle;
 use wallaby_connector_api::{BatchPart, Portion, Portions, SinkError, TableFilter};
 use wallaby_model::{Epoch, Position, Splice};
 use wallaby_staging::{SideKey, SideStore, StagingError};
-use wallaby_wire::{SpliceReader, decode_manifest};
+use wallaby_wire::splice::{SpliceReader, decode_manifest};
 
 use super::ApplyError;
 use super::assemble::Piece;
@@ -189,7 +189,9 @@ impl OpenSplice {
             let answer = async {
                 match fetch.await {
                     Ok(outcome) => outcome,
-                    Err(error) => Err(StagingError::unavailable("the side store", error)),
+                    Err(error) => {
+                        Err(StagingError::Unavailable { what: "the side store".to_owned(), reason: error.to_string() })
+                    }
                 }
             };
             let bytes = fetched(answer).await?.ok_or_else(lost)?;
@@ -218,6 +220,9 @@ async fn fetched(
 ) -> Result<Option<Bytes>, ApplyError> {
     match timeout(PATIENCE, answer).await {
         Ok(outcome) => Ok(outcome?),
-        Err(_) => Err(StagingError::unavailable("reading the side store", "no answer").into()),
+        Err(_) => {
+            let (what, reason) = ("reading the side store".to_owned(), "no answer".to_owned());
+            Err(StagingError::Unavailable { what, reason }.into())
+        }
     }
 }

@@ -1,20 +1,18 @@
 //! One export of a snapshot: what has to be true before it, the session that holds it, and the tables as it sees them.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use wallaby_coordination::Error as EtcdError;
-use wallaby_model::run::{Generation, PlannedRelation, RunSpec};
+use wallaby_model::run::{Generation, PlannedRelation, RunSpec, covers};
 use wallaby_model::{Position, RunId};
 use wallaby_postgres_source::{
-    ConnectConfig, Control, PublicationWanted, SessionOwner, SnapshotExport, connect_control, ensure_publication, plan,
-    relfilenodes,
+    ConnectConfig, ExportOptions, PublicationWanted, SessionOwner, SnapshotExport, connect_control, ensure_publication,
 };
 use wallaby_staging::{Log, StagingError};
 
 use crate::capture::CaptureError;
 use crate::flows::SourceDemand;
 use crate::secret;
-use crate::status::now;
 use crate::task::TaskContext;
 
 /// How long the export waits for transactions that are older than it.
@@ -29,9 +27,6 @@ const AGE_MAX: Duration = Duration::from_secs(30 * 60);
 /// The session that holds a snapshot; it ends when this is dropped.
 pub struct Export {
     session: SnapshotExport,
-    control: Control,
-    /// Since when it holds the snapshot.
-    pub since: Instant,
 }
 
 /// How long a session may hold the source's snapshot, as the flow says now.
@@ -64,17 +59,24 @@ impl Export {
         hold(context, run).await?;
         context.pulse.wait("the source to export a snapshot");
         let owner = SessionOwner { prefix: context.task.session_prefix(), epoch };
-        let session = SnapshotExport::open(&config, &owner, EXPORT_PATIENCE).await?;
+        let options = ExportOptions { connect: config, owner, timeout: EXPORT_PATIENCE };
+        let mut session = SnapshotExport::create(options).await?;
         let generation = Generation {
             number,
             consistent_point: session.consistent_point(),
             snapshot: Some(session.snapshot().to_owned()),
-            exported_at: now(),
+            exported_at: session.exported_at(),
         };
-        let since = Instant::now();
         context.pulse.wait("the source's catalog");
-        let relations = plan(&control, &demand.publication, &spec.tables, &spec.exclude).await?;
-        Ok((Export { session, control, since }, generation, relations))
+        let mut relations = session.plan(&demand.publication, &spec.tables).await?;
+        let is_excluded = |table: &str| spec.exclude.iter().any(|pattern| covers(pattern, table));
+        relations.retain(|relation| !is_excluded(&relation.table.to_string()));
+        Ok((Export { session }, generation, relations))
+    }
+
+    /// How long the session has held the snapshot.
+    pub fn age(&self) -> Duration {
+        self.session.age()
     }
 
     /// Returns when the session has ended, with what is known of why.
@@ -87,12 +89,7 @@ impl Export {
     /// # Errors
     /// As the source says.
     pub async fn is_outdated(&self, relations: &[&PlannedRelation]) -> Result<bool, CaptureError> {
-        let oids: Vec<u32> = relations.iter().map(|relation| relation.oid).collect();
-        if oids.is_empty() {
-            return Ok(false);
-        }
-        let now = relfilenodes(&self.control, &oids).await?;
-        Ok(relations.iter().any(|relation| now.get(&relation.oid) != Some(&relation.relfilenode)))
+        Ok(self.session.is_outdated(relations).await?)
     }
 }
 

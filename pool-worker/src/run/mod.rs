@@ -8,13 +8,14 @@
 mod core;
 mod export;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use wallaby_coordination::Error as EtcdError;
 use wallaby_model::condition::{ConditionType, TaskPhase};
-use wallaby_model::run::{RunPlan, RunState, RunWish};
-use wallaby_model::{RunId, TaskKind};
+use wallaby_model::run::{ChunkDone, RunPlan, RunState, RunWish};
+use wallaby_model::{ChunkId, RunId, SinkId, TaskKind};
 use wallaby_staging::{Shelf, SideGroup, SideStore};
 
 use self::core::{Situation, Step};
@@ -22,15 +23,17 @@ use self::export::Export;
 use crate::backoff::Backoff;
 use crate::capture::{CaptureError, Directive};
 use crate::flows::{Demand, SourceDemand};
+use crate::metrics;
 use crate::runs::FlowRuns;
 use crate::status::now;
 use crate::task::{Ending, TaskContext, TaskEnd};
-use crate::metrics;
 
 /// How often it is looked whether a relation was rewritten, and whether the session lives.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Changes are looked at no more often than this: thousands of chunks come in.
 const PACE: Duration = Duration::from_millis(100);
+/// Chunks that are removed from the side store between two looks.
+const REMOVED_AT_ONCE: usize = 64;
 /// How long the watch may take to show what was just read.
 const WATCH_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -88,6 +91,8 @@ struct Owner<'a> {
     side: Arc<dyn SideStore>,
     export: Option<Export>,
     is_outdated: bool,
+    /// Chunks whose parts are removed: every sink has them.
+    removed: BTreeSet<ChunkId>,
 }
 
 async fn session(
@@ -108,7 +113,7 @@ async fn session(
     context.pulse.wait("the side store");
     let side = context.shared.side(&context.task.flow, &demand.log).await?;
     let plan = entry.plan.unwrap_or_default();
-    let mut owner = Owner { context, demand, run, plan, side, export: None, is_outdated: false };
+    let mut owner = Owner { context, demand, run, plan, side, export: None, is_outdated: false, removed: BTreeSet::new() };
     let end = owner.serve(backoff).await;
     if !matches!(end, Ok(End::Over)) && owner.plan.snapshot().is_some() {
         // Nobody should try to read under a snapshot that goes with this session.
@@ -195,34 +200,24 @@ impl Owner<'_> {
     /// What is next, by what is known now.
     fn next(&self) -> Step {
         let context = self.context;
-        let sinks: Vec<_> = match context.flows.borrow().get(&context.task.flow) {
-            Some(flow) => flow.record.document.spec.sinks.iter().map(|sink| sink.name.clone()).collect(),
-            None => Vec::new(),
-        };
+        let sinks = self.sinks();
         context.runs.of(&context.task.flow, |runs: &FlowRuns| {
             let Some((view, spec)) = runs.runs.get(&self.run).and_then(|view| Some((view, view.spec.as_ref()?))) else {
                 return Step::Wait("the run's specification");
             };
-            // One that was cut off from the log is out, but for the run that brings it back.
-            let is_in = |sink: &&wallaby_model::SinkId| {
-                spec.loads_into(sink)
-                    && runs.detached.get(*sink).is_none_or(|detached| detached.run == Some(self.run))
-            };
-            let wanted = sinks.iter().filter(is_in);
-            let is_done = |sink: &wallaby_model::SinkId| view.sinks.get(sink).is_some_and(|state| state.is_done);
-            let open = wanted.clone().filter(|sink| !is_done(sink)).count();
+            let is_done = |sink: &SinkId| view.sinks.get(sink).is_some_and(|state| state.is_done);
             core::next(Situation {
                 wish: spec.wish,
                 plan: &self.plan,
                 done: &view.chunks,
                 lost: &view.lost,
                 session: self.export.as_ref().map(|export| core::Session {
-                    age: export.since.elapsed(),
+                    age: export.age(),
                     is_outdated: self.is_outdated,
                 }),
                 age_max: export::age_max(context),
-                sinks_open: open,
-                is_unwanted: wanted.count() == 0,
+                sinks_open: sinks.iter().filter(|sink| !is_done(sink)).count(),
+                is_unwanted: sinks.is_empty(),
             })
         })
     }
@@ -268,19 +263,66 @@ impl Owner<'_> {
     async fn look(&mut self) -> Result<(), CaptureError> {
         let context = self.context;
         let chunks = context.runs.run(&context.task.flow, self.run, |view| view.chunks.clone()).unwrap_or_default();
-        let age = self.export.as_ref().map_or(Duration::ZERO, |export| export.since.elapsed());
+        let age = self.export.as_ref().map_or(Duration::ZERO, |export| export.age());
         metrics::run(&context.task.flow, self.run, self.plan.chunks().count(), chunks.len(), age);
         let rows = chunks.values().map(|done| done.rows).sum();
         let bytes = chunks.values().map(|done| done.bytes).sum();
         context.status.progress(|progress| (progress.rows, progress.bytes) = (rows, bytes));
         if let Ok(usage) = self.side.usage(Shelf::Chunks).await {
             metrics::side_store(&context.task.flow, "chunks", usage.bytes);
+            if usage.bytes > usage.bytes_max / 2 {
+                self.make_room(&chunks).await;
+            }
         }
         if let Some(export) = &self.export {
             let open: Vec<_> = core::unfinished(&self.plan, &chunks).map(|(_, relation)| relation).collect();
             self.is_outdated = export.is_outdated(&open).await?;
         }
         Ok(())
+    }
+
+    /// Removes parts of chunks that every sink of the run has: a run may be larger than the side store. A sink that turns out not
+    /// to have one after all reports it as lost.
+    async fn make_room(&mut self, chunks: &BTreeMap<ChunkId, ChunkDone>) {
+        let context = self.context;
+        let sinks = self.sinks();
+        let taken: Vec<ChunkId> = context.runs.of(&context.task.flow, |runs| {
+            let Some(view) = runs.runs.get(&self.run) else { return Vec::new() };
+            let has = |sink: &SinkId, chunk: &ChunkId| {
+                view.loaded.get(sink).is_some_and(|loaded| loaded.contains(chunk))
+                    || view.sinks.get(sink).is_some_and(|state| state.is_done)
+            };
+            let is_taken = |chunk: &&ChunkId| sinks.iter().all(|sink| has(sink, chunk));
+            chunks.keys().filter(|chunk| !self.removed.contains(chunk)).filter(is_taken).take(REMOVED_AT_ONCE).copied().collect()
+        });
+        if sinks.is_empty() {
+            return;
+        }
+        for chunk in taken {
+            let Some(done) = chunks.get(&chunk) else { continue };
+            if let Err(error) = self.side.delete(SideGroup::ChunkAttempt(self.run, chunk, done.attempt)).await {
+                tracing::debug!(task = %context.task, %chunk, %error, "parts that every sink has were not removed yet");
+                return;
+            }
+            self.removed.insert(chunk);
+        }
+    }
+
+    /// The sinks that the run loads into. One that was cut off from the log is out, but for the run that brings it back.
+    fn sinks(&self) -> Vec<SinkId> {
+        let context = self.context;
+        let sinks: Vec<SinkId> = match context.flows.borrow().get(&context.task.flow) {
+            Some(flow) => flow.record.document.spec.sinks.iter().map(|sink| sink.name.clone()).collect(),
+            None => Vec::new(),
+        };
+        context.runs.of(&context.task.flow, |runs: &FlowRuns| {
+            let spec = runs.runs.get(&self.run).and_then(|view| view.spec.as_ref());
+            let is_in = |sink: &SinkId| {
+                spec.is_some_and(|spec| spec.loads_into(sink))
+                    && runs.detached.get(sink).is_none_or(|detached| detached.run == Some(self.run))
+            };
+            sinks.into_iter().filter(is_in).collect()
+        })
     }
 
     async fn without_snapshot(&mut self, message: &str) -> Result<(), CaptureError> {
