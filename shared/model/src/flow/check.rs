@@ -4,9 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::{
-    ByteSize, FlowDocument, HIDDEN, PublicationSpec, SecretRef, SideStoreSpec, SinkSpec, SnapshotMode,
-};
+use super::{ByteSize, FlowDocument, HIDDEN, PublicationSpec, SecretRef, SideStoreSpec, SinkSpec, SnapshotMode};
 
 /// Kept free in the log for fences, resumes and heartbeats when data has filled it.
 pub const LOG_RESERVE: ByteSize = ByteSize(16 << 20);
