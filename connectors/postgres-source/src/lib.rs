@@ -42,4 +42,4 @@ pub use sessions::SessionOwner;
 pub use setup::{PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot};
 pub use slot::SlotState;
 pub use snapshot::{ChunkRead, ChunkRequest, ExportOptions, PartSink, SnapshotExport, plan, read_chunk};
-pub use status::{SourceStatus, source_status};
+pub use status::{SourceStatus, ended_before, source_status};

@@ -6,6 +6,24 @@ use wallaby_model::Lsn;
 use crate::error::SourceError;
 use crate::metrics;
 
+/// Whether a transaction, by its 32-bit id, has ended: then an LSN that its end lies before. `None` while it runs.
+///
+/// # Errors
+/// When the server does not answer.
+pub async fn ended_before(client: &tokio_postgres::Client, xid: u32) -> Result<Option<Lsn>, SourceError> {
+    let sql = "SELECT (pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::int8 & 4294967295), \
+               pg_catalog.pg_current_wal_insert_lsn()::text";
+    let rows = client
+        .query_typed(sql, &[])
+        .await
+        .map_err(|error| SourceError::from_client("looking for the oldest transaction", &error))?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    let oldest = row.get::<_, i64>(0) as u32;
+    // Ids are compared on a circle.
+    let has_ended = oldest.wrapping_sub(xid) as i32 > 0;
+    Ok(row.get::<_, String>(1).parse().ok().filter(|_| has_ended))
+}
+
 /// The source and the slot at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceStatus {

@@ -29,6 +29,36 @@ pub enum CaptureError {
     /// A segment could not be packed.
     #[error("{0}")]
     Segment(#[from] SegmentError),
+    /// A splice could not be made.
+    #[error("{0}")]
+    Splice(#[from] wallaby_wire::splice::SpliceError),
+    /// The parts that were counted are not the parts that came: a mistake of ours.
+    #[error("transaction {xid} ended, but not all of its parts came: it is read again")]
+    PartsMissing {
+        /// The transaction.
+        xid: u32,
+    },
+    /// The side store has no room for a transaction.
+    #[error(
+        "transaction {xid} does not fit into the side store ({error}): it goes into the log once it commits, however large it is"
+    )]
+    SideFull {
+        /// The transaction whose part did not fit.
+        xid: u32,
+        /// What the side store says.
+        error: StagingError,
+    },
+    /// The transaction that did not fit into the side store has passed.
+    #[error("the transaction that did not fit into the side store has passed: transactions are streamed again")]
+    StreamAgain,
+    /// The side store lost what stands behind a splice that Postgres was not told of yet.
+    #[error(
+        "the side store lost parts of the transaction that commits at {commit}: Postgres sends it again, the log goes back before it"
+    )]
+    PartLost {
+        /// Its commit LSN.
+        commit: wallaby_model::Lsn,
+    },
     /// Something was staged, and the log is empty or ends before what Postgres was told.
     #[error(
         "the log of this flow was lost: {staged:?} was staged and {confirmed:?} confirmed to Postgres, but the log ends at {found:?}. \
@@ -57,11 +87,16 @@ fn with_remedy(error: &SourceError) -> String {
     }
 }
 
+/// From here on a row is too large for PostgreSQL's own messages.
+const ROW_LIMIT_OF_POSTGRES: u64 = 1 << 30;
+
 /// What is done after an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Directive {
     /// Try again after a back-off, in this task.
     Retry,
+    /// Connect to the source again at once: nothing is wrong.
+    Again,
     /// Wait for a person or a changed specification.
     Stop,
     /// End the task without another write.
@@ -74,6 +109,13 @@ impl CaptureError {
         match self {
             // A secret or a server's setting may be mended without us being told.
             CaptureError::Secret(_) => Directive::Retry,
+            CaptureError::SideFull { .. } | CaptureError::StreamAgain => Directive::Again,
+            CaptureError::PartLost { .. } | CaptureError::PartsMissing { .. } => Directive::Retry,
+            CaptureError::Splice(_) => Directive::Stop,
+            // Too large for a message while the side store is full: it may have room the next time.
+            CaptureError::Source(SourceError::RowTooLarge { limit, .. }) if *limit < ROW_LIMIT_OF_POSTGRES => {
+                Directive::Retry
+            }
             CaptureError::Dsn(_) | CaptureError::Segment(_) | CaptureError::LogLost { .. } => Directive::Stop,
             CaptureError::Source(error) if error.is_fenced() => Directive::GiveUp,
             CaptureError::Source(error) if error.is_transient() || is_mended_elsewhere(error) => Directive::Retry,
@@ -95,7 +137,7 @@ impl CaptureError {
         match self {
             CaptureError::Secret(_) | CaptureError::Dsn(_) => ConditionType::SourceReady,
             CaptureError::Source(error) => match error {
-                SourceError::LargeTransaction { .. } | SourceError::RowTooLarge { .. } => ConditionType::Capturing,
+                SourceError::RowTooLarge { .. } => ConditionType::Capturing,
                 SourceError::SlotLost { .. } | SourceError::SlotMoved { .. } => ConditionType::SlotHealthy,
                 _ => ConditionType::SourceReady,
             },
@@ -113,6 +155,10 @@ impl CaptureError {
             CaptureError::Coordination(_) => "EtcdUnavailable",
             CaptureError::Segment(_) => "SegmentRefused",
             CaptureError::LogLost { .. } => "LogLost",
+            CaptureError::Splice(_) | CaptureError::PartsMissing { .. } => "SpliceRefused",
+            CaptureError::SideFull { .. } => "SideStoreFull",
+            CaptureError::StreamAgain => "Streaming",
+            CaptureError::PartLost { .. } => "SideStoreLost",
             CaptureError::LogUnreachable(_) => "LogUnreachable",
             CaptureError::Invalid => "LeaseInvalid",
         }

@@ -11,13 +11,15 @@ mod figures;
 mod remove;
 mod retention;
 mod session;
+mod side;
+mod splices;
 mod stage;
 
 use std::time::Instant;
 
 use wallaby_coordination::Mark;
-use wallaby_model::Nonce;
 use wallaby_model::condition::{ConditionType, TaskPhase};
+use wallaby_model::{Lsn, Nonce};
 use wallaby_staging::LogWriter;
 
 use crate::backoff::Backoff;
@@ -33,6 +35,14 @@ pub(crate) struct Owned {
     pub(crate) writer: Option<LogWriter>,
     /// What our fences carry: one for the whole ownership, or a second try would meet the first one's fence as a stranger's.
     pub(crate) nonce: Option<Nonce>,
+    /// Counts the connections to the source: transactions that one streamed are other attempts than those of the next.
+    pub(crate) connection: u32,
+    /// The attempts that are being put into the side store.
+    pub(crate) living: side::Living,
+    /// The splices that Postgres was not told of yet.
+    pub(crate) unconfirmed: splices::Unconfirmed,
+    /// Set while transactions are not streamed, because one did not fit into the side store.
+    pub(crate) fallback: Option<Fallback>,
     /// Rows handed to the log.
     pub(crate) rows: u64,
     /// Transactions that have rows in what was handed to the log.
@@ -41,6 +51,17 @@ pub(crate) struct Owned {
     pub(crate) bytes: u64,
     /// When the last transaction handed to the log committed (µs since 1970), and when it was handed over.
     pub(crate) staged_last: Option<(i64, Instant)>,
+}
+
+/// Why transactions are not streamed, and until when.
+#[derive(Clone, Debug)]
+pub(crate) struct Fallback {
+    /// The transaction that did not fit.
+    pub(crate) xid: u32,
+    /// What is said of it.
+    pub(crate) said: String,
+    /// It has ended: once the log has everything up to here, it has passed.
+    pub(crate) until: Option<Lsn>,
 }
 
 /// Runs a capture task to its end.
@@ -64,6 +85,10 @@ async fn capture(context: &TaskContext, demand: &CaptureDemand) -> TaskEnd {
         let said = error.to_string();
         let ending = match error.directive() {
             Directive::GiveUp => return TaskEnd::GivenUp(said),
+            Directive::Again => {
+                tracing::warn!(task = %context.task, reason = %said, "capture connects again");
+                None
+            }
             Directive::Retry => {
                 let delay = backoff.next_delay();
                 tracing::warn!(task = %context.task, error = %said, retry_in_ms = delay.as_millis() as u64, "capture failed");

@@ -1,8 +1,8 @@
-//! The end of a flow: its slot, its publication and its log go, then its keys.
+//! The end of a flow: its slot, its publication, its side store and its log go, then its keys.
 
 use wallaby_model::condition::TaskPhase;
 use wallaby_postgres_source::{ConnectConfig, SessionOwner, connect_control, drop_publication, drop_slot};
-use wallaby_staging::Log;
+use wallaby_staging::{Log, open_side};
 
 use super::{CaptureError, Directive, enter};
 use crate::backoff::Backoff;
@@ -45,7 +45,9 @@ async fn remove(context: &TaskContext, demand: &CaptureDemand) -> Result<(), Cap
         drop_publication(&control, &demand.publication).await?;
     }
     enter(context, TaskPhase::Draining, "the NATS servers");
-    Log::new(context.task.flow.clone(), context.shared.nats().await?.clone()).delete().await?;
+    let connections = context.shared.nats().await?.clone();
+    open_side(&context.task.flow, &demand.log, &connections)?.remove().await?;
+    Log::new(context.task.flow.clone(), connections).delete().await?;
     enter(context, TaskPhase::Draining, "etcd");
     let entry = match context.shared.coordination.flow(&context.task.flow).await {
         Ok(entry) => entry,
@@ -53,6 +55,6 @@ async fn remove(context: &TaskContext, demand: &CaptureDemand) -> Result<(), Cap
         Err(error) => return Err(error.into()),
     };
     context.shared.coordination.remove_flow(&entry).await?;
-    tracing::info!(flow = %context.task.flow, "the flow was removed: slot, publication, log and keys");
+    tracing::info!(flow = %context.task.flow, "the flow was removed: slot, publication, log, side store and keys");
     Ok(())
 }

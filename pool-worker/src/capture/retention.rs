@@ -3,24 +3,32 @@
 //! The replay window is a wish. While the log is short of room it is halved until there is room again, down to nothing; what a
 //! reader still needs is never touched. When there is room it grows back.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{PurgeOutcome, TaskLock};
-use wallaby_model::Position;
-use wallaby_staging::{Log, LogInfo, RESERVE_BYTES, Retention};
+use wallaby_model::{Epoch, Position};
+use wallaby_staging::{
+    Log, LogInfo, RESERVE_BYTES, Retention, SideStore, StagingError, Sweep, log_begins, sweep_transactions,
+};
+
+use super::side::Living;
 
 /// How often it is looked whether there is room.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Every how many looks a purge is due although there is room.
 const PURGE_EVERY_LOOKS: u64 = 10;
+/// Every how many looks the side store is swept.
+const SWEEP_EVERY_LOOKS: u64 = 30;
 /// A window below this is none.
 const WINDOW_LEAST: Duration = Duration::from_secs(1);
 
 /// Starts the loop; it ends when dropped or when the lock is lost.
-pub fn start(log: Log, lock: TaskLock, replay_window: Duration) -> AbortOnDropHandle<()> {
+pub fn start(log: Log, lock: TaskLock, replay_window: Duration, sweeper: Sweeper) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         let mut retention = Retention::new(&log);
+        let mut purged_to = Position::ZERO;
         let mut window = Window { wanted: replay_window, now: replay_window };
         let mut ticks = tokio::time::interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -40,8 +48,14 @@ pub fn start(log: Log, lock: TaskLock, replay_window: Duration) -> AbortOnDropHa
                     window.shrink(&log);
                 }
                 let Ok(has_purged) = purge(&log, &lock, &mut retention, window.now).await else { return };
-                is_short = has_purged && is_short_of_room(&log).await;
+                purged_to = has_purged.unwrap_or(purged_to);
+                is_short = has_purged.is_some() && is_short_of_room(&log).await;
                 again = is_short && !window.now.is_zero();
+            }
+            if look.is_multiple_of(SWEEP_EVERY_LOOKS)
+                && let Err(error) = sweeper.sweep(&log, purged_to).await
+            {
+                tracing::warn!(flow = %log.flow(), %error, "the side store was not swept");
             }
         }
     }))
@@ -67,24 +81,55 @@ impl Window {
     }
 }
 
-/// Purges once. `Ok(false)` when nothing may go, `Err` when the lock is lost.
-async fn purge(log: &Log, lock: &TaskLock, retention: &mut Retention, window: Duration) -> Result<bool, ()> {
+/// Removes from the side store what nobody reads any more: attempts that no manifest names, and, once the purge has passed a splice,
+/// its manifest and parts.
+pub struct Sweeper {
+    /// The side store.
+    pub side: Arc<dyn SideStore>,
+    /// The owner's epoch. Its fence is acknowledged.
+    pub epoch: Epoch,
+    /// What it is putting just now.
+    pub living: Living,
+}
+
+impl Sweeper {
+    /// Sweeps once. `purged_to` is the purge point.
+    async fn sweep(&self, log: &Log, purged_to: Position) -> Result<(), StagingError> {
+        // A replay window keeps more than the purge point says.
+        let begins = log_begins(log).await?.unwrap_or(Position::ZERO);
+        let living = self.living.now();
+        let what = Sweep { epoch: self.epoch, purged_to: purged_to.min(begins), living: &living };
+        let swept = sweep_transactions(self.side.as_ref(), &what).await?;
+        if !swept.is_empty() {
+            tracing::info!(flow = %log.flow(), groups = swept.len(), "swept the side store");
+        }
+        Ok(())
+    }
+}
+
+/// Purges once, and says up to where. `Ok(None)` when nothing may go, `Err` when the lock is lost.
+async fn purge(
+    log: &Log,
+    lock: &TaskLock,
+    retention: &mut Retention,
+    window: Duration,
+) -> Result<Option<Position>, ()> {
     // The lowest hold decides; our own wish has no bound.
     let wanted = Position { commit: wallaby_model::Lsn(u64::MAX), ..Position::ZERO };
     let up_to = match lock.advance_purge_point(wanted).await {
         Ok(PurgeOutcome::UpTo(position)) => position,
-        Ok(PurgeOutcome::Nothing) => return Ok(false),
+        Ok(PurgeOutcome::Nothing) => return Ok(None),
         Err(error) if error.is_ownership_lost() => return Err(()),
         Err(error) => {
             tracing::debug!(%error, "the purge point was not moved");
-            return Ok(false);
+            return Ok(None);
         }
     };
     if let Err(error) = retention.purge(up_to, window, SystemTime::now()).await {
         tracing::warn!(flow = %log.flow(), %error, "the log was not purged");
-        return Ok(false);
+        return Ok(None);
     }
-    Ok(true)
+    Ok(Some(up_to))
 }
 
 async fn is_short_of_room(log: &Log) -> bool {

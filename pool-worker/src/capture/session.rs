@@ -4,17 +4,20 @@ use wallaby_coordination::{Mark, SourceSeen};
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::{Nonce, Position, ResumeInfo, TaskId};
 use wallaby_postgres_source::{
-    Capture, CaptureOptions, ConnectConfig, Prepared, PublicationWanted, SessionOwner, SlotWanted, SourceIdentity,
-    connect_control, ensure_publication, ensure_slot,
+    Capture, CaptureOptions, ConnectConfig, PartOptions, Prepared, PublicationWanted, SessionOwner, SlotWanted,
+    SourceError, SourceIdentity, connect_control, ensure_publication, ensure_slot,
 };
 use wallaby_staging::{
-    Log, LogConfig, LogWriter, SegmentCache, TailClaims, TailVerdict, Takeover, WriterOptions, judge_tail, sync_policy,
+    Log, LogConfig, LogWriter, SegmentCache, TailClaims, TailVerdict, Takeover, WriterOptions, judge_tail, open_side,
+    sync_policy,
 };
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{CaptureError, Owned, enter, feedback, figures, retention, stage};
+use super::side::SideWriter;
+use super::splices::{Unconfirmed, find_broken};
+use super::{CaptureError, Fallback, Owned, enter, feedback, figures, retention, stage};
 use crate::backoff::Backoff;
 use crate::flows::CaptureDemand;
 use crate::secret;
@@ -33,6 +36,7 @@ pub async fn run(
     backoff: &mut Backoff,
 ) -> Result<Option<Mark>, CaptureError> {
     let log = open_log(context, demand).await?;
+    let side = open_side(&context.task.flow, &demand.log, log.connections())?;
     let epoch = match context.lock.epoch() {
         Some(epoch) => epoch,
         None => context.lock.fix_epoch(log.last_epoch().await?).await?,
@@ -57,6 +61,7 @@ pub async fn run(
     options.row_bytes_max = log.body_bytes_max().saturating_sub(ROW_HEADROOM_BYTES);
     options.large_transaction_bytes = demand.source.large_transaction_bytes.0;
     options.slot_wait = SLOT_PATIENCE;
+    options.parts = owned.fallback.is_none().then(|| PartOptions::new(side.part_bytes_target()));
     let mut prepared = Capture::prepare(options).await?;
 
     let previous = context
@@ -64,8 +69,20 @@ pub async fn run(
         .source()
         .map(|seen| SourceIdentity { system_identifier: seen.system_identifier, timeline: seen.timeline });
     enter(context, TaskPhase::Resuming, "the log");
+    let confirmed = Position::before(prepared.slot().confirmed_flush);
+    let tail = match &takeover {
+        Some(takeover) => *takeover.tail(),
+        None => log.tail().await?,
+    };
+    context.pulse.wait("the side store");
+    owned.unconfirmed = Unconfirmed::default();
+    let broken = find_broken(&log, side.as_ref(), confirmed, &tail, &owned.unconfirmed).await?;
     if let Some(takeover) = takeover {
-        let (position, rewind) = resume_position(context, &takeover, &mut prepared).await?;
+        let (mut position, mut rewind) = resume_position(context, &takeover, &mut prepared).await?;
+        if let Some(broken) = broken {
+            tracing::error!(task = %context.task, commit = %broken.commit, resume = %broken.resume, "the side store lost parts of a transaction: publishing it again");
+            (position, rewind) = (position.min(broken.resume), true);
+        }
         // Before the resume record is written: one of a server that is refused would vouch for it to the next owner.
         prepared.verify(position, previous.as_ref()).await?;
         let info = resume_info(demand, prepared.identity(), rewind);
@@ -74,21 +91,41 @@ pub async fn run(
         // From here on an empty log is a lost log: said before anything can be staged.
         context.lock.put_checkpoint(mark).await?;
         owned.writer = Some(writer);
+    } else if let Some(broken) = broken {
+        // The log goes back only with a new chain: it is taken over again, by us.
+        owned.writer = None;
+        return Err(CaptureError::PartLost { commit: broken.commit });
     }
     let Some(writer) = owned.writer.as_ref() else { return Err(CaptureError::Invalid) };
     writer.settled().await?;
     let identity = prepared.identity().clone();
     let (capture, confirm) = prepared.start(writer.end(), previous.as_ref()).await?;
     context.lock.set_source(SourceSeen { system_identifier: identity.system_identifier, timeline: identity.timeline });
-    let _feedback = feedback::start(confirm.clone(), writer.durable(), context.lock.clone());
-    let _retention = retention::start(log.clone(), context.lock.clone(), demand.log.replay_window.0);
+    owned.connection += 1;
+    let side_writer =
+        SideWriter::new(Arc::clone(&side), epoch, owned.connection, demand.log.codec, owned.living.clone());
+    let sweeper = retention::Sweeper { side: Arc::clone(&side), epoch, living: owned.living.clone() };
+    let _feedback =
+        feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
+    let _retention = retention::start(log.clone(), context.lock.clone(), demand.log.replay_window.0, sweeper);
     let (figures, _figures) = figures::start(config, demand.slot.clone());
     context.status.condition(ConditionType::SourceReady, true, "Ready", "");
     context.status.condition(ConditionType::Capturing, true, "Streaming", "");
     context.status.phase(TaskPhase::Streaming);
     tracing::info!(task = %context.task, %epoch, position = %writer.end(), "capturing");
     backoff.reset();
-    stage::run(stage::Stage { context, demand, log: &log, confirm, figures }, capture, owned).await
+    let stage = stage::Stage { context, demand, log: &log, confirm, figures };
+    let outcome = stage::run(stage, capture, side_writer, owned).await;
+    match &outcome {
+        Err(error @ CaptureError::SideFull { xid, .. }) => {
+            owned.fallback = Some(Fallback { xid: *xid, said: error.to_string(), until: None });
+        }
+        // A row that needs the side store: it may have room again.
+        Err(CaptureError::StreamAgain | CaptureError::Source(SourceError::RowTooLarge { .. })) => owned.fallback = None,
+        Err(CaptureError::PartLost { .. }) => owned.writer = None,
+        _ => {}
+    }
+    outcome
 }
 
 /// Makes or checks the log.

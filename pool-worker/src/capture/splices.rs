@@ -36,14 +36,17 @@ pub async fn find_broken(
     side: &dyn SideStore,
     confirmed: Position,
     tail: &Tail,
+    unconfirmed: &Unconfirmed,
 ) -> Result<Option<Broken>, StagingError> {
     if tail.end.is_none_or(|end| end <= confirmed) {
         return Ok(None);
     }
     let at = Start::At { position: confirmed, epoch: None, sequence_hint: None };
-    match find_from(log, side, at, confirmed, tail).await {
+    match find_from(log, side, at, confirmed, tail, unconfirmed).await {
         // What the sinks have can be purged before Postgres is told: then everything that is left is looked at.
-        Err(StagingError::PastHold { .. }) => find_from(log, side, Start::Available, confirmed, tail).await,
+        Err(StagingError::PastHold { .. }) => {
+            find_from(log, side, Start::Available, confirmed, tail, unconfirmed).await
+        }
         found => found,
     }
 }
@@ -54,26 +57,29 @@ async fn find_from(
     start: Start,
     confirmed: Position,
     tail: &Tail,
+    unconfirmed: &Unconfirmed,
 ) -> Result<Option<Broken>, StagingError> {
     let mut reader = LogReader::new(log, start, ReaderOptions::default());
     loop {
+        if reader.next_sequence().is_some_and(|next| next > tail.last_sequence) {
+            return Ok(None);
+        }
         let accepted = match tokio::time::timeout(LOOK, reader.next()).await {
             Ok(accepted) => accepted?,
-            // What is left are records that say nothing to this reader: fences, and what came twice.
-            Err(_) if reader.next_sequence().is_some_and(|next| next > tail.last_sequence) => return Ok(None),
+            // What is left may be records that say nothing to this reader: fences, and what came twice.
             Err(_) => continue,
         };
         if let Some((splice, from)) = splice_of(&accepted)
             && accepted.to > confirmed
-            && !is_whole(side, splice.transaction.commit).await?
         {
             let commit = splice.transaction.commit;
+            if let Some(attempt) = whole_attempt(side, commit).await? {
+                unconfirmed.add(&Kept { splice, attempt, to: accepted.to });
+                continue;
+            }
             // Between two transactions, so that the log's end is known as that of a whole one.
             let begin = if from.is_between_transactions() { from } else { Position::before(commit) };
             return Ok(Some(Broken { commit, resume: begin.max(confirmed) }));
-        }
-        if accepted.staged.sequence >= tail.last_sequence {
-            return Ok(None);
         }
     }
 }
@@ -97,15 +103,15 @@ async fn has_part(side: &dyn SideStore, manifest: &Manifest, number: usize) -> R
     Ok(body.is_some_and(|body| check_part(manifest.transaction.commit, number, part, &body).is_ok()))
 }
 
-/// Whether the manifest and every part of it are there and undamaged.
-async fn is_whole(side: &dyn SideStore, commit: Lsn) -> Result<bool, StagingError> {
-    let Some(manifest) = manifest_of(side, commit).await? else { return Ok(false) };
+/// The attempt that a manifest names, when the manifest and every part of it are there and undamaged.
+async fn whole_attempt(side: &dyn SideStore, commit: Lsn) -> Result<Option<Attempt>, StagingError> {
+    let Some(manifest) = manifest_of(side, commit).await? else { return Ok(None) };
     for number in 0..manifest.parts.len() {
         if !has_part(side, &manifest, number).await? {
-            return Ok(false);
+            return Ok(None);
         }
     }
-    Ok(true)
+    Ok(Some(manifest.attempt))
 }
 
 /// The splices that were appended and not confirmed yet. Shared by the capture loop, which adds, and the loop that confirms.

@@ -6,10 +6,11 @@ use tokio::sync::watch;
 use wallaby_coordination::{Mark, PacedWriter};
 use wallaby_model::Lsn;
 use wallaby_model::condition::{ConditionType, TaskPhase};
-use wallaby_postgres_source::{Capture, CaptureEvent, Feedback, SegmentDraft, SourceStatus};
-use wallaby_staging::{DataAppend, Log, LogWriter, Wait};
+use wallaby_postgres_source::{Capture, CaptureEvent, Feedback, PartDraft, SegmentDraft, SourceStatus, ended_before};
+use wallaby_staging::{DataAppend, Log, LogWriter, Shelf, Wait, sync_policy};
 use wallaby_wire::SegmentEncoder;
 
+use super::side::SideWriter;
 use super::{CaptureError, Owned};
 use crate::failpoint::Failpoint;
 use crate::flows::CaptureDemand;
@@ -40,11 +41,16 @@ pub struct Stage<'a> {
 }
 
 /// Stages until the task is asked to end (`Ok`) or something fails.
-pub async fn run(stage: Stage<'_>, mut capture: Capture, owned: &mut Owned) -> Result<Option<Mark>, CaptureError> {
+pub async fn run(
+    stage: Stage<'_>,
+    mut capture: Capture,
+    mut side: SideWriter,
+    owned: &mut Owned,
+) -> Result<Option<Mark>, CaptureError> {
     let context = stage.context;
     let Some(writer) = owned.writer.take() else { return Err(CaptureError::Invalid) };
     let checkpoints = context.lock.checkpoint_writer(CHECKPOINT_EVERY);
-    let outcome = stream(&stage, &mut capture, &writer, &checkpoints, owned).await;
+    let outcome = stream(&stage, &mut capture, &mut side, &writer, &checkpoints, owned).await;
     report(&stage, capture.server_end(), &writer, owned);
     owned.writer = Some(writer);
     outcome?;
@@ -58,6 +64,7 @@ pub async fn run(stage: Stage<'_>, mut capture: Capture, owned: &mut Owned) -> R
 async fn stream(
     stage: &Stage<'_>,
     capture: &mut Capture,
+    side: &mut SideWriter,
     writer: &LogWriter,
     checkpoints: &PacedWriter<Mark>,
     owned: &mut Owned,
@@ -86,6 +93,10 @@ async fn stream(
                 report(stage, capture.server_end(), writer, owned);
                 note_checkpoint(stage.log, writer, checkpoints);
                 watch_log(writer)?;
+                if let Some(commit) = owned.unconfirmed.lost() {
+                    return Err(CaptureError::PartLost { commit });
+                }
+                watch_fallback(capture, writer, owned).await?;
                 continue;
             }
             event = capture.next(&mut in_flight) => event?,
@@ -125,8 +136,89 @@ async fn stream(
                     error = log_silence(stage, server_end, writer, owned) => return Err(error),
                 }
             }
+            CaptureEvent::Part(draft) => {
+                context.pulse.wait("the side store");
+                let xid = draft.xid;
+                tokio::select! {
+                    biased;
+                    taken = put(stage, side, writer, draft) => taken.map_err(|error| side_full(xid, error))?,
+                    _ = &mut ending => return Ok(()),
+                    error = &mut ended => return Err(error.into()),
+                }
+            }
+            CaptureEvent::Splice(draft) => {
+                context.pulse.wait("the side store");
+                let (xid, committed_at_micros) = (draft.transaction.xid, draft.transaction.committed_at_micros);
+                let kept = tokio::select! {
+                    biased;
+                    kept = side.keep(draft) => kept.map_err(|error| side_full(xid, error))?,
+                    _ = &mut ending => return Ok(()),
+                    error = &mut ended => return Err(error.into()),
+                };
+                if !context.is_valid_now() {
+                    return Err(CaptureError::Invalid);
+                }
+                owned.rows += kept.splice.rows;
+                owned.transactions += 1;
+                owned.bytes += kept.splice.bytes;
+                owned.staged_last = Some((committed_at_micros, Instant::now()));
+                // Before the append: it may be durable right after it.
+                owned.unconfirmed.add(&kept);
+                context.pulse.wait("the log");
+                tokio::select! {
+                    biased;
+                    taken = writer.splice(writer.end(), kept.to, &kept.splice) => taken?,
+                    _ = &mut ending => return Ok(()),
+                    error = &mut ended => return Err(error.into()),
+                    error = log_silence(stage, server_end, writer, owned) => return Err(error),
+                }
+            }
+            CaptureEvent::Abandoned { xid } => {
+                context.pulse.wait("the side store");
+                tokio::select! {
+                    biased;
+                    () = side.abandon(xid) => {}
+                    _ = &mut ending => return Ok(()),
+                }
+            }
         }
     }
+}
+
+/// Puts a part. Before the first one the shelf is made, and its servers' sync policy counts beside that of the log's: a splice is
+/// durable only when its parts are.
+async fn put(
+    stage: &Stage<'_>,
+    side: &mut SideWriter,
+    writer: &LogWriter,
+    draft: PartDraft,
+) -> Result<(), CaptureError> {
+    if side.ensure_shelf().await? {
+        let mut info = stage.log.info().await?;
+        info.servers.extend(side.store().holders(Shelf::Transactions).await?);
+        info.servers.sort_unstable();
+        info.servers.dedup();
+        writer.set_sync(sync_policy(&info, &stage.context.shared.sync_source()).await.policy).await;
+    }
+    side.put(draft).await
+}
+
+fn side_full(xid: u32, error: CaptureError) -> CaptureError {
+    match error {
+        CaptureError::Staging(error) if error.is_side_full() => CaptureError::SideFull { xid, error },
+        other => other,
+    }
+}
+
+/// Whether the transaction that did not fit into the side store has ended, and its end is in the log: then transactions are
+/// streamed again.
+async fn watch_fallback(capture: &Capture, writer: &LogWriter, owned: &mut Owned) -> Result<(), CaptureError> {
+    let Some(fallback) = &mut owned.fallback else { return Ok(()) };
+    if let Some(until) = fallback.until {
+        return if writer.end().commit >= until { Err(CaptureError::StreamAgain) } else { Ok(()) };
+    }
+    fallback.until = ended_before(capture.control(), fallback.xid).await?;
+    Ok(())
 }
 
 fn pack(
@@ -198,7 +290,10 @@ fn report(stage: &Stage<'_>, server_end: Lsn, writer: &LogWriter, owned: &Owned)
         None => {
             board.phase(TaskPhase::Streaming);
             board.waiting(None);
-            board.condition(ConditionType::Capturing, true, "Streaming", "");
+            match &owned.fallback {
+                Some(fallback) => board.condition(ConditionType::Capturing, true, "SideStoreFull", &fallback.said),
+                None => board.condition(ConditionType::Capturing, true, "Streaming", ""),
+            }
         }
     }
     if let Some(figures) = &figures {
