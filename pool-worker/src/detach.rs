@@ -5,11 +5,15 @@
 
 use std::collections::BTreeMap;
 
+use tokio::sync::watch;
 use wallaby_coordination::{Coordination, DetachOutcome, Hold, TaskLock};
-use wallaby_model::flow::OnOverrun;
+use wallaby_model::flow::{OnOverrun, SinkSpec};
 use wallaby_model::{Position, Reader, RunId, SinkId};
 
+use crate::flows::Flows;
 use crate::metrics;
+use crate::runs::RunBoard;
+use crate::status::StatusBoard;
 use crate::task::TaskContext;
 
 /// A sink as the judgement sees it.
@@ -42,39 +46,66 @@ pub fn overrun<'a>(holds: &BTreeMap<Reader, Hold>, sinks: &'a [SinkSeen], staged
     sinks.iter().filter(is_to_blame).map(|seen| &seen.sink).collect()
 }
 
-/// Cuts off the sinks that keep a log short of room that was purged as far as the holds allow. Says whether one was.
-///
-/// # Errors
-/// When etcd cannot be reached, or the capture's lock is lost.
-pub async fn detach_overrun(context: &TaskContext) -> Result<bool, wallaby_coordination::Error> {
-    let flow = &context.task.flow;
-    let specs = match context.flows.borrow().get(flow) {
-        Some(known) => known.record.document.spec.sinks.clone(),
-        None => return Ok(false),
-    };
-    let seen: Vec<SinkSeen> = context.runs.of(flow, |runs| {
-        let awaits = |sink: &SinkId| {
-            let open = runs.runs.iter().filter(|(run, view)| {
-                view.is_open()
-                    && view.spec.as_ref().is_some_and(|spec| spec.loads_into(sink))
-                    && !view.sinks.get(sink).is_some_and(|state| state.is_done)
-                    && runs.detached.get(sink).is_none_or(|detached| detached.run == Some(**run))
-            });
-            open.map(|(run, _)| *run).collect()
-        };
-        specs
-            .iter()
-            .map(|spec| SinkSeen { sink: spec.name.clone(), on_overrun: spec.on_overrun, awaited_by: awaits(&spec.name) })
-            .collect()
-    });
-    let coordination: &Coordination = &context.shared.coordination;
-    let holds = coordination.holds(flow).await?;
-    let mut has_detached = false;
-    let staged = context.status.snapshot().progress.staged.unwrap_or(Position::ZERO);
-    for sink in overrun(&holds, &seen, staged) {
-        has_detached |= detach(&context.lock, sink, &holds).await?;
+/// What the decision is made from, for a loop beside the capture.
+pub struct Overrun {
+    coordination: Coordination,
+    lock: TaskLock,
+    flows: watch::Receiver<Flows>,
+    runs: RunBoard,
+    status: StatusBoard,
+}
+
+impl Overrun {
+    /// Of the flow that a capture task is of.
+    pub fn of(context: &TaskContext) -> Overrun {
+        Overrun {
+            coordination: context.shared.coordination.clone(),
+            lock: context.lock.clone(),
+            flows: context.flows.clone(),
+            runs: context.runs.clone(),
+            status: context.status.clone(),
+        }
     }
-    Ok(has_detached)
+
+    /// Cuts off the sinks that keep a log short of room that was purged as far as the holds allow. Says whether one was.
+    ///
+    /// # Errors
+    /// When etcd cannot be reached, or the capture's lock is lost.
+    pub async fn detach(&self) -> Result<bool, wallaby_coordination::Error> {
+        let flow = &self.lock.task().flow;
+        let seen = self.sinks();
+        let holds = self.coordination.holds(flow).await?;
+        let staged = self.status.snapshot().progress.staged.unwrap_or(Position::ZERO);
+        let mut has_detached = false;
+        for sink in overrun(&holds, &seen, staged) {
+            has_detached |= detach(&self.lock, sink, &holds).await?;
+        }
+        Ok(has_detached)
+    }
+
+    fn sinks(&self) -> Vec<SinkSeen> {
+        let flow = &self.lock.task().flow;
+        let specs = match self.flows.borrow().get(flow) {
+            Some(known) => known.record.document.spec.sinks.clone(),
+            None => return Vec::new(),
+        };
+        self.runs.of(flow, |runs| {
+            let awaits = |sink: &SinkId| {
+                let open = runs.runs.iter().filter(|(run, view)| {
+                    view.is_open()
+                        && view.spec.as_ref().is_some_and(|spec| spec.loads_into(sink))
+                        && !view.sinks.get(sink).is_some_and(|state| state.is_done)
+                        && runs.detached.get(sink).is_none_or(|detached| detached.run == Some(**run))
+                });
+                open.map(|(run, _)| *run).collect()
+            };
+            let seen = |spec: &SinkSpec| {
+                let (sink, on_overrun) = (spec.name.clone(), spec.on_overrun);
+                SinkSeen { awaited_by: awaits(&sink), sink, on_overrun }
+            };
+            specs.iter().map(seen).collect()
+        })
+    }
 }
 
 async fn detach(

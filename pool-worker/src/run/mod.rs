@@ -61,7 +61,7 @@ pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
         context.status.condition(ConditionType::SnapshotComplete, false, error.reason(), &said);
         let ending = match error.directive() {
             Directive::GiveUp => return TaskEnd::GivenUp(said),
-            Directive::Retry => {
+            Directive::Retry | Directive::Again => {
                 let delay = backoff.next_delay();
                 tracing::warn!(task = %context.task, error = %said, retry_in_ms = delay.as_millis() as u64, "the run failed");
                 context.status.backoff(&said, delay);
