@@ -6,8 +6,10 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Change, Coordination, Entry, FlowRecord, Key, Revision, WatchEvent};
-use wallaby_model::flow::{FlowDocument, LogSpec, PostgresSourceSpec, SinkSpec};
-use wallaby_model::{FlowId, TaskId, TaskKind};
+use wallaby_model::flow::{FlowDocument, LogSpec, PostgresSourceSpec, SecretRef, SinkSpec, SnapshotMode};
+use wallaby_model::{FlowId, SinkId, TaskId, TaskKind};
+
+use crate::runs::RunBoard;
 
 /// A flow's record and the revision that wrote it.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,6 +42,12 @@ pub enum Demand {
     Apply(Box<ApplyDemand>),
     /// The flow is being deleted: remove the slot, the publication and the log.
     Remove(Box<CaptureDemand>),
+    /// Own a snapshot run.
+    Run(Box<SourceDemand>),
+    /// Read a chunk.
+    Chunk(Box<SourceDemand>),
+    /// Load a chunk into a sink.
+    Load(Box<ApplyDemand>),
     /// Nothing: paused, gone, or the sink is not part of the flow any more.
     Nothing,
 }
@@ -57,41 +65,60 @@ pub struct CaptureDemand {
     pub publication: String,
 }
 
-/// The part of a flow that one apply task acts on.
+/// The part of a flow that the tasks of a snapshot run act on. Not which tables are published: tables that are added must not
+/// cost a run its snapshot.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SourceDemand {
+    /// How to connect to the source.
+    pub dsn: SecretRef,
+    /// The publication's name.
+    pub publication: String,
+    /// The log, and where parts are kept.
+    pub log: LogSpec,
+}
+
+/// The part of a flow that one apply task acts on. Not which tables are published: the sinks go on when tables are added.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ApplyDemand {
     /// The sink.
     pub sink: SinkSpec,
-    /// The source, for rows that are read again by key.
-    pub source: PostgresSourceSpec,
-    /// The publication's name: it says which columns are sent.
-    pub publication: String,
+    /// The source, and where parts are kept.
+    pub source: SourceDemand,
+    /// Whether tables are loaded before their changes flow.
+    pub snapshot: SnapshotMode,
 }
 
-/// What `flow` asks of `task`.
+/// What `flow` asks of `task`: the one place that says what a change of a specification does to a running task. It goes on while
+/// this is equal, and ends, to be taken anew, when it is not.
 pub fn demand(flow: Option<&Flow>, task: &TaskId) -> Demand {
     let Some(flow) = flow else { return Demand::Nothing };
     let document: &FlowDocument = &flow.record.document;
-    let source = document.spec.source.postgres.clone();
+    let source = &document.spec.source.postgres;
     let capture = || CaptureDemand {
         source: source.clone(),
         log: document.spec.log.clone(),
         slot: document.slot_name(),
         publication: document.publication_name(),
     };
+    let of_source = || SourceDemand {
+        dsn: source.dsn.clone(),
+        publication: document.publication_name(),
+        log: document.spec.log.clone(),
+    };
+    let of_sink = |name: &SinkId| {
+        let sink = document.spec.sinks.iter().find(|sink| sink.name == *name && !sink.paused)?;
+        Some(Box::new(ApplyDemand { sink: sink.clone(), source: of_source(), snapshot: source.snapshot }))
+    };
     let is_deleting = flow.record.deleting_since.is_some();
     match &task.kind {
         TaskKind::Capture if is_deleting => Demand::Remove(Box::new(capture())),
         _ if is_deleting || document.spec.paused => Demand::Nothing,
         TaskKind::Capture => Demand::Capture(Box::new(capture())),
-        TaskKind::Apply(name) => match document.spec.sinks.iter().find(|sink| sink.name == *name) {
-            Some(sink) if !sink.paused => {
-                let publication = document.publication_name();
-                Demand::Apply(Box::new(ApplyDemand { sink: sink.clone(), source, publication }))
-            }
-            _ => Demand::Nothing,
-        },
-        TaskKind::Run(_) | TaskKind::Chunk(..) | TaskKind::Load(..) | TaskKind::Verify(_) => Demand::Nothing,
+        TaskKind::Apply(name) => of_sink(name).map_or(Demand::Nothing, Demand::Apply),
+        TaskKind::Load(name, ..) => of_sink(name).map_or(Demand::Nothing, Demand::Load),
+        TaskKind::Run(_) => Demand::Run(Box::new(of_source())),
+        TaskKind::Chunk(..) => Demand::Chunk(Box::new(of_source())),
+        TaskKind::Verify(_) => Demand::Nothing,
     }
 }
 
@@ -101,6 +128,7 @@ pub type Flows = Arc<HashMap<FlowId, Arc<Flow>>>;
 /// The running watch; ends when dropped.
 pub struct FlowWatch {
     flows: watch::Receiver<Flows>,
+    runs: RunBoard,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -109,15 +137,23 @@ impl FlowWatch {
     pub fn start(coordination: &Coordination) -> FlowWatch {
         let (sender, flows) = watch::channel(Flows::default());
         let mut events = coordination.watch(coordination.keys().flows());
+        let runs = RunBoard::default();
+        let board = runs.clone();
         let task = tokio::spawn(async move {
             while let Some(event) = events.next().await {
+                board.take(&event);
                 let mut known: HashMap<FlowId, Arc<Flow>> = sender.borrow().as_ref().clone();
                 if take(&mut known, event) {
                     sender.send_replace(Arc::new(known));
                 }
             }
         });
-        FlowWatch { flows, _task: AbortOnDropHandle::new(task) }
+        FlowWatch { flows, runs, _task: AbortOnDropHandle::new(task) }
+    }
+
+    /// The snapshot runs of all flows.
+    pub fn runs(&self) -> RunBoard {
+        self.runs.clone()
     }
 
     /// The flows, now and on every change.

@@ -5,21 +5,31 @@
 //! | [`worker`] | one life of a worker: lease, offers, tasks, drain |
 //! | `task` | one owned task, its watchdog, its end |
 //! | `capture` | the source's side: fence, resume, stream, stage, confirm, purge |
-//! | `apply` | a sink's side: open, read, cut into batches, apply |
+//! | `apply` | a sink's side: open, load, read, cut into batches, apply |
+//! | `run` | the owner of a snapshot run: publication, hold, snapshot, plan |
+//! | `chunk` | one chunk of a run, from the source into the side store |
+//! | `load` | one chunk of a run, from the side store into a sink |
+//! | `detach` | sinks that need more of the log than it can hold |
 //! | `flows` | what the flows ask of each task |
+//! | `runs` | the snapshot runs as the worker sees them |
 //!
-//! What decides is pure and tested by itself: `apply/assemble.rs`, `pulse.rs`, `backoff.rs`, `flows.rs::demand`.
+//! What decides is pure and tested by itself: `apply/assemble.rs`, `apply/tables.rs`, `run/core.rs`, `detach.rs`, `pulse.rs`, `backoff.rs`, `flows.rs::demand`.
 
 mod apply;
 mod backoff;
 mod cache;
 mod capture;
+mod chunk;
+mod detach;
 pub mod failpoint;
 mod flows;
+mod load;
 mod metrics;
 mod offers;
 pub mod options;
 mod pulse;
+mod run;
+mod runs;
 mod secret;
 mod shared;
 mod status;

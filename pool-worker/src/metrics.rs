@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
-use wallaby_model::{FlowId, Lsn, Position, TaskId};
+use wallaby_model::{FlowId, Lsn, Position, RunId, SinkId, TaskId, TaskKind};
 use wallaby_postgres_source::SourceStatus;
 
 /// Describes every metric of this crate.
@@ -29,9 +29,22 @@ pub fn describe() {
         Unit::Seconds,
         "Age of the last applied change while the sink is behind; 0 when caught up"
     );
+    describe_counter!("wallaby_replayed_rows_total", "Rows replayed for tables that catch up, before-images included");
+    describe_counter!("wallaby_chunks_read_total", "Chunks of snapshot runs read from the source");
+    describe_counter!("wallaby_snapshot_rows_total", "Rows read by snapshot runs");
+    describe_counter!("wallaby_snapshot_bytes_total", Unit::Bytes, "Bytes of chunks put into the side store");
+    describe_histogram!("wallaby_chunk_read_seconds", Unit::Seconds, "Time to read one chunk into the side store");
+    describe_counter!("wallaby_chunks_loaded_total", "Chunks loaded into a sink");
+    describe_counter!("wallaby_loaded_rows_total", "Rows loaded into a sink from chunks");
+    describe_histogram!("wallaby_chunk_load_seconds", Unit::Seconds, "Time a sink took for one chunk");
+    describe_gauge!("wallaby_run_chunks", "Chunks of a snapshot run");
+    describe_gauge!("wallaby_run_chunks_read", "Chunks of a snapshot run that are in the side store");
+    describe_gauge!("wallaby_snapshot_age_seconds", Unit::Seconds, "For how long a run has held the source's snapshot");
+    describe_gauge!("wallaby_side_store_bytes", Unit::Bytes, "Bytes in the side store, by shelf");
+    describe_counter!("wallaby_sinks_detached_total", "Sinks that were cut off from a log that got too long for them");
     describe_gauge!("wallaby_tasks", "Tasks that this worker owns");
     describe_counter!("wallaby_tasks_taken_total", "Tasks that this worker took");
-    describe_counter!("wallaby_tasks_ended_total", "Tasks that ended, by outcome: released, given_up, lock_lost");
+    describe_counter!("wallaby_tasks_ended_total", "Tasks that ended, by outcome: released, completed, given_up, lock_lost");
     describe_counter!("wallaby_tasks_wedged_total", "Tasks whose loop was silent and which the watchdog aborted");
     describe_counter!("wallaby_tasks_failed_total", "Tasks whose code failed");
     describe_counter!("wallaby_offers_total", "Offers pulled, by outcome: taken, held, unwanted, unreadable, failed");
@@ -56,11 +69,54 @@ pub fn source(flow: &FlowId, status: &SourceStatus) {
     gauge!("wallaby_retained_wal_bytes", "flow" => flow.to_string()).set(status.retained_bytes as f64);
 }
 
-pub fn applied(task: &TaskId, rows: usize, took: Duration, commit_to_sink_ms: u64) {
+pub fn applied(task: &TaskId, rows: u64, took: Duration, commit_to_sink_ms: u64) {
     let task = task.to_string();
-    counter!("wallaby_applied_rows_total", "task" => task.clone()).increment(rows as u64);
+    counter!("wallaby_applied_rows_total", "task" => task.clone()).increment(rows);
     histogram!("wallaby_apply_seconds", "task" => task.clone()).record(took.as_secs_f64());
     histogram!("wallaby_commit_to_sink_seconds", "task" => task).record(commit_to_sink_ms as f64 / 1000.0);
+}
+
+pub fn replayed(task: &TaskId, rows: usize) {
+    counter!("wallaby_replayed_rows_total", "task" => task.to_string()).increment(rows as u64);
+}
+
+pub fn chunk_read(flow: &FlowId, rows: u64, bytes: u64, took: Duration) {
+    let flow = flow.to_string();
+    counter!("wallaby_chunks_read_total", "flow" => flow.clone()).increment(1);
+    counter!("wallaby_snapshot_rows_total", "flow" => flow.clone()).increment(rows);
+    counter!("wallaby_snapshot_bytes_total", "flow" => flow.clone()).increment(bytes);
+    histogram!("wallaby_chunk_read_seconds", "flow" => flow).record(took.as_secs_f64());
+}
+
+pub fn chunk_loaded(flow: &FlowId, sink: &SinkId, rows: u64, took: Duration) {
+    let (flow, sink) = (flow.to_string(), sink.to_string());
+    counter!("wallaby_chunks_loaded_total", "flow" => flow.clone(), "sink" => sink.clone()).increment(1);
+    counter!("wallaby_loaded_rows_total", "flow" => flow.clone(), "sink" => sink.clone()).increment(rows);
+    histogram!("wallaby_chunk_load_seconds", "flow" => flow, "sink" => sink).record(took.as_secs_f64());
+}
+
+pub fn run(flow: &FlowId, run: RunId, chunks: usize, chunks_read: usize, snapshot_age: Duration) {
+    let (flow, run) = (flow.to_string(), run.to_string());
+    gauge!("wallaby_run_chunks", "flow" => flow.clone(), "run" => run.clone()).set(chunks as f64);
+    gauge!("wallaby_run_chunks_read", "flow" => flow.clone(), "run" => run).set(chunks_read as f64);
+    gauge!("wallaby_snapshot_age_seconds", "flow" => flow).set(snapshot_age.as_secs_f64());
+}
+
+pub fn side_store(flow: &FlowId, shelf: &'static str, bytes: u64) {
+    gauge!("wallaby_side_store_bytes", "flow" => flow.to_string(), "shelf" => shelf).set(bytes as f64);
+}
+
+pub fn sink_detached(flow: &FlowId, sink: &SinkId) {
+    counter!("wallaby_sinks_detached_total", "flow" => flow.to_string(), "sink" => sink.to_string()).increment(1);
+}
+
+/// A task for a metric: those of which there are tens of thousands by their kind.
+fn label(task: &TaskId) -> String {
+    match &task.kind {
+        TaskKind::Chunk(..) => format!("{}.chunk", task.flow),
+        TaskKind::Load(sink, ..) => format!("{}.load.{sink}", task.flow),
+        _ => task.to_string(),
+    }
 }
 
 pub fn sink_position(task: &TaskId, at: Position, lag_bytes: u64, lag_ms: u64) {
@@ -75,19 +131,19 @@ pub fn tasks(count: usize) {
 }
 
 pub fn task_taken(task: &TaskId) {
-    counter!("wallaby_tasks_taken_total", "task" => task.to_string()).increment(1);
+    counter!("wallaby_tasks_taken_total", "task" => label(task)).increment(1);
 }
 
 pub fn task_ended(task: &TaskId, outcome: &'static str) {
-    counter!("wallaby_tasks_ended_total", "task" => task.to_string(), "outcome" => outcome).increment(1);
+    counter!("wallaby_tasks_ended_total", "task" => label(task), "outcome" => outcome).increment(1);
 }
 
 pub fn task_wedged(task: &TaskId) {
-    counter!("wallaby_tasks_wedged_total", "task" => task.to_string()).increment(1);
+    counter!("wallaby_tasks_wedged_total", "task" => label(task)).increment(1);
 }
 
 pub fn task_failed(task: &TaskId) {
-    counter!("wallaby_tasks_failed_total", "task" => task.to_string()).increment(1);
+    counter!("wallaby_tasks_failed_total", "task" => label(task)).increment(1);
 }
 
 pub fn offer(outcome: &'static str) {

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use tokio::sync::OnceCell;
 use wallaby_coordination::{Coordination, WorkerSession};
-use wallaby_staging::{Connections, NatsTarget, StagingError, SyncSource};
+use wallaby_model::FlowId;
+use wallaby_model::flow::LogSpec;
+use wallaby_staging::{Connections, NatsTarget, SideStore, StagingError, SyncSource, open_side};
 
 use crate::cache::RecordCache;
 use crate::failpoint::Failpoints;
@@ -39,6 +41,14 @@ impl Shared {
     pub async fn nats(&self) -> Result<&Connections, StagingError> {
         let target = nats_target(&self.options);
         self.nats.get_or_try_init(|| Connections::open(&target)).await
+    }
+
+    /// The side store of a flow.
+    ///
+    /// # Errors
+    /// When no NATS server can be reached, or its place cannot be used.
+    pub async fn side(&self, flow: &FlowId, log: &LogSpec) -> Result<Arc<dyn SideStore>, StagingError> {
+        open_side(flow, log, self.nats().await?)
     }
 
     /// Where the servers' sync interval is read.

@@ -11,9 +11,10 @@ use wallaby_model::{TaskId, TaskKind};
 
 use crate::flows::{Demand, Flows, demand};
 use crate::pulse::{Pulse, SILENCE_MAX};
+use crate::runs::RunBoard;
 use crate::shared::Shared;
 use crate::status::{StatusBoard, WRITE_EVERY};
-use crate::{apply, capture, metrics};
+use crate::{apply, capture, chunk, load, metrics, run};
 
 /// What a task is given.
 pub struct TaskContext {
@@ -27,6 +28,8 @@ pub struct TaskContext {
     pub demand: Demand,
     /// The flows, to see when that changes.
     pub flows: watch::Receiver<Flows>,
+    /// The snapshot runs of all flows.
+    pub runs: RunBoard,
     /// Cancelled when the worker drains.
     pub drain: CancellationToken,
     /// Its pulse.
@@ -40,6 +43,8 @@ pub struct TaskContext {
 pub enum TaskEnd {
     /// It finished what it had at hand; its last durable mark, if it has one.
     Released(Option<Mark>),
+    /// It is done for good: nobody takes it again, and its keys go.
+    Completed,
     /// A younger owner exists, or another worker should try: nothing more is written but the release.
     GivenUp(String),
 }
@@ -143,8 +148,13 @@ pub async fn own(context: TaskContext) {
         }
     };
     let (mark, outcome) = match end {
+        TaskEnd::Completed => return complete(&context).await,
         TaskEnd::Released(mark) => {
-            tracing::info!(%task, "task released");
+            if is_short(&task) {
+                tracing::debug!(%task, "task released");
+            } else {
+                tracing::info!(%task, "task released");
+            }
             (mark, "released")
         }
         TaskEnd::GivenUp(reason) => {
@@ -153,7 +163,9 @@ pub async fn own(context: TaskContext) {
         }
     };
     metrics::task_ended(&task, outcome);
-    if let Err(error) = context.lock.put_status(&context.status.snapshot()).await {
+    if !is_short(&task)
+        && let Err(error) = context.lock.put_status(&context.status.snapshot()).await
+    {
         tracing::debug!(%task, %error, "the task's last status was not written");
     }
     if let Err(error) = context.lock.release(mark).await {
@@ -161,16 +173,36 @@ pub async fn own(context: TaskContext) {
     }
 }
 
+/// Ends a task that is done for good.
+async fn complete(context: &TaskContext) {
+    metrics::task_ended(&context.task, "completed");
+    if let Err(error) = context.lock.complete().await {
+        tracing::warn!(task = %context.task, %error, "the keys of a task that is done were not removed: it is offered once more");
+    }
+}
+
+/// Whether there may be tens of thousands of its kind: nothing is said of each.
+pub fn is_short(task: &TaskId) -> bool {
+    matches!(task.kind, TaskKind::Chunk(..) | TaskKind::Load(..))
+}
+
 async fn run(context: Arc<TaskContext>) -> TaskEnd {
     match &context.task.kind {
         TaskKind::Capture => capture::run(&context).await,
         TaskKind::Apply(_) => apply::run(&context).await,
-        TaskKind::Run(_) | TaskKind::Chunk(..) | TaskKind::Load(..) | TaskKind::Verify(_) => TaskEnd::Released(None),
+        TaskKind::Run(_) => run::run(&context).await,
+        TaskKind::Chunk(..) => chunk::run(&context).await,
+        TaskKind::Load(..) => load::run(&context).await,
+        TaskKind::Verify(_) => TaskEnd::Released(None),
     }
 }
 
 async fn write_status(context: Arc<TaskContext>) {
     let mut flows = context.flows.clone();
+    if is_short(&context.task) {
+        // Most are over before anybody could read it.
+        tokio::time::sleep(WRITE_EVERY).await;
+    }
     loop {
         // A new generation that asks the same of this task is acted upon by going on.
         if let Some(flow) = flows.borrow_and_update().get(&context.task.flow)

@@ -15,6 +15,7 @@ use crate::metrics;
 use crate::offers::{Offers, Pulled};
 use crate::options::Options;
 use crate::pulse::Pulse;
+use crate::runs::RunBoard;
 use crate::shared::Shared;
 use crate::status::{StatusBoard, now};
 use crate::task::{self, TaskContext};
@@ -70,7 +71,14 @@ pub async fn run(start: Start, shutdown: CancellationToken) -> Result<Outcome, w
     let watch = FlowWatch::start(&coordination);
     let shared = Arc::new(Shared::new(options, coordination, session, failpoints));
     let mut worker =
-        Worker { shared, flows: watch.subscribe(), tasks: JoinSet::new(), drain: CancellationToken::new(), info };
+        Worker {
+            shared,
+            flows: watch.subscribe(),
+            runs: watch.runs(),
+            tasks: JoinSet::new(),
+            drain: CancellationToken::new(),
+            info,
+        };
     let outcome = worker.serve(&shutdown).await;
     if outcome == Outcome::Drained
         && let Err(error) = worker.shared.session.revoke().await
@@ -83,6 +91,7 @@ pub async fn run(start: Start, shutdown: CancellationToken) -> Result<Outcome, w
 struct Worker {
     shared: Arc<Shared>,
     flows: watch::Receiver<Flows>,
+    runs: RunBoard,
     tasks: JoinSet<TaskId>,
     drain: CancellationToken,
     info: WorkerInfo,
@@ -146,7 +155,11 @@ impl Worker {
             Ok(Some(context)) => {
                 metrics::offer("taken");
                 metrics::task_taken(&offer.task);
-                tracing::info!(task = %offer.task, "task taken");
+                if task::is_short(&offer.task) {
+                    tracing::debug!(task = %offer.task, "task taken");
+                } else {
+                    tracing::info!(task = %offer.task, "task taken");
+                }
                 let task = offer.task.clone();
                 self.tasks.spawn(async move {
                     task::own(context).await;
@@ -200,6 +213,7 @@ impl Worker {
             lock,
             demand: wanted,
             flows: self.flows.clone(),
+            runs: self.runs.clone(),
             drain: self.drain.clone(),
             pulse: Pulse::default(),
             status: StatusBoard::new(self.shared.session.worker().clone(), flow.record.generation),

@@ -1,16 +1,16 @@
 //! Cuts what a reader accepted into batches that a sink may show: pure, no I/O.
 //!
 //! A sink commits only where a source transaction ends. Segments are cut for size and so end anywhere; this holds what
-//! lies past the last whole transaction until its end arrives. What is held is bounded by `largeTransactionBytes`:
-//! capture stages no more than that of one transaction.
+//! lies past the last whole transaction until its end arrives. A transaction of which too much is held, or whose rest stands
+//! in the side store, is not waited for: [`BatchAssembler::is_large_next`] says so, and it is taken out piece by piece.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use wallaby_connector_api::{Batch, BatchPart};
-use wallaby_model::{Epoch, Position, SegmentBody};
+use wallaby_connector_api::{Batch, BatchPart, TableFilter};
+use wallaby_model::{Epoch, Position, SegmentBody, Splice};
 
-/// A data segment or a heartbeat that the reader rule accepted.
+/// A data segment, a splice or a heartbeat that the reader rule accepted.
 #[derive(Clone, Debug)]
 pub struct AcceptedSegment {
     /// Rows at or before this were seen already.
@@ -21,10 +21,39 @@ pub struct AcceptedSegment {
     pub complete_to: Position,
     /// The log's epoch.
     pub epoch: Epoch,
-    /// The rows; `None` for a heartbeat.
+    /// The rows; `None` for a heartbeat and a splice.
     pub body: Option<Arc<SegmentBody>>,
+    /// The rows stand in the side store.
+    pub splice: Option<Splice>,
     /// Encoded bytes, for bounds.
     pub bytes: usize,
+}
+
+/// A piece of a large transaction.
+#[derive(Clone, Debug)]
+pub enum Piece {
+    /// Rows; `None` for a record without any. More comes.
+    Part(Option<BatchPart>),
+    /// The rest stands in the side store; it ends there.
+    Splice {
+        /// Which transaction.
+        splice: Splice,
+        /// Rows at or before this were seen already.
+        after: Position,
+        /// The transaction's end.
+        to: Position,
+        /// The log's epoch there.
+        epoch: Epoch,
+    },
+    /// The last rows.
+    Last {
+        /// Rows, if there are any.
+        part: Option<BatchPart>,
+        /// The end.
+        to: Position,
+        /// The log's epoch there.
+        epoch: Epoch,
+    },
 }
 
 /// Collects accepted segments and gives them out as batches.
@@ -77,31 +106,43 @@ impl BatchAssembler {
         self.held.push_back(segment);
     }
 
+    /// What may go into a batch: what is held before the first splice.
+    fn plain(&self) -> impl Iterator<Item = &AcceptedSegment> {
+        self.held.iter().take_while(|segment| segment.splice.is_none())
+    }
+
     /// Up to where a batch could go now.
     pub fn complete_to(&self) -> Position {
-        self.held.iter().map(|segment| segment.complete_to).max().unwrap_or(self.at).max(self.at)
+        self.plain().map(|segment| segment.complete_to).max().unwrap_or(self.at).max(self.at)
     }
 
     /// Whether a batch taken now would have rows.
     pub fn has_complete_rows(&self) -> bool {
         let up_to = self.complete_to();
-        let mut bodies = self.held.iter().filter_map(|segment| segment.body.as_ref().map(|body| (segment, body)));
+        let mut bodies = self.plain().filter_map(|segment| segment.body.as_ref().map(|body| (segment, body)));
         bodies.any(|(segment, body)| {
             let after = segment.after.max(self.at);
             body.tables.iter().any(|table| table.slice(&body.transactions, after, up_to).rows.num_rows() > 0)
         })
     }
 
-    /// A batch with everything up to the last whole transaction, or with as many held segments as stay within
-    /// `bytes_max` and contain a transaction's end. `None` when no transaction ended. The assembler does not move:
-    /// [`Self::applied`] does, so that a failed batch can be taken again.
-    pub fn batch(&self, bytes_max: usize) -> Option<Batch> {
+    /// Whether what comes next is a transaction that is not to be held as a whole: one that goes on in the side store, or one
+    /// without an end of which more than `bytes_max` are held.
+    pub fn is_large_next(&self, bytes_max: usize) -> bool {
+        let has_splice = self.held.iter().any(|segment| segment.splice.is_some());
+        self.complete_to() <= self.at && (has_splice || self.held_bytes > bytes_max)
+    }
+
+    /// A batch with everything up to the last whole transaction before a splice and at or before `limit`, or with as many held
+    /// segments as stay within `bytes_max` and contain a transaction's end. `None` when no transaction ended. The assembler
+    /// does not move: [`Self::applied`] does, so that a failed batch can be taken again.
+    pub fn batch(&self, bytes_max: usize, limit: Option<Position>, tables: Option<&Arc<TableFilter>>) -> Option<Batch> {
         let mut to = self.at;
         let mut bytes = 0;
         let mut epoch = self.epoch;
-        for segment in &self.held {
+        for segment in self.plain() {
             bytes += segment.bytes;
-            if bytes > bytes_max && to > self.at {
+            if (bytes > bytes_max && to > self.at) || limit.is_some_and(|limit| to >= limit) {
                 break;
             }
             if segment.complete_to > to {
@@ -109,20 +150,54 @@ impl BatchAssembler {
                 epoch = segment.epoch;
             }
         }
+        // A limit is a place between transactions, so everything before it is whole.
+        to = limit.map_or(to, |limit| to.min(limit));
         if to <= self.at {
             return None;
         }
         let mut parts = Vec::new();
-        for segment in &self.held {
+        for segment in self.plain() {
             let after = segment.after.max(self.at);
             if after >= to {
                 break;
             }
             if let Some(body) = &segment.body {
-                parts.push(BatchPart { body: Arc::clone(body), after, up_to: to.min(segment.to), tables: None });
+                let (body, tables) = (Arc::clone(body), tables.cloned());
+                parts.push(BatchPart { body, after, up_to: to.min(segment.to), tables });
             }
         }
         Some(Batch { from: self.at, to, log_epoch: epoch, parts })
+    }
+
+    /// The next piece of the large transaction that is next, and of whole ones behind it up to `limit`; `None` when it has to be
+    /// read first. What was given out is no longer held: after an error the log is read again.
+    pub fn take_piece(&mut self, limit: Option<Position>, tables: Option<&Arc<TableFilter>>) -> Option<Piece> {
+        let front = self.held.front()?;
+        let after = front.after.max(self.at);
+        let part = |up_to: Position| {
+            let body = front.body.as_ref().map(Arc::clone)?;
+            Some(BatchPart { body, after, up_to, tables: tables.cloned() })
+        };
+        if let Some(splice) = front.splice {
+            let piece = Piece::Splice { splice, after, to: front.to, epoch: front.epoch };
+            self.drop_front();
+            return Some(piece);
+        }
+        if front.complete_to > self.at {
+            // Its end, and maybe whole transactions behind it. The segment stays: it may have the beginning of another one.
+            let to = limit.map_or(front.complete_to, |limit| limit.min(front.complete_to));
+            let epoch = front.epoch;
+            return Some(Piece::Last { part: part(to.min(front.to)), to, epoch });
+        }
+        let piece = Piece::Part(part(front.to));
+        self.drop_front();
+        Some(piece)
+    }
+
+    fn drop_front(&mut self) {
+        let Some(segment) = self.held.pop_front() else { return };
+        self.held_bytes -= segment.bytes;
+        self.held_rows -= segment.body.as_ref().map_or(0, |body| body.rows());
     }
 
     /// The sink has everything up to `position`.
@@ -132,9 +207,7 @@ impl BatchAssembler {
         let reached = self.held.iter().filter(|segment| segment.complete_to <= position).map(|segment| segment.epoch);
         self.epoch = reached.max().unwrap_or(self.epoch).max(self.epoch);
         while self.held.front().is_some_and(|segment| segment.to <= position) {
-            let Some(segment) = self.held.pop_front() else { break };
-            self.held_bytes -= segment.bytes;
-            self.held_rows -= segment.body.as_ref().map_or(0, |body| body.rows());
+            self.drop_front();
         }
     }
 }
@@ -176,7 +249,7 @@ mod tests {
     }
 
     fn segment(after: Position, to: Position, complete_to: Position, rows: &[(u64, u64, u32)]) -> AcceptedSegment {
-        AcceptedSegment { after, to, complete_to, epoch: Epoch(7), body: Some(body(rows)), bytes: 100 }
+        AcceptedSegment { after, to, complete_to, epoch: Epoch(7), body: Some(body(rows)), splice: None, bytes: 100 }
     }
 
     fn end(lsn: u64) -> Position {
@@ -188,10 +261,10 @@ mod tests {
         let mut assembler = BatchAssembler::new(end(10), Epoch(7));
         let middle = Position::of(Lsn(20), Lsn(12), 1);
         assembler.push(segment(end(10), middle, end(10), &[(20, 11, 1), (20, 12, 1)]));
-        assert!(assembler.batch(1 << 20).is_none());
+        assert!(assembler.batch(1 << 20, None, None).is_none());
         assert!(!assembler.has_complete_rows());
         assembler.push(segment(middle, end(25), end(25), &[(20, 13, 1)]));
-        let batch = assembler.batch(1 << 20).unwrap();
+        let batch = assembler.batch(1 << 20, None, None).unwrap();
         assert_eq!((batch.from, batch.to, batch.rows()), (end(10), end(25), 3));
         assembler.applied(batch.to);
         assert_eq!((assembler.held_bytes(), assembler.held_rows()), (0, 0));
@@ -202,12 +275,12 @@ mod tests {
         let mut assembler = BatchAssembler::new(end(10), Epoch(7));
         let middle = Position::of(Lsn(40), Lsn(31), 1);
         assembler.push(segment(end(10), middle, end(25), &[(20, 11, 1), (40, 30, 1), (40, 31, 1)]));
-        let first = assembler.batch(1 << 20).unwrap();
+        let first = assembler.batch(1 << 20, None, None).unwrap();
         assert_eq!((first.to, first.rows()), (end(25), 1));
         assembler.applied(first.to);
-        assert!(assembler.batch(1 << 20).is_none());
+        assert!(assembler.batch(1 << 20, None, None).is_none());
         assembler.push(segment(middle, end(45), end(45), &[(40, 32, 1)]));
-        let second = assembler.batch(1 << 20).unwrap();
+        let second = assembler.batch(1 << 20, None, None).unwrap();
         assert_eq!((second.from, second.to, second.rows()), (end(25), end(45), 3));
     }
 
@@ -218,9 +291,9 @@ mod tests {
             let (from, to) = (end(10 * n), end(10 * n + 10));
             assembler.push(segment(from, to, to, &[(10 * n + 5, 10 * n + 1, 1)]));
         }
-        let batch = assembler.batch(250).unwrap();
+        let batch = assembler.batch(250, None, None).unwrap();
         assert_eq!((batch.to, batch.rows()), (end(30), 2));
-        let tiny = assembler.batch(1).unwrap();
+        let tiny = assembler.batch(1, None, None).unwrap();
         assert_eq!(tiny.rows(), 1);
     }
 
@@ -231,7 +304,7 @@ mod tests {
         assembler.push(segment(end(10), seen, end(10), &[(20, 11, 1)]));
         // The tail was cut again into another segment: the reader trims what it has.
         assembler.push(segment(seen, end(25), end(25), &[(20, 11, 1), (20, 12, 1)]));
-        let batch = assembler.batch(1 << 20).unwrap();
+        let batch = assembler.batch(1 << 20, None, None).unwrap();
         assert_eq!(batch.rows(), 2);
     }
 
@@ -244,10 +317,84 @@ mod tests {
             complete_to: end(90),
             epoch: Epoch(8),
             body: None,
+            splice: None,
             bytes: 0,
         });
         assert!(!assembler.has_complete_rows());
-        let batch = assembler.batch(1 << 20).unwrap();
+        let batch = assembler.batch(1 << 20, None, None).unwrap();
         assert_eq!((batch.to, batch.parts.len(), batch.log_epoch), (end(90), 0, Epoch(8)));
+    }
+
+    fn splice(after: Position, to: Position, commit: u64) -> AcceptedSegment {
+        let transaction = Transaction { commit: Lsn(commit), xid: 9, committed_at_micros: 0 };
+        let splice = Splice { transaction, rows: 3, bytes: 10 };
+        AcceptedSegment { splice: Some(splice), body: None, bytes: 0, ..segment(after, to, to, &[]) }
+    }
+
+    #[test]
+    fn a_batch_ends_before_a_splice_and_a_splice_is_a_large_transaction_of_its_own() {
+        let mut assembler = BatchAssembler::new(end(10), Epoch(7));
+        assembler.push(segment(end(10), end(25), end(25), &[(20, 11, 1)]));
+        assembler.push(splice(end(25), end(45), 40));
+        assembler.push(segment(end(45), end(55), end(55), &[(50, 46, 1)]));
+        let batch = assembler.batch(1 << 20, None, None).unwrap();
+        assert_eq!((batch.to, batch.rows()), (end(25), 1));
+        assert!(!assembler.is_large_next(1 << 20));
+        assembler.applied(batch.to);
+        assert!(assembler.is_large_next(1 << 20) && assembler.batch(1 << 20, None, None).is_none());
+        let Some(Piece::Splice { to, after, .. }) = assembler.take_piece(None, None) else { panic!("a splice is next") };
+        assert_eq!((after, to), (end(25), end(45)));
+        assembler.applied(to);
+        assert_eq!(assembler.batch(1 << 20, None, None).unwrap().to, end(55));
+    }
+
+    #[test]
+    fn a_splice_continues_what_stands_in_the_log() {
+        let mut assembler = BatchAssembler::new(end(10), Epoch(7));
+        let middle = Position::of(Lsn(40), Lsn(31), 1);
+        assembler.push(segment(end(10), middle, end(25), &[(20, 11, 1), (40, 31, 1)]));
+        assembler.push(splice(middle, end(45), 40));
+        let batch = assembler.batch(1 << 20, None, None).unwrap();
+        assert_eq!((batch.to, batch.rows()), (end(25), 1));
+        assembler.applied(batch.to);
+        assert!(assembler.is_large_next(1 << 20));
+        let Some(Piece::Part(Some(part))) = assembler.take_piece(None, None) else { panic!("the log's rows come first") };
+        assert_eq!((part.after, part.up_to), (end(25), middle));
+        assert!(matches!(assembler.take_piece(None, None), Some(Piece::Splice { after, .. }) if after == middle));
+    }
+
+    #[test]
+    fn a_transaction_that_is_large_in_the_log_is_not_held() {
+        let mut assembler = BatchAssembler::new(end(10), Epoch(7));
+        let at = |n: u64| Position::of(Lsn(90), Lsn(n), 1);
+        assembler.push(segment(end(10), at(20), end(10), &[(90, 20, 1)]));
+        assert!(!assembler.is_large_next(150));
+        assembler.push(segment(at(20), at(30), end(10), &[(90, 30, 1)]));
+        assert!(assembler.is_large_next(150));
+        let mut rows = 0;
+        for _ in 0..2 {
+            let Some(Piece::Part(Some(part))) = assembler.take_piece(None, None) else { panic!("a part") };
+            rows += part.tables().map(|table| table.rows.num_rows()).sum::<usize>();
+        }
+        assert!(assembler.take_piece(None, None).is_none() && assembler.held_bytes() == 0);
+        let next = Position::of(Lsn(120), Lsn(101), 1);
+        assembler.push(segment(at(30), next, end(95), &[(90, 31, 1), (120, 101, 1)]));
+        let Some(Piece::Last { part: Some(part), to, .. }) = assembler.take_piece(None, None) else { panic!("the end") };
+        rows += part.tables().map(|table| table.rows.num_rows()).sum::<usize>();
+        assert_eq!((rows, to), (3, end(95)));
+        assembler.applied(to);
+        assembler.push(segment(next, end(125), end(125), &[]));
+        assert_eq!(assembler.batch(1 << 20, None, None).unwrap().rows(), 1, "the next one is whole");
+    }
+
+    #[test]
+    fn a_limit_cuts_between_transactions() {
+        let mut assembler = BatchAssembler::new(end(10), Epoch(7));
+        assembler.push(segment(end(10), end(35), end(35), &[(20, 11, 1), (30, 26, 1)]));
+        let batch = assembler.batch(1 << 20, Some(end(25)), None).unwrap();
+        assert_eq!((batch.to, batch.rows()), (end(25), 1));
+        assembler.applied(batch.to);
+        assert!(assembler.batch(1 << 20, Some(end(25)), None).is_none());
+        assert_eq!(assembler.batch(1 << 20, None, None).unwrap().rows(), 1);
     }
 }

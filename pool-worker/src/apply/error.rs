@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use wallaby_connector_api::{Directive, SinkError};
+use wallaby_model::{ChunkId, Lsn, RunId};
 use wallaby_postgres_source::ConfigError;
 use wallaby_staging::StagingError;
 use wallaby_wire::SegmentError;
+use wallaby_wire::splice::SpliceError;
 
 use crate::capture::CaptureError;
 use crate::secret::SecretError;
@@ -41,6 +43,37 @@ pub enum ApplyError {
         /// Why.
         source: SegmentError,
     },
+    /// A splice's body cannot be read.
+    #[error("the splice at {sequence} of the log cannot be read: {source}")]
+    Splice {
+        /// Its sequence in the stream.
+        sequence: u64,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// The side store lost something of a large transaction.
+    #[error(
+        "{what} of the transaction that commits at {commit} is not in the side store: it is tried again, because the capture task reads the transaction again from the source when it starts"
+    )]
+    SpliceLost {
+        /// Which transaction.
+        commit: Lsn,
+        /// What is missing.
+        what: String,
+    },
+    /// A part, or the manifest, of a large transaction is damaged or of a newer WALlaby.
+    #[error("{0}")]
+    Parts(SpliceError),
+    /// A chunk's part is missing or damaged.
+    #[error("part {number} of {chunk} of {run:?} is missing in the side store, or damaged: its table is read again")]
+    ChunkPart {
+        /// The run.
+        run: RunId,
+        /// The chunk.
+        chunk: ChunkId,
+        /// The part.
+        number: u32,
+    },
     /// The lease may have run out.
     #[error("this worker's lease may have run out: nothing more is written")]
     Invalid,
@@ -60,7 +93,7 @@ impl ApplyError {
             ApplyError::Staging(
                 StagingError::Gap { .. } | StagingError::PastHold { .. } | StagingError::Record { .. },
             ) => Directive::Stop,
-            ApplyError::Segment { .. } | ApplyError::SourceDsn(_) => Directive::Stop,
+            ApplyError::Segment { .. } | ApplyError::Splice { .. } | ApplyError::SourceDsn(_) => Directive::Stop,
             ApplyError::Coordination(error) if error.is_ownership_lost() => Directive::GiveUp,
             ApplyError::Coordination(wallaby_coordination::Error::HoldGone { .. }) | ApplyError::Invalid => {
                 Directive::GiveUp
@@ -68,6 +101,9 @@ impl ApplyError {
             ApplyError::Staging(_)
             | ApplyError::Coordination(_)
             | ApplyError::Secret { .. }
+            | ApplyError::SpliceLost { .. }
+            | ApplyError::Parts(_)
+            | ApplyError::ChunkPart { .. }
             | ApplyError::Silent(_) => again,
         }
     }
@@ -85,7 +121,9 @@ impl ApplyError {
             ApplyError::Sink(SinkError::Position { .. }) => "SinkMoved",
             ApplyError::Staging(error) => CaptureError::staging_reason(error),
             ApplyError::Coordination(_) => "EtcdUnavailable",
-            ApplyError::Segment { .. } => "SegmentUnreadable",
+            ApplyError::Segment { .. } | ApplyError::Splice { .. } => "SegmentUnreadable",
+            ApplyError::SpliceLost { .. } | ApplyError::Parts(_) => "LargeTransactionUnreadable",
+            ApplyError::ChunkPart { .. } => "ChunkLost",
             ApplyError::Invalid => "LeaseInvalid",
             ApplyError::Silent(_) => "SinkSilent",
         }

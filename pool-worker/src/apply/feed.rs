@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
-use wallaby_model::{Epoch, Position, RecordKind, SegmentBody};
+use wallaby_model::{Epoch, Position, RecordKind, SegmentBody, Splice};
 use wallaby_staging::{Accepted, LogReader, Waiting};
 
 use super::ApplyError;
@@ -102,14 +102,20 @@ async fn share(accepted: Accepted, room: &Arc<Semaphore>, bytes: usize) -> Resul
 /// Decodes what the reader rule accepted; `None` for a record without rows that moves nothing (a fence).
 fn decode(accepted: Accepted) -> Result<Option<AcceptedSegment>, ApplyError> {
     let Accepted { staged, after, to, complete_to, log_epoch } = accepted;
+    let splice = match &staged.record.kind {
+        RecordKind::Splice { .. } => {
+            let read = serde_json::from_slice::<Splice>(&staged.body);
+            Some(read.map_err(|source| ApplyError::Splice { sequence: staged.sequence, source })?)
+        }
+        _ => None,
+    };
     let body = match &staged.record.kind {
         RecordKind::Data { .. } => {
             let decoded = wallaby_wire::decode(&staged.body)
                 .map_err(|source| ApplyError::Segment { sequence: staged.sequence, source })?;
             Some(Arc::new(decoded))
         }
-        RecordKind::Heartbeat { .. } | RecordKind::Resume { .. } => None,
-        RecordKind::Splice { .. } => return Err(ApplyError::Invalid),
+        RecordKind::Heartbeat { .. } | RecordKind::Resume { .. } | RecordKind::Splice { .. } => None,
         RecordKind::Fence { .. } => return Ok(None),
     };
     Ok(Some(AcceptedSegment {
@@ -121,6 +127,7 @@ fn decode(accepted: Accepted) -> Result<Option<AcceptedSegment>, ApplyError> {
             body.tables.iter().map(|table| table.rows.get_array_memory_size()).sum()
         }),
         body,
+        splice,
     }))
 }
 

@@ -6,7 +6,16 @@
 mod assemble;
 mod error;
 mod feed;
-mod session;
+mod finish;
+mod first;
+pub(crate) mod load;
+mod portions;
+mod replay;
+pub(crate) mod session;
+mod stream;
+pub(crate) mod tables;
+
+use std::sync::Arc;
 
 use crate::backoff::Backoff;
 use crate::flows::{ApplyDemand, Demand};
@@ -28,14 +37,14 @@ pub(crate) struct Applied {
 }
 
 /// Runs an apply task to its end.
-pub async fn run(context: &TaskContext) -> TaskEnd {
+pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
     match &context.demand {
         Demand::Apply(demand) => apply(context, demand).await,
-        Demand::Capture(_) | Demand::Remove(_) | Demand::Nothing => TaskEnd::Released(None),
+        _ => TaskEnd::Released(None),
     }
 }
 
-async fn apply(context: &TaskContext, demand: &ApplyDemand) -> TaskEnd {
+async fn apply(context: &Arc<TaskContext>, demand: &ApplyDemand) -> TaskEnd {
     let mut applied = Applied::default();
     let mut backoff = Backoff::default();
     loop {

@@ -3,18 +3,23 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::OwnedSemaphorePermit;
-use wallaby_connector_api::{Applied as Outcome, Batch, Faults, Opened, Sink, SinkFactory, SinkTask};
+use tokio_util::task::AbortOnDropHandle;
+use wallaby_connector_api::{Applied as Outcome, Batch, Faults, Opened, Sink, SinkFactory, SinkTask, TableFilter};
 use wallaby_coordination::{Key, Mark, PacedWriter};
-use wallaby_model::Position;
 use wallaby_model::condition::{ConditionType, TaskPhase};
+use wallaby_model::flow::SnapshotMode;
+use wallaby_model::run::SinkRun;
+use wallaby_model::{Epoch, Position, RunId, SinkId, TaskId};
 use wallaby_postgres::{PostgresSinkConfig, PostgresSinkFactory};
 use wallaby_postgres_source::{ConnectConfig, Lookup};
-use wallaby_staging::{Log, LogReader, ReaderOptions, SegmentCache, Start};
+use wallaby_staging::Start;
 
-use super::assemble::BatchAssembler;
 use super::feed::{self, Fed, Feed};
-use super::{Applied, ApplyError};
+use super::load::{Loads, Stepped};
+use super::portions::LogPortions;
+use super::replay::CatchUp;
+use super::stream::{self, LogStream};
+use super::{Applied, ApplyError, finish, first};
 use crate::backoff::Backoff;
 use crate::failpoint::Failpoint;
 use crate::flows::ApplyDemand;
@@ -23,6 +28,10 @@ use crate::{metrics, secret, status};
 
 /// How often figures are brought up to date.
 const TICK: Duration = Duration::from_secs(1);
+/// How often it is looked whether a run wants something of this sink.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Steps in the runs between two batches.
+const STEPS_MAX: usize = 16;
 /// How often the checkpoint in etcd follows the sink.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
 /// How often the hold follows: a full log gets room no faster than this.
@@ -36,7 +45,7 @@ const CAUGHT_UP_WITHIN_MS: u64 = 10_000;
 
 /// Runs one opening. `Ok` when the task was asked to end.
 pub async fn run(
-    context: &TaskContext,
+    context: &Arc<TaskContext>,
     demand: &ApplyDemand,
     applied: &mut Applied,
     backoff: &mut Backoff,
@@ -52,12 +61,19 @@ pub async fn run(
     if opened.sessions_ended > 0 {
         tracing::info!(task = %context.task, ended = opened.sessions_ended, "sessions of an older owner were ended");
     }
-    let outcome = drive(context, applied, backoff, sink.as_mut(), opened).await;
+    let outcome = drive(context, demand, applied, backoff, sink.as_mut(), opened).await;
     sink.close().await;
     outcome
 }
 
+/// A new, unopened sink.
 fn make(context: &TaskContext, demand: &ApplyDemand) -> Result<Box<dyn Sink>, ApplyError> {
+    let (factory, task) = factory(context, demand)?;
+    Ok(factory.make(task))
+}
+
+/// What makes the sink, and for whom: its apply task, also where a load task asks.
+pub fn factory(context: &TaskContext, demand: &ApplyDemand) -> Result<(PostgresSinkFactory, SinkTask), ApplyError> {
     let key = format!("spec.sinks[{}].postgres.dsn", demand.sink.name);
     let dsn = secret::resolve(&demand.sink.postgres.dsn).map_err(|source| ApplyError::Secret { key, source })?;
     let key = "spec.source.postgres.dsn".to_owned();
@@ -66,71 +82,82 @@ fn make(context: &TaskContext, demand: &ApplyDemand) -> Result<Box<dyn Sink>, Ap
     let keep_older_sessions = context.shared.failpoints.is_on(Failpoint::KeepOlderSessions);
     let config = PostgresSinkConfig::new(&dsn, &demand.sink.postgres)?
         .with_faults(Faults { keep_older_sessions, ..Faults::default() });
-    let task = SinkTask { task: context.task.clone(), lookup: Arc::new(Lookup::new(source, &demand.publication)) };
-    Ok(PostgresSinkFactory::new(config).make(task))
+    let lookup = Arc::new(Lookup::new(source, &demand.source.publication));
+    let task = SinkTask { task: TaskId::apply(&context.task.flow, &demand.sink.name), lookup };
+    Ok((PostgresSinkFactory::new(config), task))
 }
 
-/// A reader of the flow's log for a sink that stands as `opened` says.
-async fn reader(context: &TaskContext, opened: Opened) -> Result<LogReader, ApplyError> {
-    let log = Log::new(context.task.flow.clone(), context.shared.nats().await?.clone());
-    let start = match opened.position {
-        Some(position) => {
-            let found = context.lock.found_checkpoint();
-            let sequence_hint = found.filter(|found| found.position == Some(position)).and_then(|found| found.seq_hint);
-            Start::At { position, epoch: opened.log_epoch, sequence_hint }
-        }
-        None => match hold(context).await? {
-            Some(position) => Start::At { position, epoch: None, sequence_hint: None },
-            None => Start::FirstResume,
-        },
-    };
-    let cache: Arc<dyn SegmentCache> = Arc::<crate::cache::RecordCache>::clone(&context.shared.cache);
-    Ok(LogReader::new(&log, start, ReaderOptions { cache: Some(cache), ..ReaderOptions::default() }))
+/// Where the main stream begins.
+fn start_of(context: &TaskContext, position: Position, epoch: Option<Epoch>) -> Start {
+    let found = context.lock.found_checkpoint();
+    let sequence_hint = found.filter(|found| found.position == Some(position)).and_then(|found| found.seq_hint);
+    Start::At { position, epoch, sequence_hint }
 }
 
-/// Where a sink that never had a position begins, as the controller said when it was added.
-async fn hold(context: &TaskContext) -> Result<Option<Position>, ApplyError> {
-    let wallaby_model::TaskKind::Apply(sink) = &context.task.kind else { return Ok(None) };
+/// Where a sink that never had a position begins when nothing is loaded, as the controller said when it was added.
+async fn hold(context: &TaskContext, sink: &SinkId) -> Result<Start, ApplyError> {
     let key = Key::FlowHold(context.task.flow.clone(), sink.into());
-    let Some(entry) = context.shared.coordination.get(&key).await? else { return Ok(None) };
-    Ok(entry.decode::<wallaby_coordination::Hold>()?.position)
+    let entry = context.shared.coordination.get(&key).await?;
+    let position = entry.map(|entry| entry.decode::<wallaby_coordination::Hold>()).transpose()?;
+    Ok(match position.and_then(|hold| hold.position) {
+        Some(position) => Start::At { position, epoch: None, sequence_hint: None },
+        None => Start::FirstResume,
+    })
 }
 
 /// The state of one opening.
 struct Run<'a> {
-    context: &'a TaskContext,
+    context: &'a Arc<TaskContext>,
+    demand: &'a ApplyDemand,
     applied: &'a mut Applied,
     sink: &'a mut dyn Sink,
-    feed: Feed,
-    assembler: BatchAssembler,
-    /// Shares of the byte bound of what the assembler holds, with the position up to which each goes.
-    permits: std::collections::VecDeque<(Position, OwnedSemaphorePermit)>,
+    stream: LogStream,
+    loads: Loads,
+    replay: Option<CatchUp>,
+    finishing: Option<AbortOnDropHandle<()>>,
     checkpoints: PacedWriter<Mark>,
-    sequence: Option<u64>,
     bytes_max: usize,
     rows_max: usize,
+    /// More held of one transaction makes it a large one.
+    large_bytes: usize,
     /// The commit time of the last change the sink has, µs since 1970.
     last_commit_micros: Option<i64>,
     moved_at: Instant,
 }
 
 async fn drive(
-    context: &TaskContext,
+    context: &Arc<TaskContext>,
+    demand: &ApplyDemand,
     applied: &mut Applied,
     backoff: &mut Backoff,
     sink: &mut dyn Sink,
     opened: Opened,
 ) -> Result<(), ApplyError> {
     let capabilities = sink.capabilities();
-    let buffer = usize::try_from(context.shared.options.sink_buffer_bytes.0).unwrap_or(usize::MAX);
-    let mut feed = Feed::start(reader(context, opened).await?, buffer);
-    let (position, epoch, first) = match opened.position {
-        Some(position) => (position, opened.log_epoch.unwrap_or_default(), None),
+    let side = context.shared.side(&context.task.flow, &demand.source.log).await?;
+    let mut loads = Loads::open(sink, &demand.sink.name, demand.snapshot, side).await?;
+    let is_cut_off = first::take_stock(context, &demand.sink.name, sink, &mut loads, opened.position).await?;
+    let (stream, position) = match opened.position.filter(|_| !is_cut_off) {
+        Some(position) => {
+            let epoch = opened.log_epoch.unwrap_or_default();
+            let feed = stream::feed(context, start_of(context, position, opened.log_epoch)).await?;
+            (LogStream::new(feed, position, epoch), position)
+        }
+        None if is_cut_off || demand.snapshot != SnapshotMode::Never => {
+            let Some(from) = first::load(context, sink, &mut loads).await? else { return Ok(()) };
+            // The log's epoch there is not known: any that is met is younger.
+            sink.start_at(from, Epoch::default()).await?;
+            let feed = stream::feed(context, start_of(context, from, None)).await?;
+            (LogStream::new(feed, from, Epoch::default()), from)
+        }
         None => {
+            let mut feed = stream::feed(context, hold(context, &demand.sink.name).await?).await?;
             let Some(fed) = first_record(context, &mut feed).await? else { return Ok(()) };
             let (position, epoch) = feed::beginning(&fed);
             sink.start_at(position, epoch).await?;
-            (position, epoch, Some(fed))
+            let mut stream = LogStream::new(feed, position, epoch);
+            stream.take(fed);
+            (stream, position)
         }
     };
     tracing::info!(task = %context.task, position = %position, "applying");
@@ -138,23 +165,27 @@ async fn drive(
     context.status.phase(TaskPhase::Streaming);
     applied.mark = Some(Mark { position, stream: None, seq_hint: None });
     backoff.reset();
-    let mut run = Run {
+    let finishing = finish::unfinished(context, &demand.sink.name);
+    let finishing = match finishing.is_empty() {
+        true => None,
+        false => Some(finish::start(context, &demand.sink.name, make(context, demand)?, finishing)),
+    };
+    let run = Run {
         context,
+        demand,
         applied,
         sink,
-        feed,
-        assembler: BatchAssembler::new(position, epoch),
-        permits: std::collections::VecDeque::new(),
+        stream,
+        loads,
+        replay: None,
+        finishing,
         checkpoints: context.lock.checkpoint_writer(CHECKPOINT_EVERY),
-        sequence: None,
         bytes_max: capabilities.batch_bytes_max,
         rows_max: capabilities.batch_rows_max,
+        large_bytes: stream::buffer_bytes(context) / 2,
         last_commit_micros: None,
         moved_at: Instant::now(),
     };
-    if let Some(fed) = first {
-        run.take(fed);
-    }
     run.turn().await
 }
 
@@ -171,70 +202,79 @@ async fn first_record(context: &TaskContext, feed: &mut Feed) -> Result<Option<F
 }
 
 impl Run<'_> {
-    fn take(&mut self, fed: Fed) {
-        self.sequence = Some(fed.sequence);
-        self.permits.push_back((fed.segment.to, fed.permit));
-        self.assembler.push(fed.segment);
-    }
-
-    async fn turn(&mut self) -> Result<(), ApplyError> {
+    async fn turn(mut self) -> Result<(), ApplyError> {
         let context = self.context;
         let ending = context.ending();
         tokio::pin!(ending);
-        let mut ticks = tokio::time::interval(TICK);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut holds = tokio::time::interval(HOLD_EVERY);
-        holds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut ticks = every(TICK);
+        let mut holds = every(HOLD_EVERY);
+        let mut looks = every(LOOK_EVERY);
         loop {
             if context.shared.failpoints.fires_once(Failpoint::HangApply) {
                 // Without a named wait, or it would count as one.
                 context.pulse.beat();
                 std::future::pending::<()>().await;
             }
-            self.fill()?;
-            let batch = if self.is_worth_applying() { self.assembler.batch(self.bytes_max) } else { None };
-            let is_busy = batch.is_some();
-            match &batch {
-                Some(batch) => self.apply(batch).await?,
-                None => {
-                    // What is held of a transaction without its end gives its share of the bound back, or the reader would
-                    // never get to that end. Capture bounds a transaction by largeTransactionBytes.
-                    self.permits.clear();
-                    context.pulse.wait("changes in the log");
-                }
+            let is_held = self.replay.as_ref().is_some_and(CatchUp::holds);
+            let is_busy = !is_held && self.advance().await?;
+            if !is_busy {
+                context.pulse.wait(if is_held { "tables that catch up" } else { "changes in the log" });
             }
+            let replay = self.replay.as_mut();
             // Also a sink that is always busy reports, moves its hold, and ends when it is asked to.
             tokio::select! {
                 biased;
                 _ = &mut ending => break,
                 _ = ticks.tick() => self.report(),
                 _ = holds.tick() => self.move_hold().await?,
-                fed = self.feed.next(), if !is_busy => { let fed = fed?; self.take(fed); }
+                _ = looks.tick() => self.look().await?,
+                ended = replayed(replay) => if ended? { self.handed_over().await? },
+                read = self.stream.read(), if !is_busy && !is_held => read?,
                 () = std::future::ready(()), if is_busy => {}
             }
             context.pulse.beat();
         }
+        (self.replay, self.finishing) = (None, None);
         context.status.phase(TaskPhase::Draining);
         let durable = self.sink.barrier().await?;
         self.note(durable);
         self.move_hold().await
     }
 
-    /// Takes what is there without waiting, up to a batch's worth.
-    fn fill(&mut self) -> Result<(), ApplyError> {
-        while self.assembler.held_bytes() < self.bytes_max && self.assembler.held_rows() < self.rows_max {
-            match self.feed.ready()? {
-                Some(fed) => self.take(fed),
-                None => break,
+    /// Applies what is there, at most one batch or one large transaction; says whether something was.
+    async fn advance(&mut self) -> Result<bool, ApplyError> {
+        self.stream.fill(self.bytes_max, self.rows_max)?;
+        let stops = self.loads.only(self.context);
+        let at = self.stream.assembler.at();
+        // With `snapshot: only` the position goes on, so that the log need not be kept, and takes nothing along.
+        let (limit, filter) = match stops {
+            Some(stop) if at >= stop => (None, Some(Arc::new(TableFilter::default()))),
+            stops => (stops, self.loads.filter.clone()),
+        };
+        if limit.is_none_or(|limit| at < limit) && self.stream.assembler.is_large_next(self.large_bytes) {
+            self.apply_large(limit, filter).await?;
+            return Ok(true);
+        }
+        let is_worth = self.is_worth_applying();
+        let batch = if is_worth { self.stream.assembler.batch(self.bytes_max, limit, filter.as_ref()) } else { None };
+        match batch {
+            Some(batch) => {
+                self.apply(&batch).await?;
+                Ok(true)
+            }
+            None => {
+                // Or the reader would never get to the end of the transaction that is held.
+                self.stream.release_permits();
+                Ok(false)
             }
         }
-        Ok(())
     }
 
     /// Rows go at once; a position that moves without rows waits a little.
     fn is_worth_applying(&self) -> bool {
-        self.assembler.has_complete_rows()
-            || (self.assembler.complete_to() > self.assembler.at() && self.moved_at.elapsed() >= IDLE_MOVE_EVERY)
+        let assembler = &self.stream.assembler;
+        assembler.has_complete_rows()
+            || (assembler.complete_to() > assembler.at() && self.moved_at.elapsed() >= IDLE_MOVE_EVERY)
     }
 
     async fn apply(&mut self, batch: &Batch) -> Result<(), ApplyError> {
@@ -252,35 +292,95 @@ impl Run<'_> {
             Outcome::Accepted => self.sink.barrier().await?,
         };
         let rows = batch.rows();
-        let transactions: u64 = transactions_of(batch);
-        self.applied.rows += rows as u64;
-        self.applied.transactions += transactions;
-        if let Some(micros) = last_commit(batch) {
-            self.last_commit_micros = Some(micros);
-            let now = status::now().0;
-            metrics::applied(&context.task, rows, begun.elapsed(), now.saturating_sub((micros / 1000).max(0) as u64));
-        }
-        self.moved_at = Instant::now();
+        self.applied.transactions += transactions_of(batch);
+        self.applied_rows(rows as u64, last_commit(batch), begun);
         self.note(durable);
         Ok(())
     }
 
+    async fn apply_large(
+        &mut self,
+        limit: Option<Position>,
+        filter: Option<Arc<TableFilter>>,
+    ) -> Result<(), ApplyError> {
+        let context = self.context;
+        if !context.is_valid_now() {
+            return Err(ApplyError::Invalid);
+        }
+        let begun = Instant::now();
+        let from = self.stream.assembler.at();
+        let mut portions = LogPortions::new(&mut self.stream, self.loads.side(), filter, limit, &context.pulse);
+        let outcome = self.sink.apply_large(from, &mut portions).await;
+        let (rows, committed) = (portions.rows, portions.committed_at_micros);
+        let to = portions.finish(outcome)?;
+        context.pulse.beat();
+        tracing::info!(task = %context.task, rows, %to, took_ms = begun.elapsed().as_millis() as u64, "a large transaction was applied");
+        let durable = self.sink.barrier().await?;
+        self.applied.transactions += 1;
+        self.applied_rows(rows, committed, begun);
+        self.note(durable.max(to));
+        Ok(())
+    }
+
+    fn applied_rows(&mut self, rows: u64, committed_at_micros: Option<i64>, begun: Instant) {
+        self.applied.rows += rows;
+        if let Some(micros) = committed_at_micros {
+            self.last_commit_micros = Some(micros);
+            let late_ms = status::now().0.saturating_sub((micros / 1000).max(0) as u64);
+            metrics::applied(&self.context.task, rows, begun.elapsed(), late_ms);
+        }
+        self.moved_at = Instant::now();
+    }
+
     fn note(&mut self, durable: Position) {
-        if durable < self.assembler.at() {
+        if durable < self.stream.assembler.at() {
             return;
         }
-        self.assembler.applied(durable);
-        while self.permits.front().is_some_and(|(to, _)| *to <= durable) {
-            self.permits.pop_front();
+        self.stream.applied(durable);
+        if let Some(replay) = &self.replay {
+            replay.follow(durable);
         }
-        let mark = Mark { position: durable, stream: None, seq_hint: self.sequence };
+        let mark = Mark { position: durable, stream: None, seq_hint: self.stream.sequence };
         self.applied.mark = Some(mark.clone());
         self.checkpoints.note(mark);
     }
 
+    /// Does what is to be done in the runs of this sink.
+    async fn look(&mut self) -> Result<(), ApplyError> {
+        for _ in 0..STEPS_MAX {
+            let at = self.stream.assembler.at();
+            match self.loads.step(self.context, self.sink, Some(at)).await? {
+                Stepped::Moved => {}
+                Stepped::Replay(replay) if self.replay.is_none() => {
+                    let sink = make(self.context, self.demand)?;
+                    self.replay = Some(CatchUp::start(self.context, sink, self.loads.side(), replay, at));
+                    return Ok(());
+                }
+                Stepped::Done { run, state } => self.finish_tables(run, state)?,
+                Stepped::Idle | Stepped::Replay(_) | Stepped::Begin { .. } => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_tables(&mut self, run: RunId, state: SinkRun) -> Result<(), ApplyError> {
+        let (context, name) = (self.context, &self.demand.sink.name);
+        let mut all = finish::unfinished(context, name);
+        all.retain(|(known, ..)| *known != run);
+        all.extend(context.runs.run(&context.task.flow, run, |view| finish::tables_of(run, view, state)));
+        self.finishing = Some(finish::start(context, name, make(context, self.demand)?, all));
+        Ok(())
+    }
+
+    /// The replay is done: its tables are the main stream's from here on.
+    async fn handed_over(&mut self) -> Result<(), ApplyError> {
+        self.replay = None;
+        self.loads.refresh(self.sink).await?;
+        self.look().await
+    }
+
     async fn move_hold(&mut self) -> Result<(), ApplyError> {
-        let wallaby_model::TaskKind::Apply(sink) = &self.context.task.kind else { return Ok(()) };
-        match self.context.lock.advance_hold(sink, self.assembler.at()).await {
+        match self.context.lock.advance_hold(&self.demand.sink.name, self.stream.assembler.at()).await {
             Err(error) if error.is_transient() => Ok(()),
             other => other.map_err(ApplyError::from),
         }
@@ -288,16 +388,16 @@ impl Run<'_> {
 
     fn report(&mut self) {
         let board = &self.context.status;
-        let at = self.assembler.at();
-        let end = self.assembler.end();
-        let is_behind = self.assembler.held_rows() > 0;
+        let at = self.stream.assembler.at();
+        let end = self.stream.assembler.end();
+        let is_behind = self.stream.assembler.held_rows() > 0;
         let now = status::now().0;
         let lag_ms = match self.last_commit_micros {
             Some(micros) if is_behind => now.saturating_sub((micros / 1000).max(0) as u64),
             _ => 0,
         };
         let lag_bytes = end.commit.0.saturating_sub(at.commit.0);
-        match self.feed.waiting() {
+        match self.stream.waiting() {
             Some(waiting) => board.waiting(Some(&waiting.what.to_string())),
             None => board.waiting(None),
         }
@@ -318,6 +418,20 @@ impl Run<'_> {
             progress.transactions = transactions;
             progress.bytes = bytes;
         });
+    }
+}
+
+fn every(period: Duration) -> tokio::time::Interval {
+    let mut interval = tokio::time::interval(period);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    interval
+}
+
+/// Returns when the replay has ended (`true`) or asks the main stream to stop; never when there is none.
+async fn replayed(replay: Option<&mut CatchUp>) -> Result<bool, ApplyError> {
+    match replay {
+        Some(replay) => replay.ended_or_asks().await,
+        None => std::future::pending().await,
     }
 }
 

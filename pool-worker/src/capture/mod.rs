@@ -69,7 +69,7 @@ pub async fn run(context: &TaskContext) -> TaskEnd {
     match &context.demand {
         Demand::Capture(demand) => capture(context, demand).await,
         Demand::Remove(demand) => remove::run(context, demand).await,
-        Demand::Apply(_) | Demand::Nothing => TaskEnd::Released(None),
+        _ => TaskEnd::Released(None),
     }
 }
 

@@ -14,6 +14,7 @@ use wallaby_staging::{
 };
 
 use super::side::Living;
+use crate::detach::Overrun;
 
 /// How often it is looked whether there is room.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -25,7 +26,13 @@ const SWEEP_EVERY_LOOKS: u64 = 30;
 const WINDOW_LEAST: Duration = Duration::from_secs(1);
 
 /// Starts the loop; it ends when dropped or when the lock is lost.
-pub fn start(log: Log, lock: TaskLock, replay_window: Duration, sweeper: Sweeper) -> AbortOnDropHandle<()> {
+pub fn start(
+    log: Log,
+    lock: TaskLock,
+    replay_window: Duration,
+    sweeper: Sweeper,
+    overrun: Overrun,
+) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         let mut retention = Retention::new(&log);
         let mut purged_to = Position::ZERO;
@@ -42,6 +49,7 @@ pub fn start(log: Log, lock: TaskLock, replay_window: Duration, sweeper: Sweeper
             if is_due && !is_short {
                 window.grow();
             }
+            let was_short = is_short;
             let mut again = is_due || is_short;
             while again {
                 if is_short {
@@ -51,6 +59,14 @@ pub fn start(log: Log, lock: TaskLock, replay_window: Duration, sweeper: Sweeper
                 purged_to = has_purged.unwrap_or(purged_to);
                 is_short = has_purged.is_some() && is_short_of_room(&log).await;
                 again = is_short && !window.now.is_zero();
+            }
+            // Everything went that the holds allow: who holds it now is cut off.
+            if was_short
+                && window.now.is_zero()
+                && is_short_of_room(&log).await
+                && let Err(error) = overrun.detach().await
+            {
+                tracing::warn!(flow = %log.flow(), %error, "it was not decided who is to be cut off from a full log");
             }
             if look.is_multiple_of(SWEEP_EVERY_LOOKS)
                 && let Err(error) = sweeper.sweep(&log, purged_to).await

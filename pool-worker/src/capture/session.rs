@@ -19,6 +19,7 @@ use super::side::SideWriter;
 use super::splices::{Unconfirmed, find_broken};
 use super::{CaptureError, Fallback, Owned, enter, feedback, figures, retention, stage};
 use crate::backoff::Backoff;
+use crate::detach::Overrun;
 use crate::flows::CaptureDemand;
 use crate::secret;
 use crate::task::TaskContext;
@@ -107,7 +108,7 @@ pub async fn run(
     let sweeper = retention::Sweeper { side: Arc::clone(&side), epoch, living: owned.living.clone() };
     let _feedback =
         feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
-    let _retention = retention::start(log.clone(), context.lock.clone(), demand.log.replay_window.0, sweeper);
+    let _retention = retention::start(log.clone(), context.lock.clone(), demand.log.replay_window.0, sweeper, Overrun::of(context));
     let (figures, _figures) = figures::start(config, demand.slot.clone());
     context.status.condition(ConditionType::SourceReady, true, "Ready", "");
     context.status.condition(ConditionType::Capturing, true, "Streaming", "");

@@ -27,6 +27,8 @@ pub enum Key {
     RunChunk(FlowId, RunId, ChunkId),
     /// `flows/<F>/runs/<N>/loaded/<S>/<K>`: a chunk that a sink has.
     RunLoaded(FlowId, RunId, SinkId, ChunkId),
+    /// `flows/<F>/runs/<N>/lost/<K>`: a chunk that was read and of which the side store lost a part; its table is read again.
+    RunLost(FlowId, RunId, ChunkId),
     /// `flows/<F>/runs/<N>/sinks/<S>`: how far a sink is in a run.
     RunSink(FlowId, RunId, SinkId),
     /// `tasks/<T>/lock`: who owns a task, under the worker's lease.
@@ -84,6 +86,7 @@ impl KeySpace {
             Key::RunSpec(flow, run) => format!("{prefix}/flows/{flow}/runs/{run}/spec"),
             Key::RunPlan(flow, run) => format!("{prefix}/flows/{flow}/runs/{run}/plan"),
             Key::RunChunk(flow, run, chunk) => format!("{prefix}/flows/{flow}/runs/{run}/chunks/{chunk}"),
+            Key::RunLost(flow, run, chunk) => format!("{prefix}/flows/{flow}/runs/{run}/lost/{chunk}"),
             Key::RunLoaded(flow, run, sink, chunk) => {
                 format!("{prefix}/flows/{flow}/runs/{run}/loaded/{sink}/{chunk}")
             }
@@ -112,6 +115,9 @@ impl KeySpace {
             ["flows", flow, "runs", run, "plan"] => Key::RunPlan(flow.parse().ok()?, run.parse().ok()?),
             ["flows", flow, "runs", run, "chunks", chunk] => {
                 Key::RunChunk(flow.parse().ok()?, run.parse().ok()?, chunk.parse().ok()?)
+            }
+            ["flows", flow, "runs", run, "lost", chunk] => {
+                Key::RunLost(flow.parse().ok()?, run.parse().ok()?, chunk.parse().ok()?)
             }
             ["flows", flow, "runs", run, "loaded", sink, chunk] => {
                 Key::RunLoaded(flow.parse().ok()?, run.parse().ok()?, sink.parse().ok()?, chunk.parse().ok()?)
@@ -237,6 +243,7 @@ mod tests {
             Key::RunSpec(flow.clone(), RunId(3)),
             Key::RunPlan(flow.clone(), RunId(3)),
             Key::RunChunk(flow.clone(), RunId(3), ChunkId { table: 1, restart: 2, number: 30 }),
+            Key::RunLost(flow.clone(), RunId(3), ChunkId { table: 1, restart: 2, number: 30 }),
             Key::RunLoaded(flow.clone(), RunId(3), sink.clone(), ChunkId { table: 1, restart: 2, number: 30 }),
             Key::RunSink(flow.clone(), RunId(3), sink),
             Key::FlowPurge(flow.clone()),

@@ -315,6 +315,9 @@ pub struct SinkRun {
     pub handed_over: BTreeMap<String, Position>,
     /// Everything is handed over: the run is no longer needed here.
     pub is_done: bool,
+    /// Indexes, constraints and defaults were added, as far as they can be.
+    #[serde(default)]
+    pub is_finished: bool,
 }
 
 #[cfg(test)]

@@ -1,0 +1,109 @@
+//! A sink that has no position: its first load, or the load anew of one that was cut off from the log.
+
+use std::time::Duration;
+
+use wallaby_connector_api::Sink;
+use wallaby_model::condition::{ConditionType, TaskPhase};
+use wallaby_model::run::RunState;
+use wallaby_model::{Position, SinkId};
+
+use super::ApplyError;
+use super::load::{Loads, Stepped};
+use super::tables;
+use crate::task::TaskContext;
+
+/// How often it is looked again although no run changed.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Changes of the runs are looked at no more often than this: thousands of chunks come in.
+const PACE: Duration = Duration::from_millis(100);
+
+/// Says whether a sink that was just opened must be loaded anew because it was cut off from the log, and if so forgets where it
+/// stood. etcd is asked, not the watch: that may be behind.
+///
+/// # Errors
+/// As etcd and the sink say.
+pub async fn take_stock(
+    context: &TaskContext,
+    name: &SinkId,
+    sink: &mut dyn Sink,
+    loads: &mut Loads,
+    position: Option<Position>,
+) -> Result<bool, ApplyError> {
+    let Some(detached) = context.shared.coordination.detached(&context.task.flow, name).await? else {
+        return Ok(false);
+    };
+    if position.is_some() && detached.run.is_some_and(|run| loads.was_begun_by(run)) {
+        // The run has brought it back already; only the note of that is missing.
+        return Ok(false);
+    }
+    tracing::warn!(task = %context.task, reason = detached.reason, "the sink was cut off from the log: it is loaded anew");
+    if position.is_some()
+        && let Some(tables) = sink.loads()
+    {
+        context.pulse.wait("the sink to forget its position");
+        tables.start_anew().await?;
+    }
+    loads.refresh(sink).await?;
+    Ok(true)
+}
+
+/// Sees a run load the sink. The position at which its stream begins; `None` when the task was asked to end.
+///
+/// # Errors
+/// As the sink, the side store and etcd say.
+pub async fn load(
+    context: &TaskContext,
+    sink: &mut dyn Sink,
+    loads: &mut Loads,
+) -> Result<Option<Position>, ApplyError> {
+    let mut changes = context.runs.changes();
+    let ending = context.ending();
+    tokio::pin!(ending);
+    context.status.phase(TaskPhase::Opening);
+    loop {
+        changes.borrow_and_update();
+        match loads.step(context, sink, None).await? {
+            Stepped::Begin { from } => {
+                context.status.waiting(None);
+                return Ok(Some(from));
+            }
+            Stepped::Moved => {
+                context.pulse.beat();
+                continue;
+            }
+            Stepped::Idle | Stepped::Replay(_) | Stepped::Done { .. } => {}
+        }
+        let waits_for = waits_for(context, loads);
+        context.pulse.wait(waits_for.clone());
+        context.status.waiting(Some(&waits_for));
+        context.status.condition(ConditionType::Delivering, false, "Loading", &waits_for);
+        let news = async {
+            tokio::time::sleep(PACE).await;
+            let _the_clock_comes_too = tokio::time::timeout(LOOK_EVERY, changes.changed()).await;
+        };
+        tokio::select! {
+            _ = &mut ending => return Ok(None),
+            () = news => {}
+        }
+        context.pulse.beat();
+    }
+}
+
+/// What the load waits for, for people.
+fn waits_for(context: &TaskContext, loads: &Loads) -> String {
+    context.runs.of(&context.task.flow, |runs| {
+        if let Some(detached) = runs.detached.get(loads.sink())
+            && detached.run.is_none()
+        {
+            return format!("the run that loads it anew: it was cut off from the log ({})", detached.reason);
+        }
+        match tables::open_runs(runs, loads.sink()).next() {
+            None => "a run that loads it (wallaby snapshot start)".to_owned(),
+            Some((run, _, plan)) if plan.state == RunState::Planning => format!("the plan of run {run}"),
+            Some((run, view, plan)) => {
+                let loaded = view.loaded.get(loads.sink()).map_or(0, |loaded| loaded.len());
+                format!("run {run}: {loaded} of {} chunks are loaded", plan.chunks().count())
+            }
+        }
+    })
+}

@@ -1,0 +1,235 @@
+//! Tables that catch up: the log is replayed for them by a second reader, over a session of its own, beside the main stream.
+//!
+//! The replay never passes the main stream. When it stands where the main stream stood a second ago, it asks the main stream to
+//! stop: where that stands then is P. The replay goes on to P exactly, and one transaction of the sink makes the tables ready at P: from
+//! there on their rows are the main stream's. Until then the main stream leaves them out, so no change is applied twice, and none
+//! is missed (hazard 8).
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
+use wallaby_connector_api::{Batch, Sink, SinkError, TableLoads};
+use wallaby_model::run::TableStage;
+use wallaby_model::{Epoch, Position};
+use wallaby_staging::{SideStore, Start};
+
+use super::ApplyError;
+use super::portions::LogPortions;
+use super::stream::{self, LogStream};
+use super::tables::Replay;
+use crate::pulse::Pulse;
+use crate::task::TaskContext;
+
+/// A replay that is no further behind asks for the hand-over.
+const BEHIND_MAX: Duration = Duration::from_secs(1);
+/// How often a replay that finds no rows moves its mark, and looks where the main stream stands.
+const MOVE_EVERY: Duration = Duration::from_secs(1);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// The sink's answer is waited for this long.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Where the main stream stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Main {
+    /// What the sink has of it.
+    pub at: Position,
+    /// It stays there until the replay is done.
+    pub is_held: bool,
+}
+
+/// A replay under way; ends when dropped.
+pub struct CatchUp {
+    main: watch::Sender<Main>,
+    asks: watch::Receiver<bool>,
+    task: AbortOnDropHandle<Result<(), ApplyError>>,
+}
+
+impl CatchUp {
+    /// Starts it, with an unopened sink of its own.
+    pub fn start(
+        context: &Arc<TaskContext>,
+        mut sink: Box<dyn Sink>,
+        side: Arc<dyn SideStore>,
+        replay: Replay,
+        at: Position,
+    ) -> CatchUp {
+        let (main, followed) = watch::channel(Main { at, is_held: false });
+        let (asking, asks) = watch::channel(false);
+        let context = Arc::clone(context);
+        let task = tokio::spawn(async move {
+            let outcome = run(&context, sink.as_mut(), side, replay, followed, asking).await;
+            sink.close().await;
+            outcome
+        });
+        CatchUp { main, asks, task: AbortOnDropHandle::new(task) }
+    }
+
+    /// Says where the main stream stands.
+    pub fn follow(&self, at: Position) {
+        self.main.send_if_modified(|main| {
+            let is_news = main.at != at;
+            main.at = at;
+            is_news
+        });
+    }
+
+    /// Whether the main stream has to stop where it stands; it is told that it did.
+    pub fn holds(&self) -> bool {
+        if !*self.asks.borrow() {
+            return false;
+        }
+        self.main.send_if_modified(|main| !std::mem::replace(&mut main.is_held, true));
+        true
+    }
+
+    /// Returns when the tables are ready (`true`), or when the main stream has to stop and does not know it yet. Cancel-safe.
+    ///
+    /// # Errors
+    /// What ended the replay.
+    pub async fn ended_or_asks(&mut self) -> Result<bool, ApplyError> {
+        let mut asks = self.asks.clone();
+        let asked = async {
+            if *asks.borrow_and_update() || asks.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            ended = &mut self.task => match ended {
+                Ok(outcome) => outcome.map(|()| true),
+                Err(error) => Err(SinkError::Transient(format!("the replay's code failed: {error}")).into()),
+            },
+            () = asked => Ok(false),
+        }
+    }
+}
+
+async fn run(
+    context: &TaskContext,
+    sink: &mut dyn Sink,
+    side: Arc<dyn SideStore>,
+    replay: Replay,
+    mut main: watch::Receiver<Main>,
+    asks: watch::Sender<bool>,
+) -> Result<(), ApplyError> {
+    let Some(epoch) = context.lock.epoch() else { return Err(ApplyError::Invalid) };
+    sink.open(epoch).await?;
+    let capabilities = sink.capabilities();
+    let start = Start::At { position: replay.from, epoch: None, sequence_hint: None };
+    let feed = stream::feed(context, start).await?;
+    let filter = Arc::new(replay.filter);
+    let mut log = LogStream::new(feed, replay.from, Epoch::default());
+    let mut behind = Behind::default();
+    let mut moved_at = Instant::now();
+    let large = stream::buffer_bytes(context) / 2;
+    loop {
+        let stands = *main.borrow_and_update();
+        behind.saw(Instant::now(), stands.at);
+        let at = log.assembler.at();
+        if stands.is_held && at == stands.at {
+            check(context)?;
+            answered(loads(sink)?.mark(&replay.tables, TableStage::Ready, at)).await?;
+            tracing::info!(task = %context.task, run = %replay.run, position = %at, tables = replay.tables.len(), "tables were handed over");
+            return Ok(());
+        }
+        if behind.is_within(Instant::now(), at) {
+            asks.send_if_modified(|asks| !std::mem::replace(asks, true));
+        }
+        log.fill(capabilities.batch_bytes_max, capabilities.batch_rows_max)?;
+        if at < stands.at && log.assembler.is_large_next(large) {
+            check(context)?;
+            let pulse = Pulse::default();
+            let mut portions =
+                LogPortions::new(&mut log, Arc::clone(&side), Some(Arc::clone(&filter)), Some(stands.at), &pulse);
+            let outcome = loads(sink)?.replay_large(&replay.tables, at, &mut portions).await;
+            let to = portions.finish(outcome)?;
+            log.applied(to);
+            moved_at = Instant::now();
+            continue;
+        }
+        let batch = log.assembler.batch(capabilities.batch_bytes_max, Some(stands.at), Some(&filter));
+        match batch.filter(|batch| is_worth(batch, stands, moved_at) || log.assembler.held_bytes() >= large) {
+            Some(batch) => {
+                check(context)?;
+                answered(loads(sink)?.replay(&replay.tables, &batch)).await?;
+                crate::metrics::replayed(&context.task, batch.rows());
+                log.applied(batch.to);
+                moved_at = Instant::now();
+            }
+            None => {
+                log.release_permits();
+                tokio::select! {
+                    changed = main.changed() => if changed.is_err() { return Err(ApplyError::Invalid) },
+                    read = log.read() => read?,
+                    () = tokio::time::sleep(LOOK_EVERY) => {}
+                }
+            }
+        }
+    }
+}
+
+fn loads(sink: &mut dyn Sink) -> Result<&mut dyn TableLoads, ApplyError> {
+    sink.loads().ok_or(ApplyError::Invalid)
+}
+
+fn check(context: &TaskContext) -> Result<(), ApplyError> {
+    if context.is_valid_now() { Ok(()) } else { Err(ApplyError::Invalid) }
+}
+
+async fn answered(answer: impl Future<Output = Result<(), SinkError>>) -> Result<(), ApplyError> {
+    let answer = tokio::time::timeout(PATIENCE, answer).await;
+    Ok(answer.map_err(|_| ApplyError::Silent(PATIENCE.as_secs()))??)
+}
+
+fn is_worth(batch: &Batch, main: Main, moved_at: Instant) -> bool {
+    main.is_held || moved_at.elapsed() >= MOVE_EVERY || batch.rows() > 0
+}
+
+/// How far the replay is behind the main stream, in time: by when that stood where the replay stands.
+#[derive(Debug, Default)]
+struct Behind {
+    seen: VecDeque<(Instant, Position)>,
+}
+
+impl Behind {
+    fn saw(&mut self, now: Instant, main: Position) {
+        if self.seen.back().is_none_or(|(_, last)| *last != main) {
+            self.seen.push_back((now, main));
+        }
+        // One from before the bound stays: where it stood at the bound.
+        while self.seen.get(1).is_some_and(|(when, _)| now.saturating_duration_since(*when) >= BEHIND_MAX) {
+            self.seen.pop_front();
+        }
+    }
+
+    fn is_within(&self, now: Instant, at: Position) -> bool {
+        let (when, main) = match self.seen.front() {
+            Some(oldest) => *oldest,
+            None => return false,
+        };
+        now.saturating_duration_since(when) >= BEHIND_MAX && at >= main
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wallaby_model::Lsn;
+
+    #[test]
+    fn a_replay_asks_once_it_stands_where_the_main_stream_stood_a_second_ago() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let position = |lsn| Position::before(Lsn(lsn));
+        let mut behind = Behind::default();
+        behind.saw(at(0), position(10));
+        assert!(!behind.is_within(at(10), position(10)), "nothing is known of a second ago");
+        behind.saw(at(600), position(20));
+        assert!(behind.is_within(at(1000), position(10)));
+        behind.saw(at(1700), position(30));
+        assert!(!behind.is_within(at(1700), position(10)));
+        assert!(behind.is_within(at(1700), position(20)));
+    }
+}

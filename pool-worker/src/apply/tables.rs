@@ -1,0 +1,314 @@
+//! The tables of a sink: which rows the main reader takes, and what is next for each table that a run brings in. Pure, no I/O.
+//!
+//! The sink's marks are the truth; what stands in etcd only says what could be next.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+use wallaby_connector_api::{TableFilter, TableMark};
+use wallaby_model::flow::SnapshotMode;
+use wallaby_model::run::{ChunkDone, RelationState, RunPlan, RunState, SinkRun, TableStage};
+use wallaby_model::{ChunkId, Lsn, Position, RunId, SinkId, TableName};
+
+use crate::runs::{FlowRuns, RunView};
+
+/// Which rows the main reader of a sink takes; `None`: all of them.
+pub fn main_filter(marks: &[TableMark], snapshot: SnapshotMode) -> Option<TableFilter> {
+    let others = snapshot == SnapshotMode::Never;
+    if others && marks.is_empty() {
+        return None;
+    }
+    let mut filter = TableFilter { others, ..TableFilter::default() };
+    for mark in marks {
+        match (mark.stage, mark.position) {
+            (TableStage::Ready, position) => {
+                filter.taken.insert(mark.table.clone(), position.unwrap_or(Position::ZERO));
+            }
+            // What the sink has of it is not what the source has.
+            (TableStage::Copying | TableStage::CatchingUp | TableStage::Gone, _) => {
+                filter.left_out.insert(mark.table.clone());
+            }
+        }
+    }
+    Some(filter)
+}
+
+/// One table of a plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlannedTable {
+    /// How often it was started again.
+    pub restart: u32,
+    /// Every relation of it is gone at the source.
+    pub is_gone: bool,
+    /// Its chunks.
+    pub chunks: Vec<ChunkId>,
+}
+
+/// The tables of a plan: all relations of one table together.
+pub fn tables_of(plan: &RunPlan) -> BTreeMap<TableName, PlannedTable> {
+    let mut tables: BTreeMap<TableName, PlannedTable> = BTreeMap::new();
+    for relation in &plan.relations {
+        let table = tables.entry(relation.table.clone()).or_insert(PlannedTable {
+            restart: relation.restart,
+            is_gone: true,
+            chunks: Vec::new(),
+        });
+        table.restart = table.restart.max(relation.restart);
+        table.is_gone &= relation.state == RelationState::Gone;
+    }
+    for chunk in plan.chunks() {
+        let name = plan.relations.get(chunk.table as usize).map(|relation| &relation.table);
+        if let Some(table) = name.and_then(|name| tables.get_mut(name)) {
+            table.chunks.push(chunk);
+        }
+    }
+    tables
+}
+
+/// C of a table in a restart: the lowest consistent point of its chunks. Rows committed before it are in the chunks.
+pub fn consistent_point(
+    plan: &RunPlan,
+    chunks: &BTreeMap<ChunkId, ChunkDone>,
+    table: &TableName,
+    restart: u32,
+) -> Option<Lsn> {
+    let is_of = |chunk: &ChunkId| {
+        chunk.restart == restart && plan.relations.get(chunk.table as usize).is_some_and(|of| of.table == *table)
+    };
+    chunks.iter().filter(|(chunk, _)| is_of(chunk)).map(|(_, done)| done.consistent_point).min()
+}
+
+/// What is next for a sink in its runs.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next {
+    /// The table is made or emptied, and marked as copying. Its shape stands in the first part of the chunk.
+    Prepare {
+        /// The run.
+        run: RunId,
+        /// Its restart.
+        restart: u32,
+        /// Where the shape is.
+        chunk: ChunkId,
+        /// Whose parts.
+        done: ChunkDone,
+    },
+    /// The table is gone at the source: it is marked so.
+    Gone {
+        /// The table.
+        table: TableName,
+    },
+    /// Everything seems to be loaded: the sink is asked.
+    AskLoaded(RunId),
+    /// Everything is loaded into a sink without a position: the tables are ready and the stream begins.
+    BeginStream {
+        /// The run.
+        run: RunId,
+        /// Each table's mark.
+        ready: Vec<(TableName, Position)>,
+        /// Where the stream begins.
+        from: Position,
+        /// Up to here rows of several snapshots converge.
+        until: Position,
+    },
+    /// Everything is loaded into a live sink: the tables catch up from here.
+    CatchUp {
+        /// The run.
+        run: RunId,
+        /// The tables.
+        tables: Vec<TableName>,
+        /// Where the replay begins.
+        from: Position,
+    },
+    /// The log is replayed for these tables.
+    Replay(Replay),
+    /// Every table is ready.
+    Done {
+        /// The run.
+        run: RunId,
+        /// Where its tables were handed over.
+        state: SinkRun,
+    },
+}
+
+/// A replay of the log for the tables of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Replay {
+    /// The run.
+    pub run: RunId,
+    /// Where its tables stand, all of them.
+    pub from: Position,
+    /// The tables.
+    pub tables: Vec<TableName>,
+    /// Which rows are taken.
+    pub filter: TableFilter,
+}
+
+/// What the sink knows of itself.
+#[derive(Clone, Copy, Debug)]
+pub struct AtSink<'a> {
+    /// Its name.
+    pub sink: &'a SinkId,
+    /// Whether the main stream has begun.
+    pub is_live: bool,
+    /// The marks of its tables.
+    pub marks: &'a [TableMark],
+    /// The chunks that it has, of runs that it was asked about.
+    pub loaded: &'a HashMap<RunId, BTreeSet<ChunkId>>,
+}
+
+/// The open runs that load into a sink, in order.
+pub fn open_runs<'a>(runs: &'a FlowRuns, sink: &'a SinkId) -> impl Iterator<Item = (RunId, &'a RunView, &'a RunPlan)> {
+    // A sink that was cut off waits for the run that brings it back; the others are nothing to it.
+    let detached = runs.detached.get(sink);
+    let open = runs.runs.iter().filter(move |(run, view)| {
+        view.is_open()
+            && view.spec.as_ref().is_some_and(|spec| spec.loads_into(sink))
+            && detached.is_none_or(|detached| detached.run.is_some_and(|with| with <= **run))
+            && !view.sinks.get(sink).is_some_and(|state| state.is_done)
+    });
+    open.filter_map(|(run, view)| view.plan.as_ref().map(|plan| (*run, view, plan)))
+}
+
+/// What is next, and what the sink's state in each of its runs is. A sink without a position is brought to life by its first run; the
+/// others wait for that.
+pub fn next(at: AtSink<'_>, runs: &FlowRuns) -> (Option<Next>, Vec<(RunId, SinkRun)>) {
+    let mut said = Vec::new();
+    let mut first = None;
+    for (run, view, plan) in open_runs(runs, at.sink) {
+        let (next, state) = next_of(at, run, view, plan);
+        if view.sinks.get(at.sink) != Some(&state) {
+            said.push((run, state));
+        }
+        first = first.or(next);
+        if !at.is_live {
+            break;
+        }
+    }
+    (first, said)
+}
+
+fn next_of(at: AtSink<'_>, run: RunId, view: &RunView, plan: &RunPlan) -> (Option<Next>, SinkRun) {
+    let tables = tables_of(plan);
+    let marks: HashMap<&TableName, &TableMark> = at.marks.iter().map(|mark| (&mark.table, mark)).collect();
+    let mut state = view.sinks.get(at.sink).cloned().unwrap_or_default();
+    let mut next = None;
+    // Tables that are neither copied nor further on: of a run that goes on, or that nobody has read anything of.
+    let mut is_behind = false;
+    let (mut copying, mut catching_up) = (Vec::new(), Vec::new());
+    for (name, table) in &tables {
+        let mark = marks.get(name).copied();
+        let stage = match mark {
+            // A later run has it.
+            Some(mark) if mark.run > run => TableStage::Ready,
+            Some(mark) if mark.run == run => mark.stage,
+            _ if table.is_gone => TableStage::Gone,
+            _ => {
+                is_behind = true;
+                next = next.or_else(|| prepare(run, table, view));
+                continue;
+            }
+        };
+        match (stage, mark) {
+            (TableStage::Copying, _) if table.is_gone => {
+                next = next.or_else(|| Some(Next::Gone { table: name.clone() }));
+                is_behind = true;
+            }
+            (TableStage::Copying, Some(mark)) if mark.restart < table.restart => {
+                is_behind = true;
+                next = next.or_else(|| prepare(run, table, view));
+            }
+            (TableStage::Copying, _) => copying.push((name.clone(), table)),
+            (TableStage::CatchingUp, Some(mark)) => catching_up.push(mark),
+            (TableStage::CatchingUp | TableStage::Ready | TableStage::Gone, _) => {
+                if let Some(position) = mark.and_then(|mark| mark.position)
+                    && stage == TableStage::Ready
+                {
+                    state.handed_over.insert(name.to_string(), position);
+                }
+            }
+        }
+        state.tables.insert(name.to_string(), stage);
+    }
+    if next.is_some() || is_behind || plan.state != RunState::Loading {
+        return (next, state);
+    }
+    if !copying.is_empty() {
+        return (after_copy(at, run, view, plan, &copying), state);
+    }
+    if let Some(replay) = replay(run, view, plan, &catching_up) {
+        return (Some(Next::Replay(replay)), state);
+    }
+    // A first load whose marks are set and whose stream did not begin yet, or a run over no table at all.
+    let next = if at.is_live {
+        Next::Done { run, state: state.clone() }
+    } else {
+        begin_stream(at, run, view, plan, &tables)
+    };
+    (Some(next), state)
+}
+
+fn prepare(run: RunId, table: &PlannedTable, view: &RunView) -> Option<Next> {
+    let known = table.chunks.iter().find_map(|chunk| view.chunks.get(chunk).map(|done| (*chunk, done.clone())));
+    known.map(|(chunk, done)| Next::Prepare { run, restart: table.restart, chunk, done })
+}
+
+/// All tables are copied, as far as etcd says.
+fn after_copy(
+    at: AtSink<'_>,
+    run: RunId,
+    view: &RunView,
+    plan: &RunPlan,
+    copying: &[(TableName, &PlannedTable)],
+) -> Option<Next> {
+    let has_all = |loaded: Option<&BTreeSet<ChunkId>>| {
+        let chunks = copying.iter().flat_map(|(_, table)| &table.chunks);
+        loaded.is_some_and(|loaded| chunks.clone().all(|chunk| loaded.contains(chunk)))
+    };
+    if !has_all(at.loaded.get(&run)) {
+        return has_all(view.loaded.get(at.sink)).then_some(Next::AskLoaded(run));
+    }
+    if !at.is_live {
+        return Some(begin_stream(at, run, view, plan, &tables_of(plan)));
+    }
+    let point = |(name, table): &(TableName, &PlannedTable)| consistent_point(plan, &view.chunks, name, table.restart);
+    let from = copying.iter().filter_map(point).min()?;
+    let tables = copying.iter().map(|(name, _)| name.clone()).collect();
+    Some(Next::CatchUp { run, tables, from: Position::before(from) })
+}
+
+fn begin_stream(
+    at: AtSink<'_>,
+    run: RunId,
+    view: &RunView,
+    plan: &RunPlan,
+    tables: &BTreeMap<TableName, PlannedTable>,
+) -> Next {
+    let marked: HashSet<&TableName> =
+        at.marks.iter().filter(|mark| mark.stage == TableStage::Ready).map(|mark| &mark.table).collect();
+    let mut ready = Vec::new();
+    let mut points: BTreeSet<Lsn> = BTreeSet::new();
+    for (name, table) in tables.iter().filter(|(_, table)| !table.is_gone) {
+        let Some(point) = consistent_point(plan, &view.chunks, name, table.restart) else { continue };
+        points.insert(point);
+        points.extend(table.chunks.iter().filter_map(|chunk| view.chunks.get(chunk)).map(|done| done.consistent_point));
+        if !marked.contains(name) {
+            ready.push((name.clone(), Position::before(point)));
+        }
+    }
+    // Without any table: where the last export stood.
+    let exported = || plan.generations.last().map_or(Lsn(0), |generation| generation.consistent_point);
+    let from = points.first().copied().unwrap_or_else(exported);
+    let until = points.last().copied().unwrap_or(from);
+    Next::BeginStream { run, ready, from: Position::before(from), until: Position::before(until) }
+}
+
+/// The replay of the tables that stand lowest; others that stand elsewhere come after it.
+fn replay(run: RunId, view: &RunView, plan: &RunPlan, catching_up: &[&TableMark]) -> Option<Replay> {
+    let from = catching_up.iter().filter_map(|mark| mark.position).min()?;
+    let here: Vec<&&TableMark> = catching_up.iter().filter(|mark| mark.position == Some(from)).collect();
+    let mut filter = TableFilter::default();
+    for mark in &here {
+        let point = consistent_point(plan, &view.chunks, &mark.table, mark.restart).unwrap_or(Lsn(0));
+        filter.taken.insert(mark.table.clone(), Position::before(point));
+    }
+    Some(Replay { run, from, tables: here.iter().map(|mark| mark.table.clone()).collect(), filter })
+}

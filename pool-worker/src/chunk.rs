@@ -1,0 +1,288 @@
+//! One chunk of a run: read under the run's snapshot into the side store, then marked as done in one guarded write.
+//!
+//! One ownership is one attempt: its parts carry the lock's epoch, so two readers of one chunk never mix them (hazard 23). Whatever
+//! goes wrong, the parts of this attempt go and the task is given back; the next owner has another epoch. Whether a
+//! relation was rewritten is for the run's owner to see: it makes the plan over, and this chunk is then no longer of it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use wallaby_coordination::ChunkOutcome;
+use wallaby_model::condition::TaskPhase;
+use wallaby_model::run::{ChunkDone, Generation, PlannedRelation, RelationState, RunSpec, RunWish};
+use wallaby_model::{ChunkId, Epoch, RunId, SegmentBody, TaskKind};
+use wallaby_postgres_source::{ChunkRequest, ConnectConfig, PartSink, SourceError, read_chunk};
+use wallaby_staging::{PutBudget, Puts, Shelf, SideGroup, SideKey, SideStore, StagingError};
+use wallaby_wire::splice::part_checksum;
+
+use crate::capture::{CaptureError, Directive};
+use crate::flows::{Demand, SourceDemand};
+use crate::runs::RunView;
+use crate::task::{TaskContext, TaskEnd};
+use crate::{metrics, secret};
+
+/// Bytes of parts that are on their way to the side store.
+const IN_FLIGHT_BYTES: u32 = 8 << 20;
+/// How long a chunk waits for the run's owner to export another snapshot before it is given back.
+const PLAN_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a chunk that met a full side store waits before it is given back. The snapshot is not held meanwhile.
+const FULL_AGAIN: Duration = Duration::from_secs(5);
+/// Before a failed chunk is given back.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// What there is to do.
+struct Work {
+    relation: PlannedRelation,
+    generation: Generation,
+    spec: RunSpec,
+}
+
+/// Why there is nothing to do now.
+enum Idle {
+    /// The chunk is read, or no longer of the plan.
+    Over,
+    /// There is no snapshot to read under.
+    NoSnapshot,
+}
+
+/// Runs the task to its end.
+pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
+    let (Demand::Chunk(demand), TaskKind::Chunk(run, chunk)) = (&context.demand, &context.task.kind) else {
+        return TaskEnd::Released(None);
+    };
+    let work = match find(context, *run, *chunk).await {
+        Ok(work) => work,
+        Err(Idle::Over) => return TaskEnd::Completed,
+        Err(Idle::NoSnapshot) => return TaskEnd::Released(None),
+    };
+    let reading = read(context, demand, *run, *chunk, &work);
+    let outcome = tokio::select! {
+        outcome = reading => outcome,
+        _ = context.ending() => Ok(false),
+    };
+    match outcome {
+        Ok(true) => TaskEnd::Completed,
+        Ok(false) => {
+            discard(context, demand, *run, *chunk).await;
+            TaskEnd::Released(None)
+        }
+        Err(error) => {
+            discard(context, demand, *run, *chunk).await;
+            failed(context, *run, &work, &error).await
+        }
+    }
+}
+
+/// Looks the chunk up in the plan; waits a little for a snapshot.
+async fn find(context: &TaskContext, run: RunId, chunk: ChunkId) -> Result<Work, Idle> {
+    let mut changes = context.runs.changes();
+    let deadline = Instant::now() + PLAN_PATIENCE;
+    loop {
+        changes.borrow_and_update();
+        let found = context.runs.run(&context.task.flow, run, |view| work_of(view, chunk));
+        match found {
+            Some(Ok(work)) => return Ok(work),
+            Some(Err(Idle::Over)) => return Err(Idle::Over),
+            // The watch may not have the run yet.
+            Some(Err(Idle::NoSnapshot)) | None => {}
+        }
+        context.pulse.wait("a snapshot to read under");
+        let left = deadline.saturating_duration_since(Instant::now());
+        tokio::select! {
+            _ = context.ending() => return Err(Idle::NoSnapshot),
+            changed = tokio::time::timeout(left, changes.changed()) => match changed {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => return Err(Idle::NoSnapshot),
+            },
+        }
+    }
+}
+
+fn work_of(view: &RunView, chunk: ChunkId) -> Result<Work, Idle> {
+    let (Some(spec), Some(plan)) = (&view.spec, &view.plan) else { return Err(Idle::NoSnapshot) };
+    let relation = plan.relations.get(chunk.table as usize).ok_or(Idle::Over)?;
+    let is_over = view.chunks.contains_key(&chunk)
+        || plan.state.is_over()
+        || spec.wish == RunWish::Cancel
+        || relation.restart != chunk.restart
+        || relation.state == RelationState::Gone
+        || chunk.number >= relation.chunks();
+    if is_over {
+        return Err(Idle::Over);
+    }
+    match plan.snapshot() {
+        Some(generation) if spec.wish == RunWish::Go => {
+            Ok(Work { relation: relation.clone(), generation: generation.clone(), spec: spec.clone() })
+        }
+        _ => Err(Idle::NoSnapshot),
+    }
+}
+
+/// Reads the chunk. `false` when somebody else's attempt is the chunk.
+async fn read(
+    context: &Arc<TaskContext>,
+    demand: &SourceDemand,
+    run: RunId,
+    chunk: ChunkId,
+    work: &Work,
+) -> Result<bool, CaptureError> {
+    context.pulse.wait("etcd");
+    let epoch = context.lock.fix_epoch(None).await?;
+    context.status.epoch(epoch);
+    context.status.phase(TaskPhase::Streaming);
+    let config = ConnectConfig::parse(&secret::resolve(&demand.dsn)?)?
+        .with_application_name(&context.task.session_name(epoch));
+    context.pulse.wait("the side store");
+    let side = context.shared.side(&context.task.flow, &demand.log).await?;
+    side.ensure(Shelf::Chunks).await?;
+    let begun = Instant::now();
+    let mut parts = Parts::new(context, demand, Arc::clone(&side), run, chunk, epoch);
+    context.pulse.wait("the source");
+    let request = ChunkRequest {
+        snapshot: work.generation.snapshot.clone().unwrap_or_default(),
+        consistent_point: work.generation.consistent_point,
+        exported_at: work.generation.exported_at,
+        publication: demand.publication.clone(),
+        relation: work.relation.clone(),
+        number: chunk.number,
+        part_bytes: side.part_bytes_target(),
+        rows_per_second: work.spec.rows_per_second.map(|all| (all / u64::from(work.spec.readers.max(1))).max(1)),
+    };
+    read_chunk(&config, &request, &mut parts).await?;
+    parts.puts.settled().await?;
+    let done = ChunkDone {
+        attempt: epoch,
+        consistent_point: work.generation.consistent_point,
+        parts: parts.number,
+        rows: parts.rows,
+        bytes: parts.bytes,
+        checksum: part_checksum(&parts.checksums),
+        worker: context.shared.session.worker().clone(),
+        took_ms: begun.elapsed().as_millis() as u64,
+    };
+    if !context.is_valid_now() {
+        return Err(CaptureError::Invalid);
+    }
+    context.pulse.wait("etcd");
+    match context.lock.put_chunk_done(run, chunk, &done).await? {
+        ChunkOutcome::Ours => {
+            metrics::chunk_read(&context.task.flow, done.rows, done.bytes, begun.elapsed());
+            tracing::debug!(task = %context.task, rows = done.rows, bytes = done.bytes, parts = done.parts, "chunk read");
+            Ok(true)
+        }
+        ChunkOutcome::Theirs(_) => {
+            side.delete(SideGroup::ChunkAttempt(run, chunk, epoch)).await?;
+            Ok(true)
+        }
+    }
+}
+
+/// The parts on their way into the side store.
+struct Parts<'a> {
+    context: &'a TaskContext,
+    codec: wallaby_model::Codec,
+    puts: Puts,
+    run: RunId,
+    chunk: ChunkId,
+    attempt: Epoch,
+    number: u32,
+    rows: u64,
+    bytes: u64,
+    checksums: Vec<u8>,
+}
+
+impl<'a> Parts<'a> {
+    fn new(
+        context: &'a TaskContext,
+        demand: &SourceDemand,
+        side: Arc<dyn SideStore>,
+        run: RunId,
+        chunk: ChunkId,
+        attempt: Epoch,
+    ) -> Parts<'a> {
+        let puts = Puts::new(side, PutBudget::new(IN_FLIGHT_BYTES));
+        let codec = demand.log.codec;
+        Parts { context, codec, puts, run, chunk, attempt, number: 0, rows: 0, bytes: 0, checksums: Vec::new() }
+    }
+}
+
+impl PartSink for Parts<'_> {
+    type Error = CaptureError;
+
+    async fn part(&mut self, body: SegmentBody) -> Result<(), CaptureError> {
+        let rows = body.rows() as u64;
+        let packed = wallaby_wire::encode(&body, self.codec)?;
+        let key =
+            SideKey::ChunkPart { run: self.run, chunk: self.chunk, attempt: self.attempt, number: self.number };
+        self.checksums.extend_from_slice(&part_checksum(&packed).to_le_bytes());
+        self.rows += rows;
+        self.bytes += packed.len() as u64;
+        self.number += 1;
+        self.context.pulse.wait("room in the side store");
+        self.puts.put(key, packed.into()).await?;
+        self.context.pulse.wait("the source");
+        Ok(())
+    }
+}
+
+/// Removes the parts of this attempt. What arrives late goes with the run.
+async fn discard(context: &TaskContext, demand: &SourceDemand, run: RunId, chunk: ChunkId) {
+    let Some(epoch) = context.lock.epoch() else { return };
+    let removed = async {
+        let side = context.shared.side(&context.task.flow, &demand.log).await?;
+        side.delete(SideGroup::ChunkAttempt(run, chunk, epoch)).await
+    };
+    if let Err(error) = removed.await {
+        tracing::debug!(task = %context.task, %error, "the parts of an attempt stay until the run is over");
+    }
+}
+
+/// Waits before the task is given back, by what went wrong.
+async fn failed(context: &TaskContext, run: RunId, work: &Work, error: &CaptureError) -> TaskEnd {
+    let said = error.to_string();
+    context.status.backoff(&said, AGAIN);
+    if error.directive() == Directive::GiveUp {
+        return TaskEnd::GivenUp(said);
+    }
+    match error {
+        CaptureError::Source(
+            SourceError::Rewritten { .. } | SourceError::RelationGone { .. } | SourceError::SnapshotGone { .. },
+        ) => {
+            // The run's owner sees it too, and makes the plan over.
+            tracing::debug!(task = %context.task, error = %said, "the chunk waits for another plan");
+            other_plan(context, run, &work.generation).await;
+        }
+        CaptureError::Staging(StagingError::SideFull { .. }) => {
+            tracing::info!(task = %context.task, "the side store is full: the chunk waits until sinks have taken others");
+            context.status.waiting(Some("room in the side store"));
+            context.pause("room in the side store", FULL_AGAIN).await;
+        }
+        _ => {
+            tracing::warn!(task = %context.task, error = %said, "reading a chunk failed");
+            context.pause("the next try", AGAIN).await;
+        }
+    }
+    TaskEnd::Released(None)
+}
+
+/// Waits until the run's plan has another export than the one that failed, or for a while.
+async fn other_plan(context: &TaskContext, run: RunId, failed: &Generation) {
+    let mut changes = context.runs.changes();
+    context.pulse.wait("the run's owner to export another snapshot");
+    let changed = async {
+        loop {
+            changes.borrow_and_update();
+            let is_same = context.runs.run(&context.task.flow, run, |view| {
+                let last = view.plan.as_ref().and_then(|plan| plan.generations.last());
+                last.is_some_and(|last| last.number == failed.number && last.snapshot.is_some())
+            });
+            if is_same != Some(true) || changes.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        _ = context.ending() => {}
+        _ = tokio::time::timeout(PLAN_PATIENCE, changed) => {}
+    }
+}

@@ -1,0 +1,138 @@
+//! One export of a snapshot: what has to be true before it, the session that holds it, and the tables as it sees them.
+
+use std::time::Duration;
+
+use wallaby_coordination::Error as EtcdError;
+use wallaby_model::run::{Generation, PlannedRelation, RunSpec, covers};
+use wallaby_model::{Position, RunId};
+use wallaby_postgres_source::{
+    ConnectConfig, ExportOptions, PublicationWanted, SessionOwner, SnapshotExport, connect_control, ensure_publication,
+};
+use wallaby_staging::{Log, StagingError};
+
+use crate::capture::CaptureError;
+use crate::flows::SourceDemand;
+use crate::secret;
+use crate::task::TaskContext;
+
+/// How long the export waits for transactions that are older than it.
+const EXPORT_PATIENCE: Duration = Duration::from_secs(60);
+/// How often it is looked whether the capture has begun the log.
+const LOG_LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often the log's end is taken again because a purge passed it.
+const PURGE_RACES_MAX: u32 = 8;
+/// How long a session holds the snapshot when the flow does not say.
+const AGE_MAX: Duration = Duration::from_secs(30 * 60);
+
+/// The session that holds a snapshot; it ends when this is dropped.
+pub struct Export {
+    session: SnapshotExport,
+}
+
+/// How long a session may hold the source's snapshot, as the flow says now.
+pub fn age_max(context: &TaskContext) -> Duration {
+    let flows = context.flows.borrow();
+    let flow = flows.get(&context.task.flow);
+    flow.map_or(AGE_MAX, |flow| flow.record.document.spec.source.postgres.safety.snapshot_max.0)
+}
+
+impl Export {
+    /// Publication, hold, export, in this order; and the run's relations, as they are in the snapshot.
+    ///
+    /// # Errors
+    /// As the source, the log and etcd say.
+    pub async fn make(
+        context: &TaskContext,
+        demand: &SourceDemand,
+        run: RunId,
+        spec: &RunSpec,
+        number: u32,
+    ) -> Result<(Export, Generation, Vec<PlannedRelation>), CaptureError> {
+        let Some(epoch) = context.lock.epoch() else { return Err(CaptureError::Invalid) };
+        let config = ConnectConfig::parse(&secret::resolve(&demand.dsn)?)?
+            .with_application_name(&context.task.session_name(epoch));
+        context.pulse.wait("the source");
+        let control = connect_control(&config).await?;
+        if let Some(wanted) = publication(context) {
+            ensure_publication(&control, &wanted).await?;
+        }
+        hold(context, run).await?;
+        context.pulse.wait("the source to export a snapshot");
+        let owner = SessionOwner { prefix: context.task.session_prefix(), epoch };
+        let options = ExportOptions { connect: config, owner, timeout: EXPORT_PATIENCE };
+        let mut session = SnapshotExport::create(options).await?;
+        let generation = Generation {
+            number,
+            consistent_point: session.consistent_point(),
+            snapshot: Some(session.snapshot().to_owned()),
+            exported_at: session.exported_at(),
+        };
+        context.pulse.wait("the source's catalog");
+        let mut relations = session.plan(&demand.publication, &spec.tables).await?;
+        let is_excluded = |table: &str| spec.exclude.iter().any(|pattern| covers(pattern, table));
+        relations.retain(|relation| !is_excluded(&relation.table.to_string()));
+        Ok((Export { session }, generation, relations))
+    }
+
+    /// How long the session has held the snapshot.
+    pub fn age(&self) -> Duration {
+        self.session.age()
+    }
+
+    /// Returns when the session has ended, with what is known of why.
+    pub async fn ended(&self) -> String {
+        self.session.ended().await.message
+    }
+
+    /// Whether one of these relations was rewritten or dropped since it was planned.
+    ///
+    /// # Errors
+    /// As the source says.
+    pub async fn is_outdated(&self, relations: &[&PlannedRelation]) -> Result<bool, CaptureError> {
+        Ok(self.session.is_outdated(relations).await?)
+    }
+}
+
+/// The publication as the flow wants it now: tables that were added may be why the run is there.
+fn publication(context: &TaskContext) -> Option<PublicationWanted> {
+    let flows = context.flows.borrow();
+    let document = &flows.get(&context.task.flow)?.record.document;
+    let wanted = &document.spec.source.postgres.publication;
+    Some(PublicationWanted {
+        name: document.publication_name(),
+        create: wanted.create,
+        tables: wanted.tables.clone(),
+        exclude: wanted.exclude.clone(),
+    })
+}
+
+/// Holds the log from its end, which must be there already: the snapshot comes after it.
+async fn hold(context: &TaskContext, run: RunId) -> Result<(), CaptureError> {
+    let log = Log::new(context.task.flow.clone(), context.shared.nats().await?.clone());
+    for _ in 0..PURGE_RACES_MAX {
+        let end = log_end(context, &log).await?;
+        match context.lock.put_hold(run, Some(end)).await {
+            Ok(_) => return Ok(()),
+            Err(EtcdError::HoldBelowPurge { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(EtcdError::Refused { doing: "holding the log", cause: "it was purged past its end at each of many attempts".to_owned() }.into())
+}
+
+async fn log_end(context: &TaskContext, log: &Log) -> Result<Position, CaptureError> {
+    loop {
+        context.pulse.wait("the capture's first record in the log");
+        match log.tail().await {
+            Ok(tail) => {
+                if let Some(end) = tail.end {
+                    return Ok(end);
+                }
+            }
+            Err(StagingError::Missing { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        context.status.waiting(Some("the capture's first record in the log"));
+        tokio::time::sleep(LOG_LOOK_EVERY).await;
+    }
+}
