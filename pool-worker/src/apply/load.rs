@@ -130,8 +130,7 @@ impl Loads {
             return Ok(Stepped::Idle);
         }
         let (next, said) = context.runs.of(&context.task.flow, |runs| {
-            let here =
-                AtSink { sink: &self.sink, is_live: at.is_some(), marks: &self.marks, loaded: &self.loaded };
+            let here = AtSink { sink: &self.sink, is_live: at.is_some(), marks: &self.marks, loaded: &self.loaded };
             tables::next(here, runs)
         });
         for (run, state) in said {
@@ -229,9 +228,9 @@ impl Loads {
 
     /// Up to where rows of several exports have to be applied before the tables are of one moment: what `snapshot: only` stops at.
     fn converges_at(&self, context: &TaskContext, run: RunId) -> Option<Position> {
-        let points = context.runs.run(&context.task.flow, run, |view| {
-            view.chunks.values().map(|done| done.consistent_point).max()
-        });
+        let points = context
+            .runs
+            .run(&context.task.flow, run, |view| view.chunks.values().map(|done| done.consistent_point).max());
         points.flatten().map(Position::before)
     }
 
@@ -240,9 +239,8 @@ impl Loads {
         if self.snapshot != SnapshotMode::Only {
             return None;
         }
-        let open = context.runs.of(&context.task.flow, |runs| {
-            tables::open_runs(runs, &self.sink).map(|(run, ..)| run).next()
-        });
+        let open =
+            context.runs.of(&context.task.flow, |runs| tables::open_runs(runs, &self.sink).map(|(run, ..)| run).next());
         Some(open.and_then(|run| self.converges_at(context, run)).unwrap_or(Position::ZERO))
     }
 

@@ -238,11 +238,8 @@ fn next_of(at: AtSink<'_>, run: RunId, view: &RunView, plan: &RunPlan) -> (Optio
         return (Some(Next::Replay(replay)), state);
     }
     // A first load whose marks are set and whose stream did not begin yet, or a run over no table at all.
-    let next = if at.is_live {
-        Next::Done { run, state: state.clone() }
-    } else {
-        begin_stream(at, run, view, plan, &tables)
-    };
+    let next =
+        if at.is_live { Next::Done { run, state: state.clone() } } else { begin_stream(at, run, view, plan, &tables) };
     (Some(next), state)
 }
 

@@ -105,7 +105,8 @@ pub fn unfinished<'a>(
     plan: &'a RunPlan,
     done: &BTreeMap<ChunkId, ChunkDone>,
 ) -> impl Iterator<Item = (usize, &'a PlannedRelation)> {
-    let open: BTreeSet<u32> = plan.chunks().filter(|chunk| !done.contains_key(chunk)).map(|chunk| chunk.table).collect();
+    let open: BTreeSet<u32> =
+        plan.chunks().filter(|chunk| !done.contains_key(chunk)).map(|chunk| chunk.table).collect();
     let is_open = move |index: usize| u32::try_from(index).is_ok_and(|index| open.contains(&index));
     plan.relations.iter().enumerate().filter(move |(index, _)| is_open(*index))
 }
@@ -324,8 +325,7 @@ mod tests {
 
     #[test]
     fn h23_a_dead_session_costs_what_may_not_be_mixed_and_nothing_else() {
-        let relations =
-            vec![relation("keyed", 25, true), relation("keyless", 25, false), relation("whole", 5, false)];
+        let relations = vec![relation("keyed", 25, true), relation("keyless", 25, false), relation("whole", 5, false)];
         let done = read(&[chunk(0, 0, 0), chunk(0, 0, 2), chunk(1, 0, 1), chunk(2, 0, 0)]);
         let after = replan(plan(relations.clone()), relations, generation(2, true), &done, &BTreeSet::new());
         assert_eq!(after.relations.iter().map(|r| r.restart).collect::<Vec<_>>(), [0, 1, 0]);

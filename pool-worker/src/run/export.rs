@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use wallaby_coordination::Error as EtcdError;
-use wallaby_model::run::{Generation, PlannedRelation, RunSpec, covers};
+use wallaby_model::run::{Generation, PlannedRelation, RunSpec};
 use wallaby_model::{Position, RunId};
 use wallaby_postgres_source::{
-    ConnectConfig, ExportOptions, PublicationWanted, SessionOwner, SnapshotExport, connect_control, ensure_publication,
+    ConnectConfig, PublicationWanted, SessionOwner, SnapshotExport, connect_control, ensure_publication,
 };
 use wallaby_staging::{Log, StagingError};
 
@@ -59,8 +59,7 @@ impl Export {
         hold(context, run).await?;
         context.pulse.wait("the source to export a snapshot");
         let owner = SessionOwner { prefix: context.task.session_prefix(), epoch };
-        let options = ExportOptions { connect: config, owner, timeout: EXPORT_PATIENCE };
-        let mut session = SnapshotExport::create(options).await?;
+        let mut session = SnapshotExport::open(&config, &owner, EXPORT_PATIENCE).await?;
         let generation = Generation {
             number,
             consistent_point: session.consistent_point(),
@@ -68,9 +67,7 @@ impl Export {
             exported_at: session.exported_at(),
         };
         context.pulse.wait("the source's catalog");
-        let mut relations = session.plan(&demand.publication, &spec.tables).await?;
-        let is_excluded = |table: &str| spec.exclude.iter().any(|pattern| covers(pattern, table));
-        relations.retain(|relation| !is_excluded(&relation.table.to_string()));
+        let relations = session.plan(&demand.publication, &spec.tables, &spec.exclude).await?;
         Ok((Export { session }, generation, relations))
     }
 
@@ -117,7 +114,11 @@ async fn hold(context: &TaskContext, run: RunId) -> Result<(), CaptureError> {
             Err(error) => return Err(error.into()),
         }
     }
-    Err(EtcdError::Refused { doing: "holding the log", cause: "it was purged past its end at each of many attempts".to_owned() }.into())
+    Err(EtcdError::Refused {
+        doing: "holding the log",
+        cause: "it was purged past its end at each of many attempts".to_owned(),
+    }
+    .into())
 }
 
 async fn log_end(context: &TaskContext, log: &Log) -> Result<Position, CaptureError> {

@@ -165,8 +165,8 @@ async fn m4_a_reader_takes_the_weakest_lock_and_yields_to_who_needs_the_table() 
         assert_eq!(modes.as_deref(), Some("AccessShareLock"));
         db.batch_execute("SET lock_timeout = '15s'; ALTER TABLE t ADD COLUMN w int; RESET lock_timeout").await.unwrap();
     };
-    let (read, ()) = tokio::join!(reading, altering);
-    let error = read.unwrap_err();
+    let (outcome, ()) = tokio::join!(reading, altering);
+    let error = outcome.unwrap_err();
     assert!(matches!(error, SourceError::TableBusy { .. }), "{error}");
     // The other way round: an exclusive lock is not waited for for long, and nobody queues behind us.
     let other = db.connect().await;
