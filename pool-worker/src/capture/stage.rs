@@ -212,7 +212,7 @@ fn side_full(xid: u32, error: CaptureError) -> CaptureError {
 
 /// Whether the transaction that did not fit into the side store has ended, and its end is in the log: then transactions are
 /// streamed again.
-async fn watch_fallback(capture: &Capture, writer: &LogWriter, owned: &mut Owned) -> Result<(), CaptureError> {
+async fn watch_fallback(capture: &mut Capture, writer: &LogWriter, owned: &mut Owned) -> Result<(), CaptureError> {
     let Some(fallback) = &mut owned.fallback else { return Ok(()) };
     if let Some(until) = fallback.until {
         return if writer.end().commit >= until { Err(CaptureError::StreamAgain) } else { Ok(()) };
