@@ -155,8 +155,7 @@ fn delete(flows: &mut HashMap<FlowId, FlowRuns>, key: &Key) -> bool {
         }
         Key::RunSpec(flow, run) => {
             // The run is forgotten; the rest of its keys goes with it.
-            flows.get_mut(flow).is_some_and(|runs| runs.runs.remove(run).is_some());
-            return true;
+            return flows.get_mut(flow).is_some_and(|runs| runs.runs.remove(run).is_some());
         }
         _ => {}
     }
