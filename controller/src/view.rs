@@ -159,7 +159,7 @@ impl View {
                 self.run_mut(flow, *run).put_loaded(sink, *chunk, &entry.decode()?);
             }
             Key::RunSink(flow, run, sink) => self.run_mut(flow, *run).put_sink(sink, entry.decode()?),
-            Key::FlowHold(..) | Key::FlowPurge(_) | Key::RunIndex(_) | Key::ControllerLeader => {}
+            Key::FlowHold(..) | Key::FlowPurge(_) | Key::RunIndex(_) | Key::RunLost(..) | Key::ControllerLeader => {}
         }
         Ok(())
     }
@@ -201,7 +201,7 @@ impl View {
                 self.edit_run(flow, *run, |view| view.delete_loaded(sink, *chunk));
             }
             Key::RunSink(flow, run, sink) => self.edit_run(flow, *run, |view| view.delete_sink(sink)),
-            Key::FlowHold(..) | Key::FlowPurge(_) | Key::RunIndex(_) | Key::ControllerLeader => {}
+            Key::FlowHold(..) | Key::FlowPurge(_) | Key::RunIndex(_) | Key::RunLost(..) | Key::ControllerLeader => {}
         }
     }
 
