@@ -88,7 +88,7 @@ pub struct PostgresSourceSpec {
     pub slot: SlotSpec,
     /// Whether existing rows are loaded first. Only `never` for now.
     pub snapshot: SnapshotMode,
-    /// A transaction with more bytes than this stops capture until the bound is raised.
+    /// A transaction with more bytes than this goes to the side store instead of the log.
     #[serde(default = "default_large_transaction")]
     pub large_transaction_bytes: ByteSize,
     /// How much WAL the slot may hold back.
