@@ -25,6 +25,7 @@ mod tables;
 mod text;
 mod tls;
 mod transport;
+mod verify;
 
 pub use assemble::{CaptureEvent, PartDraft, SegmentDraft, SpliceDraft};
 pub use capture::{Capture, CaptureOptions, PartOptions};
@@ -40,3 +41,4 @@ pub use sessions::SessionOwner;
 pub use setup::{PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot};
 pub use slot::SlotState;
 pub use status::{SourceStatus, ended_before, source_status};
+pub use verify::SourceVerify;
