@@ -423,8 +423,11 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
     proptest::collection::vec(act, 0..40)
 }
 
+/// LSN of the XLogData header, and the message.
+type Messages = Vec<(Lsn, Vec<u8>)>;
+
 /// What a server sends of transactions that run one after the other, streamed and not.
-fn sent(transactions: &[Vec<Act>]) -> (Vec<(Lsn, Vec<u8>)>, Vec<(Lsn, Vec<u8>)>) {
+fn sent(transactions: &[Vec<Act>]) -> (Messages, Messages) {
     let (mut plain, mut streamed) = (Vec::new(), Vec::new());
     let (mut lsn, mut next_xid, mut id) = (100_u64, 10_u32, 0_u32);
     for acts in transactions {
