@@ -169,7 +169,7 @@ JOIN pg_catalog.pg_class c ON c.oid = asked.oid JOIN pg_catalog.pg_namespace n O
 
 const COLUMNS_SQL: &str = "
 SELECT a.attrelid, max(a.attnum), pg_catalog.md5(pg_catalog.string_agg(a.attnum || ' ' || a.atttypid || ' ' || a.attname, '/' ORDER BY a.attnum))
-FROM pg_catalog.unnest($1::oid[], $2::int2[]) AS asked(oid, highest)
+FROM ROWS FROM (pg_catalog.unnest($1::oid[]), pg_catalog.unnest($2::int2[])) AS asked(oid, highest)
 JOIN pg_catalog.pg_attribute a ON a.attrelid = asked.oid AND a.attnum > 0 AND a.attnum <= asked.highest AND NOT a.attisdropped
 GROUP BY a.attrelid";
 
