@@ -12,6 +12,7 @@ mod large;
 mod load;
 mod page;
 mod sink;
+pub mod verify;
 
 pub use batch::{Batch, BatchPart, TableFilter};
 pub use catalog::{KeyValues, SourceLookup, SourceRow};

@@ -27,6 +27,7 @@ mod tables;
 mod text;
 mod tls;
 mod transport;
+mod verify;
 
 pub use assemble::{CaptureEvent, PartDraft, SegmentDraft, SpliceDraft};
 pub use capture::{Capture, CaptureOptions, PartOptions};
@@ -43,3 +44,4 @@ pub use setup::{PublicationWanted, SlotWanted, drop_publication, drop_slot, ensu
 pub use slot::SlotState;
 pub use snapshot::{ChunkRead, ChunkRequest, ExportOptions, PartSink, SnapshotExport, plan, read_chunk};
 pub use status::{SourceStatus, ended_before, source_status};
+pub use verify::SourceVerify;

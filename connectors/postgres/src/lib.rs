@@ -15,6 +15,7 @@
 //! | `sink` | the contract: open, and which of the others does what |
 //! | `transaction`, `large` | one transaction of the sink: a batch, small steps after a violation; a transaction in portions |
 //! | `marks`, `loads`, `loader`, `extras` | the first load: a state for each table, the hand-over, chunks, indexes and constraints |
+//! | `verify` | this side of `wallaby verify` |
 //! | `error` | SQLSTATE to retry, stop or give up |
 
 mod assemble;
@@ -35,8 +36,10 @@ mod session;
 mod sink;
 mod tls;
 mod transaction;
+mod verify;
 mod write;
 
 pub use config::PostgresSinkConfig;
 pub use metrics::describe_metrics;
 pub use sink::{PostgresSink, PostgresSinkFactory, capabilities};
+pub use verify::PostgresVerify;

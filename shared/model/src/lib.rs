@@ -13,6 +13,7 @@ pub mod record;
 pub mod run;
 pub mod schema;
 pub mod splice;
+pub mod verify;
 
 pub use change::{Op, SegmentBody, TableChanges, Transaction};
 pub use ids::{ChunkId, Epoch, FlowId, IdError, Nonce, PoolId, Reader, RunId, SinkId, TaskId, TaskKind, WorkerId};

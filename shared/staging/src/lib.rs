@@ -47,6 +47,8 @@ pub use record::{Incarnation, Staged};
 pub use retention::{Purged, Retention, TailClaims, TailVerdict, judge_tail, log_begins};
 pub use rule::ReaderState;
 pub use segment_cache::{SegmentCache, SegmentKey};
+#[cfg(feature = "object-store")]
+pub use side::ObjectSide;
 pub use side::{
     JetStreamSide, PutBudget, Puts, Quotas, Shelf, ShelfUsage, SideGroup, SideKey, SideStore, Sweep, open_side, sweep,
     sweep_transactions,

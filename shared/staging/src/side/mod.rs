@@ -9,12 +9,16 @@
 
 mod envelope;
 mod jetstream;
+#[cfg(feature = "object-store")]
+mod objects;
 mod open;
 mod path;
 mod puts;
 mod sweep;
 
 pub use jetstream::JetStreamSide;
+#[cfg(feature = "object-store")]
+pub use objects::ObjectSide;
 pub use open::{Quotas, open_side};
 pub use puts::{PutBudget, Puts};
 pub use sweep::{Sweep, sweep, sweep_transactions};

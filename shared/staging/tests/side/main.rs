@@ -4,7 +4,9 @@
 #[path = "../log/counters.rs"]
 mod counters;
 mod faults;
+mod gateway;
 mod jetstream;
+mod objects;
 mod suite;
 mod support;
 mod sweeping;
