@@ -279,7 +279,7 @@ async fn extras_are_added_once_and_foreign_keys_come_back_after_another_load() {
         let mut chunk = chunk(table, 0, 0, true);
         chunk.chunk.table = u32::from(table.table.name == "items");
         load(&target, &chunk, &mut PartFeed::new([chunk_part(table, log.start().commit, [row])])).await.unwrap();
-        sink.loads().unwrap().mark(&[table.table.clone()], TableStage::Ready, log.start()).await.unwrap();
+        sink.loads().unwrap().mark(std::slice::from_ref(&table.table), TableStage::Ready, log.start()).await.unwrap();
     }
     let sentences = sink.loads().unwrap().finish(&items.table).await.unwrap();
     assert_eq!(sentences.len(), 2, "{sentences:?}");
