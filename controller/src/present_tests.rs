@@ -214,3 +214,164 @@ fn a_flow_that_this_version_cannot_act_upon_is_blocked() {
     assert_eq!(phase_of(&flow), v1::Phase::Blocked);
     assert!(condition(&flow, "Accepted").message.contains("publication"));
 }
+
+mod of_runs {
+    //! Runs: which tasks they need, and what is said of them.
+    use wallaby_coordination::Detached;
+    use wallaby_model::flow::{OnExceeded, SnapshotMode};
+    use wallaby_model::run::{ChunkDone, RunPlan, RunReason, RunSpec, RunState, RunWish, SinkRun, TableStage};
+    use wallaby_model::{ChunkId, RunId, SinkId};
+
+    use super::*;
+    use crate::runs::tests::{done, reading, relation};
+
+    const RUN: RunId = RunId(1);
+
+    fn shop() -> FlowId {
+        FlowId::new("shop").unwrap()
+    }
+
+    fn chunk(number: u32) -> ChunkId {
+        ChunkId { table: 0, restart: 0, number }
+    }
+
+    fn spec(edit: impl FnOnce(&mut RunSpec)) -> RunSpec {
+        let anew = wallaby_model::flow::change::sink_anew(&SinkId::new("warehouse").unwrap(), Timestamp(1_500));
+        let mut spec = RunSpec { reason: RunReason::FirstLoad, sinks: Vec::new(), readers: 2, ..anew };
+        edit(&mut spec);
+        spec
+    }
+
+    impl World {
+        fn run(mut self, run: RunId, spec: &RunSpec, plan: Option<&RunPlan>) -> World {
+            self.record.document.spec.source.postgres.snapshot = SnapshotMode::Initial;
+            self.put(Key::RunSpec(shop(), run), spec);
+            if let Some(plan) = plan {
+                self.put(Key::RunPlan(shop(), run), plan);
+            }
+            self
+        }
+
+        fn read(mut self, number: u32, done: &ChunkDone) -> World {
+            self.put(Key::RunChunk(shop(), RUN, chunk(number)), done);
+            self
+        }
+
+        fn copying(mut self) -> World {
+            let tables = [("public.a".to_owned(), TableStage::Copying)].into();
+            let sink = SinkId::new("warehouse").unwrap();
+            self.put(Key::RunSink(shop(), RUN, sink), &SinkRun { tables, ..SinkRun::default() });
+            self
+        }
+
+        /// The tasks beside capture and sinks.
+        fn wanted(mut self) -> Vec<String> {
+            let record = self.record.clone();
+            self.put(Key::FlowSpec(shop()), &record);
+            let mut view = View::default();
+            view.take(WatchEvent::Snapshot { entries: self.entries, revision: Revision(100) });
+            let entry = view.flows().next().unwrap().clone();
+            view.wanted_tasks(&entry).iter().map(|task| task.to_string().replacen("shop.", "", 1)).collect()
+        }
+    }
+
+    #[test]
+    fn no_more_chunks_are_wanted_than_readers_and_none_that_is_read() {
+        let plan = reading(vec![relation("a", 5, 0)]);
+        let world = || World::running().run(RUN, &spec(|_| ()), Some(&plan)).read(0, &done(5));
+        let standing = ["capture", "apply.warehouse", "run.1"];
+        assert_eq!(world().wanted(), [&standing[..], &["chunk.1.0-0-1", "chunk.1.0-0-2"]].concat());
+        let busy = world().owned("shop.chunk.1.0-0-2", "w1");
+        assert_eq!(busy.wanted(), [&standing[..], &["chunk.1.0-0-1"]].concat());
+        let full = world().owned("shop.chunk.1.0-0-2", "w1").owned("shop.chunk.1.0-0-4", "w1");
+        assert_eq!(full.wanted(), standing);
+        let loads = world().owned("shop.chunk.1.0-0-2", "w1").owned("shop.chunk.1.0-0-4", "w1").copying();
+        assert_eq!(loads.wanted(), [&standing[..], &["load.warehouse.1.0-0-0"]].concat());
+    }
+
+    #[test]
+    fn a_run_that_rests_keeps_its_owner_and_one_that_is_over_needs_nobody() {
+        let plan = reading(vec![relation("a", 5, 0)]);
+        let paused = World::running().run(RUN, &spec(|spec| spec.wish = RunWish::Pause), Some(&plan)).read(0, &done(5));
+        assert_eq!(paused.copying().wanted(), ["capture", "apply.warehouse", "run.1", "load.warehouse.1.0-0-0"]);
+        let over = RunPlan { state: RunState::Done, ..plan.clone() };
+        assert_eq!(World::running().run(RUN, &spec(|_| ()), Some(&over)).wanted(), ["capture", "apply.warehouse"]);
+        let mut stopped = World::running().run(RUN, &spec(|_| ()), Some(&plan));
+        stopped.record.document.spec.paused = true;
+        assert_eq!(stopped.wanted(), [""; 0]);
+        let mut full_slot = World::new().status("shop.capture", "w1", TaskPhase::Streaming, |status| {
+            status.progress.retained_wal_bytes = Some(u64::MAX);
+        });
+        full_slot = full_slot.run(RUN, &spec(|_| ()), Some(&plan));
+        full_slot.record.document.spec.source.postgres.safety.on_exceeded = OnExceeded::PauseSnapshot;
+        assert_eq!(full_slot.wanted(), ["capture", "apply.warehouse", "run.1"]);
+    }
+
+    #[test]
+    fn a_deleted_flow_waits_for_the_owners_of_its_runs() {
+        let plan = reading(vec![relation("a", 5, 0)]);
+        let deleting = |mut world: World| {
+            world.record.deleting_since = Some(Timestamp(5));
+            world.run(RUN, &spec(|_| ()), Some(&plan)).wanted()
+        };
+        assert_eq!(deleting(World::new().owned("shop.run.1", "w1")), [""; 0]);
+        assert_eq!(deleting(World::new()), ["capture"]);
+    }
+
+    #[test]
+    fn a_run_waits_for_one_before_it_and_one_that_is_cancelled_does_not() {
+        let later = |wish| spec(|spec| (spec.reason, spec.wish) = (RunReason::Asked, wish));
+        let world = |wish| World::running().run(RUN, &spec(|_| ()), None).run(RunId(2), &later(wish), None);
+        assert_eq!(world(RunWish::Go).wanted(), ["capture", "apply.warehouse", "run.1"]);
+        assert_eq!(world(RunWish::Cancel).wanted(), ["capture", "apply.warehouse", "run.1", "run.2"]);
+        let shown = world(RunWish::Go).shown().status.unwrap().snapshots;
+        assert!(shown[1].message.contains("waits for run 1"), "{:?}", shown[1]);
+    }
+
+    #[test]
+    fn only_loads_and_then_stops() {
+        let only = |plan: &RunPlan| {
+            let mut world = World::new().run(RUN, &spec(|_| ()), Some(plan));
+            world.record.document.spec.source.postgres.snapshot = SnapshotMode::Only;
+            world
+        };
+        let plan = RunPlan { state: RunState::Loading, ..reading(vec![relation("a", 1, 0)]) };
+        assert_eq!(only(&plan).wanted(), ["apply.warehouse", "run.1"]);
+        let over = RunPlan { state: RunState::Done, ..plan };
+        assert_eq!(only(&over).wanted(), [""; 0]);
+        assert_eq!(phase_of(&only(&over).shown()), v1::Phase::Running);
+    }
+
+    #[test]
+    fn what_is_read_and_what_is_left_is_told() {
+        let plan = reading(vec![relation("a", 4, 0), relation("b", 1, 0)]);
+        let world = World::running().run(RUN, &spec(|_| ()), Some(&plan)).read(0, &done(50)).read(1, &done(50));
+        let flow = world.owned("shop.chunk.1.0-0-2", "w1").owned("shop.chunk.1.0-0-3", "w1").shown();
+        assert_eq!(phase_of(&flow), v1::Phase::Snapshotting);
+        let complete = condition(&flow, "SnapshotComplete");
+        assert_eq!((complete.reason.as_str(), complete.status), ("Reading", v1::ConditionStatus::False.into()));
+        let progress = flow.status.unwrap().snapshots.remove(0).progress.unwrap();
+        assert_eq!((progress.chunks_done, progress.chunks_total, progress.chunks_reading), (2, 5, 2));
+        // The planner's 100 for `a`, of which 100 are read by now, and its 100 for `b`.
+        assert_eq!((progress.rows_done, progress.rows_estimate), (100, 200));
+        // Two readers, each 50 rows in 100 ms.
+        assert_eq!((progress.rows_per_second, progress.remaining.map(|left| left.nanos)), (1000.0, Some(100_000_000)));
+        assert!(condition(&World::running().shown(), "SnapshotComplete").reason == "NotWanted");
+    }
+
+    #[test]
+    fn a_sink_that_was_cut_off_says_so_and_rests_until_its_run_is_made() {
+        let detached = |run| {
+            let mut world = World::running();
+            let record = Detached { at: Timestamp(9), position: None, reason: "75 % of the log".into(), run };
+            world.put(Key::SinkDetached(shop(), SinkId::new("warehouse").unwrap()), &record);
+            world
+        };
+        let flow = detached(None).shown();
+        let delivering = condition(&flow, "Delivering");
+        assert_eq!(delivering.reason, "Detached");
+        assert!(delivering.message.contains("75 % of the log"));
+        assert_eq!(detached(None).wanted(), ["capture"]);
+        assert_eq!(detached(Some(RUN)).wanted(), ["capture", "apply.warehouse"]);
+    }
+}

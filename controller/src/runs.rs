@@ -270,4 +270,4 @@ fn is_same_cut(a: &[PlannedRelation], b: &[PlannedRelation]) -> bool {
 
 #[cfg(test)]
 #[path = "runs_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -209,7 +209,7 @@ impl State {
 
     async fn look_after_runs(&self) {
         let coordination = &self.parts.etcd.coordination;
-        let (leftovers, cut_off) = self.parts.etcd.view.with(chores);
+        let Chores { leftovers, cut_off } = self.parts.etcd.view.with(chores);
         for (flow, run) in leftovers {
             if let Err(error) = coordination.clear_run(&flow, run).await {
                 tracing::debug!(%flow, %run, %error, "the run was not cleared; it is tried again");
@@ -233,9 +233,17 @@ impl State {
     }
 }
 
-/// Runs that are over and whose chunks' keys still stand there; sinks that were cut off and have no run yet.
-fn chores(view: &View) -> (Vec<(FlowId, RunId)>, Vec<(FlowEntry, SinkId)>) {
-    let (mut leftovers, mut cut_off) = (Vec::new(), Vec::new());
+/// What there is to do about runs.
+#[derive(Default)]
+struct Chores {
+    /// Runs that are over and whose chunks' keys still stand there.
+    leftovers: Vec<(FlowId, RunId)>,
+    /// Sinks that were cut off and have no run yet.
+    cut_off: Vec<(FlowEntry, SinkId)>,
+}
+
+fn chores(view: &View) -> Chores {
+    let Chores { mut leftovers, mut cut_off } = Chores::default();
     for entry in view.flows().filter(|entry| entry.record.deleting_since.is_none()) {
         let over = || view.runs(&entry.flow).filter(|(_, run)| run.is_over());
         let too_many = over().count() > FINISHED_RUNS_KEPT;
@@ -251,7 +259,7 @@ fn chores(view: &View) -> (Vec<(FlowId, RunId)>, Vec<(FlowEntry, SinkId)>) {
             }
         }
     }
-    (leftovers, cut_off)
+    Chores { leftovers, cut_off }
 }
 
 fn situation(view: &View, is_leader: bool) -> Situation {
