@@ -6,7 +6,9 @@ use tokio::sync::watch;
 use wallaby_coordination::{Mark, PacedWriter};
 use wallaby_model::Lsn;
 use wallaby_model::condition::{ConditionType, TaskPhase};
-use wallaby_postgres_source::{Capture, CaptureEvent, Feedback, PartDraft, SegmentDraft, SourceStatus, ended_before};
+use wallaby_postgres_source::{
+    Capture, CaptureEvent, Control, Feedback, PartDraft, SegmentDraft, SourceStatus, ended_before,
+};
 use wallaby_staging::{DataAppend, Log, LogWriter, Shelf, Wait, sync_policy};
 use wallaby_wire::SegmentEncoder;
 
@@ -96,7 +98,7 @@ async fn stream(
                 if let Some(commit) = owned.unconfirmed.lost() {
                     return Err(CaptureError::PartLost { commit });
                 }
-                watch_fallback(capture, writer, owned).await?;
+                watch_fallback(capture.control(), writer, owned).await?;
                 continue;
             }
             event = capture.next(&mut in_flight) => event?,
@@ -212,12 +214,12 @@ fn side_full(xid: u32, error: CaptureError) -> CaptureError {
 
 /// Whether the transaction that did not fit into the side store has ended, and its end is in the log: then transactions are
 /// streamed again.
-async fn watch_fallback(capture: &mut Capture, writer: &LogWriter, owned: &mut Owned) -> Result<(), CaptureError> {
+async fn watch_fallback(control: &Control, writer: &LogWriter, owned: &mut Owned) -> Result<(), CaptureError> {
     let Some(fallback) = &mut owned.fallback else { return Ok(()) };
     if let Some(until) = fallback.until {
         return if writer.end().commit >= until { Err(CaptureError::StreamAgain) } else { Ok(()) };
     }
-    fallback.until = ended_before(capture.control(), fallback.xid).await?;
+    fallback.until = ended_before(control, fallback.xid).await?;
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use wallaby_model::condition::{ConditionStatus, TaskPhase};
+use wallaby_model::condition::TaskPhase;
 use wallaby_testkit::Shutdown;
 use wallaby_tests::flow::FlowFile;
 use wallaby_tests::system::{Plan, System};
@@ -61,34 +61,13 @@ async fn a_blocked_sink_fills_the_log_and_both_go_on() {
     assert!(comparison.is_equal(), "{comparison}");
 }
 
-/// A transaction above the bound stops capture, says what it is, and a raised bound lets it go on from its position.
+/// A transaction above the bound goes through the side store and arrives whole.
 async fn too_large(system: &mut System) {
     let source = system.source().await;
-    source.batch_execute("BEGIN").await.unwrap();
     source.execute(FILL, &[&1_000_000_i64, &1_006_000_i64]).await.unwrap();
-    let row = source.query_one("SELECT pg_current_xact_id()::text", &[]).await.unwrap();
-    source.batch_execute("COMMIT").await.unwrap();
-    let xid: String = row.get(0);
-    let stopped = system
-        .until_status(&system.capture(), "capture stops at the large transaction", |status| {
-            status.phase == TaskPhase::Stopped
-        })
-        .await;
-    let condition = stopped.conditions.iter().find(|condition| condition.reason == "LargeTransaction").unwrap();
-    assert_eq!(condition.status, ConditionStatus::False);
-    for part in [xid.as_str(), "public.bulk", "4194304", "largeTransactionBytes"] {
-        assert!(condition.message.contains(part), "{part} is not in: {}", condition.message);
-    }
-    let said = system.cli(&["describe", "shop"]).await;
-    assert!(said.text.contains("largeTransactionBytes") && said.text.contains(&xid), "{}", said.text);
-    let seen = system.target().await.query_one("SELECT count(*) FROM bulk WHERE id >= 1000000", &[]).await.unwrap();
-    assert_eq!(seen.get::<_, i64>(0), 0, "what is in the log of it stays unseen");
-    let raised = FlowFile { large_transaction_bytes: "12Mi".to_owned(), ..small_log() };
-    let said = system.apply(&raised).await;
-    assert_eq!(said.code, 0, "{}", said.text);
     let at = Instant::now();
     system.row_passes().await;
-    println!("the bound was raised: rows pass after {:.1} s", at.elapsed().as_secs_f64());
+    println!("a row behind a large transaction passes after {:.1} s", at.elapsed().as_secs_f64());
     let seen = system.target().await.query_one("SELECT count(*) FROM bulk WHERE id >= 1000000", &[]).await.unwrap();
     assert_eq!(seen.get::<_, i64>(0), 6001);
 }

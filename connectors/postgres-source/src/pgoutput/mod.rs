@@ -137,7 +137,9 @@ impl Decoder {
     fn decode_stream_or_prepared<'a>(&mut self, kind: u8, cursor: &mut Cursor<'a>) -> Result<Message<'a>, DecodeError> {
         let letter = char::from(kind);
         let least_version = match kind {
-            b'S' | b'E' | b'c' | b'A' => 2,
+            b'S' | b'E' | b'c' => 2,
+            // PostgreSQL 18 sends one for a transaction that was spilled to disk and rolled back, streaming or not [m, 18.4].
+            b'A' => 1,
             b'b' | b'P' | b'K' | b'r' | b'p' => 3,
             _ => return Err(DecodeError::Unknown(kind)),
         };

@@ -121,6 +121,12 @@ async fn compare(pg: &Postgres) {
     for number in 1..30 {
         db.batch_execute(&transaction(&mut rng, number)).await.unwrap();
     }
+    // Streamed before it is rolled back, in part and as a whole: PostgreSQL 18 tells of the latter whether asked to stream or not.
+    let rows =
+        |from: u32| format!("INSERT INTO f SELECT {from} + g, repeat('x', 100) FROM generate_series(1, 3000) g;");
+    let (first, second, third) = (rows(1), rows(10_000), rows(20_000));
+    db.batch_execute(&format!("BEGIN; {first} SAVEPOINT a; {second} ROLLBACK TO a; {third} COMMIT;")).await.unwrap();
+    db.batch_execute(&format!("BEGIN; {first} SAVEPOINT a; {second} ROLLBACK;")).await.unwrap();
     let until = Position::before(wal_end(&db).await);
     db.batch_execute("INSERT INTO f VALUES (0, 'end')").await.unwrap();
     let first = flow.first_position();
@@ -140,9 +146,11 @@ async fn compare(pg: &Postgres) {
     let mut large = flow.options(3);
     large.parts = Some(PartOptions::new(0));
     large.large_transaction_bytes = 20_000;
-    db.batch_execute("ALTER SYSTEM SET logical_decoding_work_mem = '1GB'; SELECT pg_reload_conf()").await.unwrap();
+    db.batch_execute("ALTER SYSTEM SET logical_decoding_work_mem = '1GB'").await.unwrap();
+    db.batch_execute("SELECT pg_reload_conf()").await.unwrap();
     let cut = decode(&flow, large, first, until, all).await;
-    db.batch_execute("ALTER SYSTEM RESET logical_decoding_work_mem; SELECT pg_reload_conf()").await.unwrap();
+    db.batch_execute("ALTER SYSTEM RESET logical_decoding_work_mem").await.unwrap();
+    db.batch_execute("SELECT pg_reload_conf()").await.unwrap();
     assert_eq!(cut.rows, plain.rows);
     assert!(cut.splices > 0);
     // Decoded in part without streaming, killed, and gone on with streaming; and the other way round.
