@@ -130,8 +130,8 @@ async fn read(
     let epoch = context.lock.fix_epoch(None).await?;
     context.status.epoch(epoch);
     context.status.phase(TaskPhase::Streaming);
-    let config = ConnectConfig::parse(&secret::resolve(&demand.dsn)?)?
-        .with_application_name(&context.task.session_name(epoch));
+    let config =
+        ConnectConfig::parse(&secret::resolve(&demand.dsn)?)?.with_application_name(&context.task.session_name(epoch));
     context.pulse.wait("the side store");
     let side = context.shared.side(&context.task.flow, &demand.log).await?;
     side.ensure(Shelf::Chunks).await?;
@@ -212,8 +212,7 @@ impl PartSink for Parts<'_> {
     async fn part(&mut self, body: SegmentBody) -> Result<(), CaptureError> {
         let rows = body.rows() as u64;
         let packed = wallaby_wire::encode(&body, self.codec)?;
-        let key =
-            SideKey::ChunkPart { run: self.run, chunk: self.chunk, attempt: self.attempt, number: self.number };
+        let key = SideKey::ChunkPart { run: self.run, chunk: self.chunk, attempt: self.attempt, number: self.number };
         self.checksums.extend_from_slice(&part_checksum(&packed).to_le_bytes());
         self.rows += rows;
         self.bytes += packed.len() as u64;

@@ -44,7 +44,10 @@ pub fn describe() {
     describe_counter!("wallaby_sinks_detached_total", "Sinks that were cut off from a log that got too long for them");
     describe_gauge!("wallaby_tasks", "Tasks that this worker owns");
     describe_counter!("wallaby_tasks_taken_total", "Tasks that this worker took");
-    describe_counter!("wallaby_tasks_ended_total", "Tasks that ended, by outcome: released, completed, given_up, lock_lost");
+    describe_counter!(
+        "wallaby_tasks_ended_total",
+        "Tasks that ended, by outcome: released, completed, given_up, lock_lost"
+    );
     describe_counter!("wallaby_tasks_wedged_total", "Tasks whose loop was silent and which the watchdog aborted");
     describe_counter!("wallaby_tasks_failed_total", "Tasks whose code failed");
     describe_counter!("wallaby_offers_total", "Offers pulled, by outcome: taken, held, unwanted, unreadable, failed");

@@ -70,15 +70,14 @@ pub async fn run(start: Start, shutdown: CancellationToken) -> Result<Outcome, w
     tracing::info!(worker = %session.worker(), ttl_ms = session.ttl().as_millis() as u64, "worker started");
     let watch = FlowWatch::start(&coordination);
     let shared = Arc::new(Shared::new(options, coordination, session, failpoints));
-    let mut worker =
-        Worker {
-            shared,
-            flows: watch.subscribe(),
-            runs: watch.runs(),
-            tasks: JoinSet::new(),
-            drain: CancellationToken::new(),
-            info,
-        };
+    let mut worker = Worker {
+        shared,
+        flows: watch.subscribe(),
+        runs: watch.runs(),
+        tasks: JoinSet::new(),
+        drain: CancellationToken::new(),
+        info,
+    };
     let outcome = worker.serve(&shutdown).await;
     if outcome == Outcome::Drained
         && let Err(error) = worker.shared.session.revoke().await

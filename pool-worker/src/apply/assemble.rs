@@ -342,7 +342,9 @@ mod tests {
         assert!(!assembler.is_large_next(1 << 20));
         assembler.applied(batch.to);
         assert!(assembler.is_large_next(1 << 20) && assembler.batch(1 << 20, None, None).is_none());
-        let Some(Piece::Splice { to, after, .. }) = assembler.take_piece(None, None) else { panic!("a splice is next") };
+        let Some(Piece::Splice { to, after, .. }) = assembler.take_piece(None, None) else {
+            panic!("a splice is next")
+        };
         assert_eq!((after, to), (end(25), end(45)));
         assembler.applied(to);
         assert_eq!(assembler.batch(1 << 20, None, None).unwrap().to, end(55));
@@ -358,7 +360,9 @@ mod tests {
         assert_eq!((batch.to, batch.rows()), (end(25), 1));
         assembler.applied(batch.to);
         assert!(assembler.is_large_next(1 << 20));
-        let Some(Piece::Part(Some(part))) = assembler.take_piece(None, None) else { panic!("the log's rows come first") };
+        let Some(Piece::Part(Some(part))) = assembler.take_piece(None, None) else {
+            panic!("the log's rows come first")
+        };
         assert_eq!((part.after, part.up_to), (end(25), middle));
         assert!(matches!(assembler.take_piece(None, None), Some(Piece::Splice { after, .. }) if after == middle));
     }
@@ -379,7 +383,9 @@ mod tests {
         assert!(assembler.take_piece(None, None).is_none() && assembler.held_bytes() == 0);
         let next = Position::of(Lsn(120), Lsn(101), 1);
         assembler.push(segment(at(30), next, end(95), &[(90, 31, 1), (120, 101, 1)]));
-        let Some(Piece::Last { part: Some(part), to, .. }) = assembler.take_piece(None, None) else { panic!("the end") };
+        let Some(Piece::Last { part: Some(part), to, .. }) = assembler.take_piece(None, None) else {
+            panic!("the end")
+        };
         rows += part.tables().map(|table| table.rows.num_rows()).sum::<usize>();
         assert_eq!((rows, to), (3, end(95)));
         assembler.applied(to);

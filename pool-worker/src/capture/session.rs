@@ -108,7 +108,8 @@ pub async fn run(
     let sweeper = retention::Sweeper { side: Arc::clone(&side), epoch, living: owned.living.clone() };
     let _feedback =
         feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
-    let _retention = retention::start(log.clone(), context.lock.clone(), demand.log.replay_window.0, sweeper, Overrun::of(context));
+    let _retention =
+        retention::start(log.clone(), context.lock.clone(), demand.log.replay_window.0, sweeper, Overrun::of(context));
     let (figures, _figures) = figures::start(config, demand.slot.clone());
     context.status.condition(ConditionType::SourceReady, true, "Ready", "");
     context.status.condition(ConditionType::Capturing, true, "Streaming", "");

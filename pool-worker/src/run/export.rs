@@ -52,11 +52,12 @@ impl Export {
         let config = ConnectConfig::parse(&secret::resolve(&demand.dsn)?)?
             .with_application_name(&context.task.session_name(epoch));
         context.pulse.wait("the source");
-        let control = connect_control(&config).await?;
         if let Some(wanted) = publication(context) {
-            ensure_publication(&control, &wanted).await?;
+            ensure_publication(&connect_control(&config).await?, &wanted).await?;
         }
-        hold(context, run).await?;
+        if demand.is_captured {
+            hold(context, run).await?;
+        }
         context.pulse.wait("the source to export a snapshot");
         let owner = SessionOwner { prefix: context.task.session_prefix(), epoch };
         let options = ExportOptions { connect: config, owner, timeout: EXPORT_PATIENCE };
@@ -117,7 +118,11 @@ async fn hold(context: &TaskContext, run: RunId) -> Result<(), CaptureError> {
             Err(error) => return Err(error.into()),
         }
     }
-    Err(EtcdError::Refused { doing: "holding the log", cause: "it was purged past its end at each of many attempts".to_owned() }.into())
+    Err(EtcdError::Refused {
+        doing: "holding the log",
+        cause: "it was purged past its end at each of many attempts".to_owned(),
+    }
+    .into())
 }
 
 async fn log_end(context: &TaskContext, log: &Log) -> Result<Position, CaptureError> {

@@ -113,7 +113,8 @@ async fn session(
     context.pulse.wait("the side store");
     let side = context.shared.side(&context.task.flow, &demand.log).await?;
     let plan = entry.plan.unwrap_or_default();
-    let mut owner = Owner { context, demand, run, plan, side, export: None, is_outdated: false, removed: BTreeSet::new() };
+    let mut owner =
+        Owner { context, demand, run, plan, side, export: None, is_outdated: false, removed: BTreeSet::new() };
     let end = owner.serve(backoff).await;
     if !matches!(end, Ok(End::Over)) && owner.plan.snapshot().is_some() {
         // Nobody should try to read under a snapshot that goes with this session.
@@ -130,9 +131,7 @@ async fn seen_by_watch(context: &TaskContext, run: RunId, plan: Option<&RunPlan>
     let mut changes = context.runs.changes();
     let is_seen =
         || context.runs.run(&context.task.flow, run, |view| view.spec.is_some() && view.plan.as_ref() == plan);
-    let seen = async {
-        while is_seen() != Some(true) && changes.changed().await.is_ok() {}
-    };
+    let seen = async { while is_seen() != Some(true) && changes.changed().await.is_ok() {} };
     let _late_is_harmless = tokio::time::timeout(WATCH_PATIENCE, seen).await;
 }
 
@@ -211,10 +210,10 @@ impl Owner<'_> {
                 plan: &self.plan,
                 done: &view.chunks,
                 lost: &view.lost,
-                session: self.export.as_ref().map(|export| core::Session {
-                    age: export.age(),
-                    is_outdated: self.is_outdated,
-                }),
+                session: self
+                    .export
+                    .as_ref()
+                    .map(|export| core::Session { age: export.age(), is_outdated: self.is_outdated }),
                 age_max: export::age_max(context),
                 sinks_open: sinks.iter().filter(|sink| !is_done(sink)).count(),
                 is_unwanted: sinks.is_empty(),
@@ -245,7 +244,8 @@ impl Owner<'_> {
         self.side.ensure(Shelf::Chunks).await?;
         let (export, generation, fresh) = Export::make(context, self.demand, self.run, &spec, number).await?;
         let replanned = context.runs.run(&context.task.flow, self.run, |view| {
-            core::replan(self.plan.clone(), fresh, generation.clone(), &view.chunks, &view.lost)
+            let known = core::Known { done: &view.chunks, lost: &view.lost, may_mix: self.demand.is_captured };
+            core::replan(self.plan.clone(), fresh, generation.clone(), known)
         });
         let Some(plan) = replanned else { return Ok(()) };
         self.plan = plan;
@@ -293,7 +293,13 @@ impl Owner<'_> {
                     || view.sinks.get(sink).is_some_and(|state| state.is_done)
             };
             let is_taken = |chunk: &&ChunkId| sinks.iter().all(|sink| has(sink, chunk));
-            chunks.keys().filter(|chunk| !self.removed.contains(chunk)).filter(is_taken).take(REMOVED_AT_ONCE).copied().collect()
+            chunks
+                .keys()
+                .filter(|chunk| !self.removed.contains(chunk))
+                .filter(is_taken)
+                .take(REMOVED_AT_ONCE)
+                .copied()
+                .collect()
         });
         if sinks.is_empty() {
             return;

@@ -35,8 +35,8 @@ pub struct Scene {
 
 /// A worker of this process; it ends when dropped.
 pub struct Running {
-    pub shutdown: CancellationToken,
-    pub task: AbortOnDropHandle<worker::Outcome>,
+    _shutdown: CancellationToken,
+    _task: AbortOnDropHandle<worker::Outcome>,
 }
 
 impl Scene {
@@ -164,26 +164,21 @@ spec:
     }
 
     pub fn worker(&self, name: &str) -> Running {
-        self.worker_with(name, &[], Failpoints::default())
-    }
-
-    pub fn worker_with(&self, name: &str, more: &[&str], failpoints: Failpoints) -> Running {
         let nats = self.nats.url();
         let monitoring = self.nats.cluster().monitoring_urls().join(",");
         let mut arguments = vec!["wallaby-worker", "--nats", &nats, "--nats-monitoring", &monitoring];
         arguments.extend(["--lease-ttl", "2s", "--pool", self.pool.as_str()]);
-        arguments.extend(more);
         let start = Start {
             options: Options::try_parse_from(arguments).unwrap(),
             name: WorkerId::new(name).unwrap(),
             coordination: self.coordination.clone(),
-            failpoints,
+            failpoints: Failpoints::default(),
             address: String::new(),
         };
         let shutdown = CancellationToken::new();
         let asked = shutdown.clone();
         let task = tokio::spawn(async move { worker::run(start, asked).await.unwrap() });
-        Running { shutdown, task: AbortOnDropHandle::new(task) }
+        Running { _shutdown: shutdown, _task: AbortOnDropHandle::new(task) }
     }
 
     /// Waits until a query gives the same on both sides.
@@ -195,7 +190,11 @@ spec:
                 return Ok(());
             }
             let differ = source.iter().zip(&target).find(|(a, b)| a != b);
-            Err(format!("{} rows at the source, {} at the target, first difference {differ:?}", source.len(), target.len()))
+            Err(format!(
+                "{} rows at the source, {} at the target, first difference {differ:?}",
+                source.len(),
+                target.len()
+            ))
         })
         .await;
     }
