@@ -75,6 +75,8 @@ pub struct SourceDemand {
     pub publication: String,
     /// The log, and where parts are kept.
     pub log: LogSpec,
+    /// Whether changes are captured. Without them (`snapshot: only`) nothing makes rows of two snapshots converge.
+    pub is_captured: bool,
 }
 
 /// The part of a flow that one apply task acts on. Not which tables are published: the sinks go on when tables are added.
@@ -104,6 +106,7 @@ pub fn demand(flow: Option<&Flow>, task: &TaskId) -> Demand {
         dsn: source.dsn.clone(),
         publication: document.publication_name(),
         log: document.spec.log.clone(),
+        is_captured: source.snapshot != SnapshotMode::Only,
     };
     let of_sink = |name: &SinkId| {
         let sink = document.spec.sinks.iter().find(|sink| sink.name == *name && !sink.paused)?;

@@ -1,5 +1,6 @@
 //! A sink that has no position: its first load, or the load anew of one that was cut off from the log.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use wallaby_connector_api::Sink;
@@ -7,9 +8,9 @@ use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::run::RunState;
 use wallaby_model::{Position, SinkId};
 
-use super::ApplyError;
 use super::load::{Loads, Stepped};
-use super::tables;
+use super::{ApplyError, finish, session, tables};
+use crate::flows::ApplyDemand;
 use crate::task::TaskContext;
 
 /// How often it is looked again although no run changed.
@@ -52,7 +53,8 @@ pub async fn take_stock(
 /// # Errors
 /// As the sink, the side store and etcd say.
 pub async fn load(
-    context: &TaskContext,
+    context: &Arc<TaskContext>,
+    demand: &ApplyDemand,
     sink: &mut dyn Sink,
     loads: &mut Loads,
 ) -> Result<Option<Position>, ApplyError> {
@@ -60,6 +62,7 @@ pub async fn load(
     let ending = context.ending();
     tokio::pin!(ending);
     context.status.phase(TaskPhase::Opening);
+    let mut finishing = None;
     loop {
         changes.borrow_and_update();
         match loads.step(context, sink, None).await? {
@@ -71,7 +74,14 @@ pub async fn load(
                 context.pulse.beat();
                 continue;
             }
-            Stepped::Idle | Stepped::Replay(_) | Stepped::Done { .. } => {}
+            // With `snapshot: only` that is all: no stream follows.
+            Stepped::Done { run, state } => {
+                let tables = context.runs.run(&context.task.flow, run, |view| finish::tables_of(run, view, state));
+                let unopened = session::make(context, demand)?;
+                finishing = Some(finish::start(context, &demand.sink.name, unopened, tables.into_iter().collect()));
+                continue;
+            }
+            Stepped::Idle | Stepped::Replay(_) => {}
         }
         let waits_for = waits_for(context, loads);
         context.pulse.wait(waits_for.clone());
@@ -82,7 +92,10 @@ pub async fn load(
             let _the_clock_comes_too = tokio::time::timeout(LOOK_EVERY, changes.changed()).await;
         };
         tokio::select! {
-            _ = &mut ending => return Ok(None),
+            _ = &mut ending => {
+                drop(finishing);
+                return Ok(None);
+            }
             () = news => {}
         }
         context.pulse.beat();

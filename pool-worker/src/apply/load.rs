@@ -183,13 +183,17 @@ impl Loads {
                 self.loaded.insert(run, loaded);
                 Ok(if is_news { Stepped::Moved } else { Stepped::Idle })
             }
-            Next::BeginStream { run, ready, from, until } => {
+            Next::BeginStream { run, .. } if self.done.contains(&run) => Ok(Stepped::Idle),
+            Next::BeginStream { run, ready, from, state } => {
                 // Each table from its own point on; the stream from the lowest.
                 for (table, position) in ready {
                     loads(sink)?.mark(&[table], TableStage::Ready, position).await?;
                 }
                 self.refresh(sink).await?;
-                tracing::info!(task = %context.task, %run, %from, %until, "every table is loaded: the stream begins");
+                if self.snapshot == SnapshotMode::Only {
+                    return self.done(context, sink, run, state).await;
+                }
+                tracing::info!(task = %context.task, %run, %from, "every table is loaded: the stream begins");
                 Ok(Stepped::Begin { from })
             }
             Next::CatchUp { run, tables, from } => {
@@ -200,7 +204,7 @@ impl Loads {
             }
             Next::Replay(replay) => Ok(Stepped::Replay(replay)),
             Next::Done { run, .. } if self.done.contains(&run) => Ok(Stepped::Idle),
-            Next::Done { run, state } => self.done(context, sink, run, state, at.unwrap_or(Position::ZERO)).await,
+            Next::Done { run, state } => self.done(context, sink, run, state).await,
         }
     }
 
@@ -210,11 +214,7 @@ impl Loads {
         sink: &mut dyn Sink,
         run: RunId,
         state: SinkRun,
-        at: Position,
     ) -> Result<Stepped, ApplyError> {
-        if self.snapshot == SnapshotMode::Only && self.converges_at(context, run).is_some_and(|until| at < until) {
-            return Ok(Stepped::Idle);
-        }
         context.lock.clear_detached(&self.sink, run).await?;
         loads(sink)?.forget(run).await?;
         self.loaded.remove(&run);
@@ -224,24 +224,6 @@ impl Loads {
         // The watch has not brought it back yet: until then the same step would come again.
         self.done.insert(run);
         Ok(Stepped::Done { run, state })
-    }
-
-    /// Up to where rows of several exports have to be applied before the tables are of one moment: what `snapshot: only` stops at.
-    fn converges_at(&self, context: &TaskContext, run: RunId) -> Option<Position> {
-        let points = context
-            .runs
-            .run(&context.task.flow, run, |view| view.chunks.values().map(|done| done.consistent_point).max());
-        points.flatten().map(Position::before)
-    }
-
-    /// Where the main stream goes no further, with `snapshot: only`, and what it takes when it stands there.
-    pub fn only(&self, context: &TaskContext) -> Option<Position> {
-        if self.snapshot != SnapshotMode::Only {
-            return None;
-        }
-        let open =
-            context.runs.of(&context.task.flow, |runs| tables::open_runs(runs, &self.sink).map(|(run, ..)| run).next());
-        Some(open.and_then(|run| self.converges_at(context, run)).unwrap_or(Position::ZERO))
     }
 
     /// The table's shape, from the chunk's first part; `None` when that is lost: the table is read again.

@@ -67,7 +67,7 @@ pub async fn run(
 }
 
 /// A new, unopened sink.
-fn make(context: &TaskContext, demand: &ApplyDemand) -> Result<Box<dyn Sink>, ApplyError> {
+pub fn make(context: &TaskContext, demand: &ApplyDemand) -> Result<Box<dyn Sink>, ApplyError> {
     let (factory, task) = factory(context, demand)?;
     Ok(factory.make(task))
 }
@@ -144,7 +144,7 @@ async fn drive(
             (LogStream::new(feed, position, epoch), position)
         }
         None if is_cut_off || demand.snapshot != SnapshotMode::Never => {
-            let Some(from) = first::load(context, sink, &mut loads).await? else { return Ok(()) };
+            let Some(from) = first::load(context, demand, sink, &mut loads).await? else { return Ok(()) };
             // The log's epoch there is not known: any that is met is younger.
             sink.start_at(from, Epoch::default()).await?;
             let feed = stream::feed(context, start_of(context, from, None)).await?;
@@ -244,19 +244,13 @@ impl Run<'_> {
     /// Applies what is there, at most one batch or one large transaction; says whether something was.
     async fn advance(&mut self) -> Result<bool, ApplyError> {
         self.stream.fill(self.bytes_max, self.rows_max)?;
-        let stops = self.loads.only(self.context);
-        let at = self.stream.assembler.at();
-        // With `snapshot: only` the position goes on, so that the log need not be kept, and takes nothing along.
-        let (limit, filter) = match stops {
-            Some(stop) if at >= stop => (None, Some(Arc::new(TableFilter::default()))),
-            stops => (stops, self.loads.filter.clone()),
-        };
-        if limit.is_none_or(|limit| at < limit) && self.stream.assembler.is_large_next(self.large_bytes) {
-            self.apply_large(limit, filter).await?;
+        let filter = self.loads.filter.clone();
+        if self.stream.assembler.is_large_next(self.large_bytes) {
+            self.apply_large(filter).await?;
             return Ok(true);
         }
         let is_worth = self.is_worth_applying();
-        let batch = if is_worth { self.stream.assembler.batch(self.bytes_max, limit, filter.as_ref()) } else { None };
+        let batch = if is_worth { self.stream.assembler.batch(self.bytes_max, None, filter.as_ref()) } else { None };
         match batch {
             Some(batch) => {
                 self.apply(&batch).await?;
@@ -298,18 +292,14 @@ impl Run<'_> {
         Ok(())
     }
 
-    async fn apply_large(
-        &mut self,
-        limit: Option<Position>,
-        filter: Option<Arc<TableFilter>>,
-    ) -> Result<(), ApplyError> {
+    async fn apply_large(&mut self, filter: Option<Arc<TableFilter>>) -> Result<(), ApplyError> {
         let context = self.context;
         if !context.is_valid_now() {
             return Err(ApplyError::Invalid);
         }
         let begun = Instant::now();
         let from = self.stream.assembler.at();
-        let mut portions = LogPortions::new(&mut self.stream, self.loads.side(), filter, limit, &context.pulse);
+        let mut portions = LogPortions::new(&mut self.stream, self.loads.side(), filter, None, &context.pulse);
         let outcome = self.sink.apply_large(from, &mut portions).await;
         let (rows, committed) = (portions.rows, portions.committed_at_micros);
         let to = portions.finish(outcome)?;

@@ -106,8 +106,8 @@ pub enum Next {
         ready: Vec<(TableName, Position)>,
         /// Where the stream begins.
         from: Position,
-        /// Up to here rows of several snapshots converge.
-        until: Position,
+        /// How the sink then stands in the run.
+        state: SinkRun,
     },
     /// Everything is loaded into a live sink: the tables catch up from here.
     CatchUp {
@@ -286,7 +286,6 @@ fn begin_stream(
     for (name, table) in tables.iter().filter(|(_, table)| !table.is_gone) {
         let Some(point) = consistent_point(plan, &view.chunks, name, table.restart) else { continue };
         points.insert(point);
-        points.extend(table.chunks.iter().filter_map(|chunk| view.chunks.get(chunk)).map(|done| done.consistent_point));
         if !marked.contains(name) {
             ready.push((name.clone(), Position::before(point)));
         }
@@ -294,8 +293,12 @@ fn begin_stream(
     // Without any table: where the last export stood.
     let exported = || plan.generations.last().map_or(Lsn(0), |generation| generation.consistent_point);
     let from = points.first().copied().unwrap_or_else(exported);
-    let until = points.last().copied().unwrap_or(from);
-    Next::BeginStream { run, ready, from: Position::before(from), until: Position::before(until) }
+    let mut state = view.sinks.get(at.sink).cloned().unwrap_or_default();
+    for (name, position) in &ready {
+        state.tables.insert(name.to_string(), TableStage::Ready);
+        state.handed_over.insert(name.to_string(), *position);
+    }
+    Next::BeginStream { run, ready, from: Position::before(from), state }
 }
 
 /// The replay of the tables that stand lowest; others that stand elsewhere come after it.

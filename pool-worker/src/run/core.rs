@@ -111,18 +111,24 @@ pub fn unfinished<'a>(
     plan.relations.iter().enumerate().filter(move |(index, _)| is_open(*index))
 }
 
+/// What is known of the chunks when a plan is made over.
+#[derive(Clone, Copy, Debug)]
+pub struct Known<'a> {
+    /// The chunks that are read.
+    pub done: &'a BTreeMap<ChunkId, ChunkDone>,
+    /// Chunks of which the side store lost a part.
+    pub lost: &'a BTreeSet<ChunkId>,
+    /// Whether the log makes rows of two snapshots converge, in tables with a key.
+    pub may_mix: bool,
+}
+
 /// The plan under a new export. `fresh` is what the publication has now of the run's tables, as planned inside the new snapshot.
-pub fn replan(
-    mut plan: RunPlan,
-    fresh: Vec<PlannedRelation>,
-    generation: Generation,
-    done: &BTreeMap<ChunkId, ChunkDone>,
-    lost: &BTreeSet<ChunkId>,
-) -> RunPlan {
+pub fn replan(mut plan: RunPlan, fresh: Vec<PlannedRelation>, generation: Generation, known: Known<'_>) -> RunPlan {
+    let Known { done, lost, .. } = known;
     let lost_tables: HashSet<TableName> = void_by_loss(&plan, lost).into_iter().cloned().collect();
     let by_name: HashMap<TableName, PlannedRelation> =
         fresh.iter().map(|relation| (relation.relation.clone(), relation.clone())).collect();
-    let fates = fates(&plan, &by_name, done);
+    let fates = fates(&plan, &by_name, known);
     let void: HashSet<TableName> = plan
         .relations
         .iter()
@@ -184,11 +190,8 @@ enum Fate {
 }
 
 /// What becomes of each planned relation by itself.
-fn fates(
-    plan: &RunPlan,
-    fresh: &HashMap<TableName, PlannedRelation>,
-    done: &BTreeMap<ChunkId, ChunkDone>,
-) -> Vec<Fate> {
+fn fates(plan: &RunPlan, fresh: &HashMap<TableName, PlannedRelation>, known: Known<'_>) -> Vec<Fate> {
+    let done = known.done;
     let open: HashSet<usize> = unfinished(plan, done).map(|(index, _)| index).collect();
     let begun: HashSet<u32> = done
         .keys()
@@ -205,7 +208,7 @@ fn fates(
             Some(_) if !open.contains(&index) => Fate::Keep,
             Some(now) if now.oid != relation.oid || now.relfilenode != relation.relfilenode => Fate::Void,
             // A late chunk of the former export could still come in beside those of this one: never without a key.
-            Some(_) if !relation.has_key => Fate::Void,
+            Some(_) if !relation.has_key || !known.may_mix => Fate::Void,
             // Nothing is lost, and it may have grown.
             Some(_) if !is_begun => Fate::Void,
             Some(_) => Fate::Keep,
@@ -286,6 +289,10 @@ mod tests {
         }
     }
 
+    fn known<'a>(done: &'a BTreeMap<ChunkId, ChunkDone>, lost: &'a BTreeSet<ChunkId>) -> Known<'a> {
+        Known { done, lost, may_mix: true }
+    }
+
     #[test]
     fn a_run_goes_its_way() {
         let none = BTreeSet::new();
@@ -327,7 +334,7 @@ mod tests {
     fn h23_a_dead_session_costs_what_may_not_be_mixed_and_nothing_else() {
         let relations = vec![relation("keyed", 25, true), relation("keyless", 25, false), relation("whole", 5, false)];
         let done = read(&[chunk(0, 0, 0), chunk(0, 0, 2), chunk(1, 0, 1), chunk(2, 0, 0)]);
-        let after = replan(plan(relations.clone()), relations, generation(2, true), &done, &BTreeSet::new());
+        let after = replan(plan(relations.clone()), relations, generation(2, true), known(&done, &BTreeSet::new()));
         assert_eq!(after.relations.iter().map(|r| r.restart).collect::<Vec<_>>(), [0, 1, 0]);
         assert_eq!(after.generations[0].snapshot, None);
         assert_eq!(after.snapshot().map(|generation| generation.number), Some(2));
@@ -344,7 +351,7 @@ mod tests {
         let done = read(&[chunk(0, 0, 0), chunk(1, 0, 0), chunk(2, 0, 0)]);
         let mut fresh = parts.clone();
         fresh[1].relfilenode = 9;
-        let after = replan(plan(parts), fresh, generation(2, true), &done, &BTreeSet::new());
+        let after = replan(plan(parts), fresh, generation(2, true), known(&done, &BTreeSet::new()));
         assert_eq!(after.relations.iter().map(|r| r.restart).collect::<Vec<_>>(), [1, 1, 0]);
         assert_eq!(after.relations[1].relfilenode, 9);
     }
@@ -355,7 +362,7 @@ mod tests {
         let done = read(&[chunk(0, 0, 0), chunk(1, 0, 0)]);
         let mut fresh = relations.clone();
         fresh[0].relfilenode = 9;
-        let after = replan(plan(relations), fresh, generation(2, true), &done, &BTreeSet::new());
+        let after = replan(plan(relations), fresh, generation(2, true), known(&done, &BTreeSet::new()));
         assert_eq!(after.relations[0].restart, 0);
     }
 
@@ -364,7 +371,7 @@ mod tests {
         let relations = vec![relation("gone", 25, true), relation("b", 25, true)];
         let done = read(&[chunk(1, 0, 0)]);
         let fresh = vec![relations[1].clone(), relation("new", 5, true)];
-        let after = replan(plan(relations), fresh, generation(2, true), &done, &BTreeSet::new());
+        let after = replan(plan(relations), fresh, generation(2, true), known(&done, &BTreeSet::new()));
         assert_eq!(after.relations[0].state, RelationState::Gone);
         assert_eq!(after.relations[2].table.name, "new");
         assert!(after.chunks().all(|chunk| chunk.table != 0));
@@ -375,9 +382,10 @@ mod tests {
         let relations = vec![relation("a", 5, true), relation("b", 5, true)];
         let done = read(&[chunk(0, 0, 0), chunk(1, 0, 0)]);
         let lost = BTreeSet::from([chunk(0, 0, 0)]);
-        let after = replan(plan(relations.clone()), relations.clone(), generation(2, true), &done, &lost);
+        let after = replan(plan(relations.clone()), relations.clone(), generation(2, true), known(&done, &lost));
         assert_eq!(after.relations.iter().map(|r| r.restart).collect::<Vec<_>>(), [1, 0]);
-        let again = replan(after, relations, generation(3, true), &read(&[chunk(0, 1, 0), chunk(1, 0, 0)]), &lost);
+        let again =
+            replan(after, relations, generation(3, true), known(&read(&[chunk(0, 1, 0), chunk(1, 0, 0)]), &lost));
         assert_eq!(again.relations[0].restart, 1, "the loss of an older restart is no news");
     }
 }

@@ -52,11 +52,12 @@ impl Export {
         let config = ConnectConfig::parse(&secret::resolve(&demand.dsn)?)?
             .with_application_name(&context.task.session_name(epoch));
         context.pulse.wait("the source");
-        let control = connect_control(&config).await?;
         if let Some(wanted) = publication(context) {
-            ensure_publication(&control, &wanted).await?;
+            ensure_publication(&connect_control(&config).await?, &wanted).await?;
         }
-        hold(context, run).await?;
+        if demand.is_captured {
+            hold(context, run).await?;
+        }
         context.pulse.wait("the source to export a snapshot");
         let owner = SessionOwner { prefix: context.task.session_prefix(), epoch };
         let mut session = SnapshotExport::open(&config, &owner, EXPORT_PATIENCE).await?;

@@ -244,7 +244,8 @@ impl Owner<'_> {
         self.side.ensure(Shelf::Chunks).await?;
         let (export, generation, fresh) = Export::make(context, self.demand, self.run, &spec, number).await?;
         let replanned = context.runs.run(&context.task.flow, self.run, |view| {
-            core::replan(self.plan.clone(), fresh, generation.clone(), &view.chunks, &view.lost)
+            let known = core::Known { done: &view.chunks, lost: &view.lost, may_mix: self.demand.is_captured };
+            core::replan(self.plan.clone(), fresh, generation.clone(), known)
         });
         let Some(plan) = replanned else { return Ok(()) };
         self.plan = plan;

@@ -5,13 +5,10 @@
 mod scene;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use scene::*;
 use tokio_util::task::AbortOnDropHandle;
-use wallaby_model::RunId;
 use wallaby_model::run::RunState;
-use wallaby_testkit::*;
 
 const ALL: &str = "SELECT t::text FROM t ORDER BY id";
 
@@ -60,4 +57,81 @@ async fn a_first_load_under_writes_ends_equal_and_the_stream_goes_on() {
     scene.equal("SELECT none::text FROM none").await;
     let index = "SELECT indexname::text FROM pg_indexes WHERE tablename = 't' ORDER BY 1";
     scene.equal(index).await;
+}
+
+/// Adds `public.u` to the flow that has `public.t`.
+async fn add_table(scene: &Scene) {
+    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+    let document = scene.document("public.t, public.u", "initial", "");
+    scene.coordination.update_flow(&seen, document, &Default::default()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h08_a_table_that_is_added_under_writes_has_no_ghost_and_no_resurrected_row() {
+    let scene = Arc::new(Scene::new("added").await);
+    fill(&scene, 500).await;
+    scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    let writing = write_on(&scene);
+    scene.source.batch_execute("CREATE TABLE u (id int PRIMARY KEY, n int, pad text)").await.unwrap();
+    scene.source.batch_execute("INSERT INTO u SELECT i, 0, 'old' FROM generate_series(1, 5000) i").await.unwrap();
+    let other = Arc::clone(&scene);
+    // Rows come, change and go before the publication has the table, between that and C, while it is copied, and around P.
+    let churning = AbortOnDropHandle::new(tokio::spawn(async move {
+        for id in 10_000.. {
+            let changes = format!(
+                "INSERT INTO u VALUES ({id}, 0, 'new'); DELETE FROM u WHERE id = {id} - 3; DELETE FROM u WHERE id = {id} - 10000;
+                 UPDATE u SET n = n + 1 WHERE id % 101 = {id} % 101"
+            );
+            for change in changes.split(';') {
+                other.source.batch_execute(change).await.unwrap();
+            }
+        }
+    }));
+    add_table(&scene).await;
+    scene.run_is(2, RunState::Done).await;
+    drop((writing, churning));
+    scene.equal("SELECT u::text FROM u ORDER BY id").await;
+    scene.equal(ALL).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_larger_than_the_bound_comes_as_a_splice_and_is_applied_as_one() {
+    let scene = Arc::new(Scene::new("large").await);
+    fill(&scene, 100).await;
+    let document = scene.document("public.t", "initial", "largeTransactionBytes: 1Mi");
+    scene.coordination.create_flow(document).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    let large = "INSERT INTO t SELECT i, 0, repeat('y', 500) FROM generate_series(1000, 21000) i";
+    let rest = "UPDATE t SET n = 5 WHERE id % 3 = 0; DELETE FROM t WHERE id % 7 = 0";
+    scene.source.batch_execute(&format!("BEGIN; {large}; {rest}; COMMIT")).await.unwrap();
+    scene.equal(ALL).await;
+    let side = scene.nats.jetstream().get_stream(format!("SIDE_{}", scene.flow)).await.unwrap();
+    assert!(side.get_info().await.unwrap().state.last_sequence > 0, "it went through the side store");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h23_a_worker_that_ends_in_the_middle_of_a_load_is_followed_by_another() {
+    let scene = Arc::new(Scene::new("killed").await);
+    fill(&scene, 20_000).await;
+    let writing = write_on(&scene);
+    scene.coordination.create_flow(scene.document("public.*", "initial", "")).await.unwrap();
+    let _offers = scene.offering();
+    let first = scene.worker("w1");
+    scene
+        .until("the run has a plan", async || {
+            let run = scene.coordination.run(&scene.flow, wallaby_model::RunId(1)).await;
+            run.map_err(|error| error.to_string())?.plan.map(|_| ()).ok_or_else(|| "no plan".to_owned())
+        })
+        .await;
+    // Cut off where it stands: its lease runs out.
+    drop(first);
+    let _second = scene.worker("w2");
+    scene.run_is(1, RunState::Done).await;
+    drop(writing);
+    scene.equal(ALL).await;
 }

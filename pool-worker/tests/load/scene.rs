@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::jetstream;
 use clap::Parser;
@@ -19,7 +19,7 @@ use wallaby_pool_worker::worker::{self, Start};
 use wallaby_testkit::*;
 
 /// How long a load of a few rows may take on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+pub const PATIENCE: Duration = Duration::from_secs(40);
 
 /// One flow with its servers.
 pub struct Scene {
@@ -35,8 +35,8 @@ pub struct Scene {
 
 /// A worker of this process; it ends when dropped.
 pub struct Running {
-    pub shutdown: CancellationToken,
-    pub task: AbortOnDropHandle<worker::Outcome>,
+    _shutdown: CancellationToken,
+    _task: AbortOnDropHandle<worker::Outcome>,
 }
 
 impl Scene {
@@ -80,7 +80,7 @@ spec:
       publication: {{ create: true, tables: [{tables}] }}
       snapshot: {snapshot}
       {more}
-  log: {{ replicas: 1, maxBytes: 64Mi, replayWindow: 0s }}
+  log: {{ replicas: 1, maxBytes: 128Mi, replayWindow: 0s }}
   sinks:
     - name: target
       postgres: {{ dsn: {{ value: "{target}" }} }}
@@ -164,54 +164,65 @@ spec:
     }
 
     pub fn worker(&self, name: &str) -> Running {
-        self.worker_with(name, &[], Failpoints::default())
-    }
-
-    pub fn worker_with(&self, name: &str, more: &[&str], failpoints: Failpoints) -> Running {
         let nats = self.nats.url();
         let monitoring = self.nats.cluster().monitoring_urls().join(",");
         let mut arguments = vec!["wallaby-worker", "--nats", &nats, "--nats-monitoring", &monitoring];
         arguments.extend(["--lease-ttl", "2s", "--pool", self.pool.as_str()]);
-        arguments.extend(more);
         let start = Start {
             options: Options::try_parse_from(arguments).unwrap(),
             name: WorkerId::new(name).unwrap(),
             coordination: self.coordination.clone(),
-            failpoints,
+            failpoints: Failpoints::default(),
             address: String::new(),
         };
         let shutdown = CancellationToken::new();
         let asked = shutdown.clone();
         let task = tokio::spawn(async move { worker::run(start, asked).await.unwrap() });
-        Running { shutdown, task: AbortOnDropHandle::new(task) }
+        Running { _shutdown: shutdown, _task: AbortOnDropHandle::new(task) }
     }
 
     /// Waits until a query gives the same on both sides.
     pub async fn equal(&self, sql: &str) {
-        eventually(PATIENCE, "source and target are equal", async || {
+        self.until(&format!("source and target are equal: {sql}"), async || {
             let source = rows(&self.source, sql).await?;
-            let target = rows(&self.target, sql).await.unwrap_or_default();
+            let target = rows(&self.target, sql).await?;
             if source == target {
                 return Ok(());
             }
             let differ = source.iter().zip(&target).find(|(a, b)| a != b);
-            let counts = format!("{} rows at the source, {} at the target", source.len(), target.len());
-            Err(format!("{counts}, first difference {differ:?}; {}", self.statuses().await))
+            Err(format!(
+                "{} rows at the source, {} at the target, first difference {differ:?}",
+                source.len(),
+                target.len()
+            ))
         })
         .await;
     }
 
-    /// Waits until a run is over.
+    /// Waits until a run is in a state.
     pub async fn run_is(&self, run: u32, wanted: RunState) {
-        eventually(PATIENCE, "the run's state", async || {
+        self.until(&format!("run {run} is {wanted:?}"), async || {
             let entry = self.coordination.run(&self.flow, RunId(run)).await.map_err(|error| error.to_string())?;
-            let state = entry.plan.map(|plan| (plan.state, plan.message));
-            match state {
-                Some((found, _)) if found == wanted => Ok(()),
-                other => Err(format!("{other:?}; {}", self.statuses().await)),
+            match entry.plan {
+                Some(plan) if plan.state == wanted => Ok(()),
+                plan => Err(format!("{:?}", plan.map(|plan| (plan.state, plan.message)))),
             }
         })
         .await;
+    }
+
+    /// Waits for an answer; a failure says what the tasks said of themselves.
+    pub async fn until<T>(&self, what: &str, mut question: impl AsyncFnMut() -> Result<T, String>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let state = match tokio::time::timeout(PATIENCE, question()).await {
+                Ok(Ok(answer)) => return answer,
+                Ok(Err(state)) => state,
+                Err(_) => "no answer".to_owned(),
+            };
+            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}; {state}; {}", self.statuses().await);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// What the tasks say of themselves, for a failure's message.

@@ -53,7 +53,7 @@ pub use side::{
     JetStreamSide, PutBudget, Puts, Quotas, Shelf, ShelfUsage, SideGroup, SideKey, SideStore, Sweep, open_side, sweep,
     sweep_transactions,
 };
-pub use sync::{SyncPolicy, SyncReport, SyncSource, sync_policy};
+pub use sync::{SyncPolicy, SyncReport, SyncSource, sync_policy, sync_policy_with};
 pub use tail::Tail;
 pub use takeover::Takeover;
 pub use waiting::{Wait, Waiting};

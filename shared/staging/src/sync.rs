@@ -77,12 +77,19 @@ pub struct SyncReport {
 
 /// Asks the servers that hold a copy of the log. Never fails: who does not answer is unknown.
 pub async fn sync_policy(log: &LogInfo, source: &SyncSource) -> SyncReport {
+    sync_policy_with(log, &[], source).await
+}
+
+/// As [`sync_policy`], for a log whose splices refer to a side store: `side` are the servers that hold it
+/// ([`crate::SideStore::holders`]), which need not be those of the log.
+pub async fn sync_policy_with(log: &LogInfo, side: &[String], source: &SyncSource) -> SyncReport {
     let answers = match source {
         SyncSource::Unknown => BTreeMap::new(),
         SyncSource::Monitoring(urls) => ask_monitoring(urls).await,
         SyncSource::SystemAccount(client) => ask_system_account(client).await,
     };
-    judge(&log.servers, &answers)
+    let holders: Vec<String> = log.servers.iter().chain(side).cloned().collect();
+    judge(&holders, &answers)
 }
 
 /// The rule, without I/O. `holders` is empty for a server that stands alone: then every server that answered counts.
