@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use wallaby_stack::{PortLease, Process, ProcessSpec};
@@ -53,6 +54,16 @@ impl Program {
     /// Lets it go on.
     pub fn resume(&self) {
         self.process.resume();
+    }
+
+    /// A worker with the failpoint `hold-append` keeps its next segment at hand from here on.
+    pub fn hold_append(&self) {
+        assert!(self.process.signal(Signal::USR1), "{} is gone", self.name);
+    }
+
+    /// Lets it hand the segment to the log.
+    pub fn release_append(&self) {
+        assert!(self.process.signal(Signal::USR2), "{} is gone", self.name);
     }
 
     /// The sum of all series of a metric that carry all of `labels`; 0 when there is none.

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use super::{CaptureError, Owned, enter, feedback, figures, retention, stage};
 use crate::backoff::Backoff;
+use crate::failpoint::Failpoint;
 use crate::flows::CaptureDemand;
 use crate::secret;
 use crate::task::TaskContext;
@@ -103,6 +104,9 @@ async fn open_log(context: &TaskContext, demand: &CaptureDemand) -> Result<Log, 
 async fn writer_options(context: &TaskContext, log: &Log) -> WriterOptions {
     let cache: Arc<dyn SegmentCache> = Arc::<crate::cache::RecordCache>::clone(&context.shared.cache);
     let mut options = WriterOptions { cache: Some(cache), ..WriterOptions::default() };
+    if context.shared.failpoints.is_on(Failpoint::HoldAppend) {
+        options.tail_check_interval = Duration::from_secs(3600);
+    }
     if let Ok(info) = log.info().await {
         let report = sync_policy(&info, &context.shared.sync_source()).await;
         tracing::info!(task = %context.task, policy = ?report.policy, "when the log's servers sync");

@@ -105,6 +105,7 @@ async fn stream(
                     owned.staged_last = Some((transaction.committed_at_micros, Instant::now()));
                 }
                 metrics::staged(&context.task.flow, draft.rows, append.body.len());
+                let was_held = hold_append(context, writer).await?;
                 context.pulse.wait("the log");
                 // Taken whole or not at all, so an end in the middle loses nothing: it is read from the source again.
                 tokio::select! {
@@ -113,6 +114,10 @@ async fn stream(
                     _ = &mut ending => return Ok(()),
                     error = &mut ended => return Err(error.into()),
                     error = log_silence(stage, server_end, writer, owned) => return Err(error),
+                }
+                if was_held {
+                    // Before the source can end this task too: the log's answer is what the test is about.
+                    writer.settled().await?;
                 }
             }
             CaptureEvent::Heartbeat { to } => {
@@ -127,6 +132,21 @@ async fn stream(
             }
         }
     }
+}
+
+/// A failpoint: keeps what comes next from the log, with nothing else on its way, until a test lets go. Says whether it did.
+async fn hold_append(context: &TaskContext, writer: &LogWriter) -> Result<bool, CaptureError> {
+    let failpoints = &context.shared.failpoints;
+    if !failpoints.holds_append() {
+        return Ok(false);
+    }
+    writer.settled().await?;
+    let what = "the failpoint hold-append";
+    context.pulse.wait(what);
+    context.status.waiting(Some(what));
+    failpoints.released().await;
+    context.status.waiting(None);
+    Ok(true)
 }
 
 fn pack(
