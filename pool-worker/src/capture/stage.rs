@@ -22,8 +22,6 @@ const TICK: Duration = Duration::from_secs(1);
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
 /// Without a change for this long the capture counts as caught up with the source.
 const QUIET_AFTER: Duration = Duration::from_secs(3);
-/// Cut off from the log's servers for this long, the task is given up: another worker may reach them.
-const UNREACHABLE_MAX: Duration = Duration::from_secs(60);
 
 /// What the loop works with.
 pub struct Stage<'a> {
@@ -85,7 +83,7 @@ async fn stream(
             _ = ticks.tick() => {
                 report(stage, capture.server_end(), writer, owned);
                 note_checkpoint(stage.log, writer, checkpoints);
-                watch_log(writer)?;
+                watch_log(stage, writer)?;
                 continue;
             }
             event = capture.next(&mut in_flight) => event?,
@@ -174,15 +172,16 @@ async fn log_silence(stage: &Stage<'_>, server_end: Lsn, writer: &LogWriter, own
     loop {
         ticks.tick().await;
         report(stage, server_end, writer, owned);
-        if let Err(error) = watch_log(writer) {
+        if let Err(error) = watch_log(stage, writer) {
             return error;
         }
     }
 }
 
-fn watch_log(writer: &LogWriter) -> Result<(), CaptureError> {
+fn watch_log(stage: &Stage<'_>, writer: &LogWriter) -> Result<(), CaptureError> {
+    let patience = stage.context.shared.options.log_patience.0;
     match *writer.waiting().borrow() {
-        Some(waiting) if waiting.what == Wait::Unreachable && waiting.since.elapsed() > UNREACHABLE_MAX => {
+        Some(waiting) if waiting.what == Wait::Unreachable && waiting.since.elapsed() > patience => {
             Err(CaptureError::LogUnreachable(waiting.since.elapsed().as_secs()))
         }
         _ => Ok(()),
