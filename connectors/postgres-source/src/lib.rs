@@ -25,6 +25,7 @@ mod tables;
 mod text;
 mod tls;
 mod transport;
+mod verify;
 
 pub use assemble::SegmentDraft;
 pub use capture::{Capture, CaptureEvent, CaptureOptions};
@@ -40,3 +41,4 @@ pub use sessions::SessionOwner;
 pub use setup::{PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot};
 pub use slot::SlotState;
 pub use status::{SourceStatus, source_status};
+pub use verify::SourceVerify;

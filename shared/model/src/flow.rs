@@ -4,6 +4,7 @@
 //! [`fields`] describes every key for people and for the parser, [`page`] prints that as the docs. Unknown keys are errors
 //! everywhere.
 
+pub mod change;
 pub mod check;
 pub mod fields;
 pub mod page;
@@ -86,12 +87,12 @@ pub struct PostgresSourceSpec {
     /// The replication slot.
     #[serde(default)]
     pub slot: SlotSpec,
-    /// Whether existing rows are loaded first. Only `never` for now.
+    /// Whether existing rows are loaded first.
     pub snapshot: SnapshotMode,
-    /// A transaction with more bytes than this stops capture until the bound is raised.
+    /// A transaction with more bytes than this goes to the side store instead of the log.
     #[serde(default = "default_large_transaction")]
     pub large_transaction_bytes: ByteSize,
-    /// How much WAL the slot may hold back.
+    /// What may be done to the source.
     #[serde(default)]
     pub safety: SafetySpec,
 }
@@ -194,15 +195,15 @@ pub enum Failover {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum SnapshotMode {
-    /// Load, then follow. Not built yet.
+    /// Load, then follow.
     Initial,
     /// Follow only: a table is ready when a sink first meets it.
     Never,
-    /// Load, then stop. Not built yet.
+    /// Load, then stop: no slot is made and no change is captured.
     Only,
 }
 
-/// The bound on what the slot may hold back at the source.
+/// The bounds on what a flow may do to its source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SafetySpec {
@@ -212,6 +213,13 @@ pub struct SafetySpec {
     /// What then happens.
     #[serde(default)]
     pub on_exceeded: OnExceeded,
+    /// The longest that a run may hold one snapshot: as long as it is held, vacuum cannot remove rows that died since.
+    #[serde(default = "default_snapshot_max")]
+    pub snapshot_max: Span,
+}
+
+fn default_snapshot_max() -> Span {
+    Span(Duration::from_secs(30 * 60))
 }
 
 fn default_retained_wal() -> ByteSize {
@@ -220,7 +228,11 @@ fn default_retained_wal() -> ByteSize {
 
 impl Default for SafetySpec {
     fn default() -> Self {
-        SafetySpec { retained_wal_max: default_retained_wal(), on_exceeded: OnExceeded::Alarm }
+        SafetySpec {
+            retained_wal_max: default_retained_wal(),
+            on_exceeded: OnExceeded::Alarm,
+            snapshot_max: default_snapshot_max(),
+        }
     }
 }
 
@@ -231,6 +243,8 @@ pub enum OnExceeded {
     /// A condition and a metric.
     #[default]
     Alarm,
+    /// The same, and snapshot runs of the flow read nothing until the slot holds back less.
+    PauseSnapshot,
 }
 
 /// The staged log.
@@ -247,6 +261,8 @@ pub struct LogSpec {
     pub durability: Durability,
     /// How segments are packed.
     pub codec: crate::record::Codec,
+    /// Where parts of large transactions and of the first load are kept.
+    pub side_store: SideStoreSpec,
 }
 
 impl Default for LogSpec {
@@ -257,8 +273,71 @@ impl Default for LogSpec {
             replay_window: Span(Duration::from_secs(3600)),
             durability: Durability::Auto,
             codec: crate::record::Codec::Lz4,
+            side_store: SideStoreSpec::default(),
         }
     }
+}
+
+impl LogSpec {
+    /// The most bytes of large transactions in the side store.
+    pub fn side_transactions_max(&self) -> ByteSize {
+        let given = match &self.side_store {
+            SideStoreSpec::Jetstream(spec) => spec.transactions_max,
+            SideStoreSpec::ObjectStore(spec) => spec.transactions_max,
+        };
+        given.unwrap_or(self.max_bytes)
+    }
+
+    /// The most bytes of a load's chunks in the side store.
+    pub fn side_chunks_max(&self) -> ByteSize {
+        let given = match &self.side_store {
+            SideStoreSpec::Jetstream(spec) => spec.chunks_max,
+            SideStoreSpec::ObjectStore(spec) => spec.chunks_max,
+        };
+        given.unwrap_or(self.max_bytes)
+    }
+}
+
+/// Where the side store is. Exactly one kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum SideStoreSpec {
+    /// In streams beside the log, on the log's servers.
+    Jetstream(JetStreamSideSpec),
+    /// In an object store that all workers reach.
+    ObjectStore(ObjectSideSpec),
+}
+
+impl Default for SideStoreSpec {
+    fn default() -> Self {
+        SideStoreSpec::Jetstream(JetStreamSideSpec::default())
+    }
+}
+
+/// A side store in JetStream.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct JetStreamSideSpec {
+    /// Bytes for large transactions; as many as the log's when absent. Reserved when the first one comes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transactions_max: Option<ByteSize>,
+    /// Bytes for a load's chunks; as many as the log's when absent. Reserved while a load runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chunks_max: Option<ByteSize>,
+}
+
+/// A side store in an object store. Credentials come from the workers' environment, never from here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ObjectSideSpec {
+    /// `s3://<bucket>[/<prefix>]`, or `file:///<folder>` that all workers share.
+    pub url: String,
+    /// Bytes for large transactions; as many as the log's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transactions_max: Option<ByteSize>,
+    /// Bytes for a load's chunks; as many as the log's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunks_max: Option<ByteSize>,
 }
 
 /// The number of copies of the log.
@@ -313,7 +392,7 @@ pub struct SinkSpec {
     pub name: SinkId,
     /// A PostgreSQL database.
     pub postgres: PostgresSinkSpec,
-    /// What happens when the sink falls behind the log. Only `backpressure` for now.
+    /// What happens when the sink falls behind the log.
     #[serde(default)]
     pub on_overrun: OnOverrun,
     /// True stops this sink's task alone; the log holds what it still needs.
@@ -352,11 +431,11 @@ pub enum SinkMode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum OnOverrun {
-    /// The flow waits for it.
+    /// It alone is cut off from the log, and loads everything anew.
     #[default]
-    Backpressure,
-    /// Not built yet: needs the first load.
     Detach,
+    /// The flow waits for it.
+    Backpressure,
 }
 
 impl FlowDocument {

@@ -2,8 +2,9 @@
 //! is held to the same rules as one from a file.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
-use super::{ByteSize, FlowDocument, HIDDEN, OnOverrun, PublicationSpec, SecretRef, SinkSpec, SnapshotMode};
+use super::{ByteSize, FlowDocument, HIDDEN, PublicationSpec, SecretRef, SideStoreSpec, SinkSpec, SnapshotMode};
 
 /// Kept free in the log for fences, resumes and heartbeats when data has filled it.
 pub const LOG_RESERVE: ByteSize = ByteSize(16 << 20);
@@ -11,8 +12,14 @@ pub const LOG_RESERVE: ByteSize = ByteSize(16 << 20);
 /// The smallest log: the reserve and as much for data.
 pub const LOG_MIN: ByteSize = ByteSize(32 << 20);
 
+/// The smallest quota of the side store: a part.
+pub const SIDE_MIN: ByteSize = ByteSize(1 << 20);
+
 /// Sinks of one flow; their holds are written in one etcd transaction, which has at most 128 operations.
 pub const MAX_SINKS: usize = 50;
+
+/// The shortest bound on holding a snapshot that can be set.
+pub const SNAPSHOT_MIN: Duration = Duration::from_secs(1);
 
 /// Labels of one flow.
 pub const MAX_LABELS: usize = 64;
@@ -46,6 +53,7 @@ impl FlowDocument {
         self.check_labels(&mut found);
         self.check_source(&mut found);
         self.check_log(&mut found);
+        self.check_side_store(&mut found);
         self.check_sinks(&mut found);
         found
     }
@@ -64,15 +72,61 @@ impl FlowDocument {
             let message = format!("the publication `{}` of a flow cannot change: {remedy}", self.publication_name());
             found.push(problem("spec.source.postgres.publication", message));
         }
+        if was.snapshot != will.snapshot
+            && (was.snapshot, will.snapshot) != (SnapshotMode::Never, SnapshotMode::Initial)
+        {
+            let message =
+                "only `never` can become `initial`, which then loads every table: delete the flow and create it again";
+            found.push(problem("spec.source.postgres.snapshot", message));
+        }
+        if let (Some(was), Some(will)) = (literal_database(&was.dsn), literal_database(&will.dsn))
+            && was != will
+        {
+            let message = format!(
+                "another database at the source has other positions and rows: {remedy}. Another address or password of the same database is no problem"
+            );
+            found.push(problem("spec.source.postgres.dsn", message));
+        }
+        found.extend(self.refused_side_store(next));
         for (index, sink) in next.spec.sinks.iter().enumerate() {
             let before = self.spec.sinks.iter().find(|before| before.name == sink.name);
             if before.is_some_and(|before| before.postgres.schema != sink.postgres.schema) {
-                let message =
-                    "the schema of a sink cannot change: give the sink a new name, it then starts at the log's end";
+                let message = "the schema of a sink cannot change: give the sink a new name, it is then a new sink";
                 found.push(problem(format!("spec.sinks[{index}].postgres.schema"), message));
             }
         }
         found
+    }
+
+    fn refused_side_store(&self, next: &FlowDocument) -> Option<Problem> {
+        let place = |document: &FlowDocument| match &document.spec.log.side_store {
+            SideStoreSpec::Jetstream(_) => None,
+            SideStoreSpec::ObjectStore(spec) => Some(spec.url.clone()),
+        };
+        let message = "the side store of a flow cannot move, because the log refers to what stands there: delete the flow and \
+                       create it again";
+        (place(self) != place(next)).then(|| problem("spec.log.sideStore", message))
+    }
+
+    fn check_side_store(&self, found: &mut Vec<Problem>) {
+        let at = match &self.spec.log.side_store {
+            SideStoreSpec::Jetstream(_) => "spec.log.sideStore.jetstream",
+            SideStoreSpec::ObjectStore(spec) => {
+                if let Some(message) = side_url_problem(&spec.url) {
+                    found.push(problem("spec.log.sideStore.objectStore.url", message));
+                }
+                "spec.log.sideStore.objectStore"
+            }
+        };
+        let quotas = [
+            ("transactionsMax", self.spec.log.side_transactions_max()),
+            ("chunksMax", self.spec.log.side_chunks_max()),
+        ];
+        for (key, quota) in quotas {
+            if quota < SIDE_MIN {
+                found.push(problem(format!("{at}.{key}"), format!("{quota} is too small: at least {SIDE_MIN}")));
+            }
+        }
     }
 
     fn check_labels(&self, found: &mut Vec<Problem>) {
@@ -100,15 +154,15 @@ impl FlowDocument {
                 format!("`{slot}` is not a slot name: use 1 to 63 lower-case letters, digits and underscores");
             found.push(problem(format!("{at}.slot.name"), message));
         }
-        if source.snapshot != SnapshotMode::Never {
-            let message = "not available yet: only `snapshot: never` for now (the first load of existing rows comes with a later version)";
-            found.push(problem(format!("{at}.snapshot"), message));
-        }
         if source.large_transaction_bytes.0 == 0 {
             found.push(problem(format!("{at}.largeTransactionBytes"), "must be more than 0"));
         }
         if source.safety.retained_wal_max.0 == 0 {
             found.push(problem(format!("{at}.safety.retainedWalMax"), "must be more than 0"));
+        }
+        if source.safety.snapshot_max.0 < SNAPSHOT_MIN {
+            let message = "too short to read anything: at least 1s, better some minutes";
+            found.push(problem(format!("{at}.safety.snapshotMax"), message));
         }
     }
 
@@ -154,15 +208,42 @@ impl FlowDocument {
 
 fn check_sink(sink: &SinkSpec, at: &str, found: &mut Vec<Problem>) {
     check_secret(&sink.postgres.dsn, &format!("{at}.postgres.dsn"), found);
-    if sink.on_overrun == OnOverrun::Detach {
-        let message =
-            "not available yet: only `onOverrun: backpressure` for now (a detached sink needs the first load)";
-        found.push(problem(format!("{at}.onOverrun"), message));
-    }
     let rest = sink.postgres.schema.replace("{{ .schema }}", "s");
     if rest.is_empty() || rest.len() > MAX_POSTGRES_NAME || rest.contains("{{") || rest.contains("}}") {
         let message = "must be a schema name of at most 63 bytes; only `{{ .schema }}` can stand in it";
         found.push(problem(format!("{at}.postgres.schema"), message));
+    }
+}
+
+/// The database of a literal `postgres://` URL. What a reference names is seen by the workers only: a capture that meets
+/// another server than before stops and says so.
+fn literal_database(dsn: &SecretRef) -> Option<&str> {
+    let SecretRef::Value(text) = dsn else { return None };
+    let (_, rest) = text.split_once("://")?;
+    let (_, path) = rest.split_once('/')?;
+    path.split('?').next().filter(|name| !name.is_empty())
+}
+
+/// Says what is wrong with the place of a side store. It is shown, so nothing secret may stand in it.
+fn side_url_problem(url: &str) -> Option<&'static str> {
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return Some("must be `s3://<bucket>[/<prefix>]` or `file:///<folder>`");
+    };
+    if rest.contains(['?', '#', '@']) || rest.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        return Some(
+            "must have no user, password, query or space: credentials come from the workers' environment (AWS_…)",
+        );
+    }
+    if rest.split('/').any(|part| part == "." || part == "..") || rest.trim_end_matches('/').contains("//") {
+        return Some("must have no `.`, `..` or empty part in its path");
+    }
+    match scheme {
+        "s3" if rest.is_empty() || rest.starts_with('/') => Some("names no bucket: write `s3://<bucket>[/<prefix>]`"),
+        "file" if !rest.starts_with('/') || rest.len() < 2 => {
+            Some("names no absolute folder: write `file:///<folder>`, a folder that all workers share")
+        }
+        "s3" | "file" => None,
+        _ => Some("must begin with `s3://` or `file:///`"),
     }
 }
 
@@ -214,7 +295,8 @@ fn check_publication(publication: &PublicationSpec, at: &str, found: &mut Vec<Pr
     }
 }
 
-fn table_problem(table: &str) -> Option<String> {
+/// What is wrong with `schema.table` or `schema.*`, and what to write instead; none when nothing is.
+pub fn table_problem(table: &str) -> Option<String> {
     let Some((schema, name)) = table.split_once('.') else {
         return Some(format!("`{table}` has no schema: write `public.{table}` or the schema it is in"));
     };
