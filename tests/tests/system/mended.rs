@@ -1,7 +1,9 @@
 //! What is wrong around a flow is described, with what to do about it; once that was done the flow goes on by itself.
 
-use wallaby_model::TaskId;
-use wallaby_testkit::{Shutdown, eventually};
+use wallaby_coordination::{Acquired, Mark, SessionOptions, SourceSeen, WorkerInfo, WorkerSession};
+use wallaby_model::condition::Timestamp;
+use wallaby_model::{TaskId, WorkerId};
+use wallaby_testkit::eventually;
 use wallaby_tests::flow::FlowFile;
 use wallaby_tests::program::Program;
 use wallaby_tests::system::{Plan, System};
@@ -217,7 +219,8 @@ async fn a_silent_sink_is_opened_again() {
     assert_eq!(rows, 1, "the change that was waited for stands there once");
 }
 
-/// Another server answers at the source's address when the next owner takes over: the checkpoint names the one that was read.
+/// An owner before this one read another server: its checkpoint says so, and the one that answers now is refused before anything is
+/// written. (The test's clusters are copies of one template and share an identifier, so the owner before is the test itself.)
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_server_at_a_takeover_is_refused_by_the_checkpoints_identity() {
     let _alone = alone().await;
@@ -225,20 +228,43 @@ async fn another_server_at_a_takeover_is_refused_by_the_checkpoints_identity() {
     system.apply_flow().await;
     system.row_passes().await;
     pause(&system).await;
-    let other = wallaby_testkit::Postgres::start(wallaby_testkit::PostgresOptions::default()).await.unwrap();
-    other.connect("postgres").await.unwrap().batch_execute("CREATE DATABASE shop").await.unwrap();
-    let client = other.connect("shop").await.unwrap();
-    client.batch_execute(wallaby_tests::traffic::LEDGER).await.unwrap();
-    client.batch_execute(&format!("CREATE PUBLICATION {} FOR TABLE ledger", system.flow().slot_name())).await.unwrap();
-    let make = "SELECT pg_create_logical_replication_slot($1, 'pgoutput')";
-    client.execute(make, &[&system.flow().slot_name()]).await.unwrap();
-    let dsn = format!("{{ value: \"{}\" }}", other.dsn("shop"));
-    let flow = |source: String| FlowFile { source, replicas: 1, ..FlowFile::default() };
-    applied(&system, &flow(dsn)).await;
+    let read = owned_once(&system, None).await;
+    let other = SourceSeen { system_identifier: "4711".to_owned(), ..read.clone() };
+    owned_once(&system, Some(other)).await;
     resume(&system).await;
-    describes(&system, "another server", &["OtherSystem", "system identifier"]).await;
-    applied(&system, &flow("{ env: SHOP_DSN }".to_owned())).await;
+    describes(&system, "another server", &["OtherSystem", "4711", &read.system_identifier]).await;
+    pause(&system).await;
+    owned_once(&system, Some(read)).await;
     resume(&system).await;
     system.row_passes().await;
-    other.stop(Shutdown::Immediate).await.unwrap();
+}
+
+/// Owns the capture for a moment and leaves its checkpoint as it is, but for the server that it names; returns that one.
+async fn owned_once(system: &System, source: Option<SourceSeen>) -> SourceSeen {
+    let info = WorkerInfo {
+        capacity: 1,
+        load: 0,
+        version: String::new(),
+        zone: None,
+        capabilities: Vec::new(),
+        address: String::new(),
+        draining: false,
+        started_at: Timestamp(0),
+    };
+    let (coordination, name) = (&system.coordination, WorkerId::new("the-test").unwrap());
+    let session = WorkerSession::start(coordination, name, info, SessionOptions::default()).await.unwrap();
+    let revision = coordination.flow(&system.flow()).await.unwrap().revision;
+    let Acquired::Lock(lock) = session.acquire(&system.capture(), revision).await.unwrap() else {
+        panic!("the paused capture has an owner");
+    };
+    let epoch = lock.found_checkpoint().map(|found| found.epoch);
+    lock.fix_epoch(epoch).await.unwrap();
+    let named = lock.source().unwrap();
+    if let Some(source) = source {
+        lock.set_source(source);
+    }
+    let position = lock.found_checkpoint().unwrap().position.unwrap();
+    lock.release(Some(Mark { position, stream: None, seq_hint: None })).await.unwrap();
+    session.revoke().await.unwrap();
+    named
 }

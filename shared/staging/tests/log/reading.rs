@@ -8,7 +8,7 @@ use wallaby_staging::{
     Accepted, LogReader, LogWriter, ReaderOptions, Retention, SegmentCache, Staged, StagingError, Start, WriterOptions,
 };
 
-use crate::support::{Flow, Memory, PATIENCE, at, end_of, info, options, owner, read_to, segment};
+use crate::support::{Flow, Memory, PATIENCE, at, begins, end_of, info, options, owner, read_to, segment};
 
 /// A log of segments of ten positions each, 1..=1+10*count.
 async fn filled(count: u64) -> (Flow, LogWriter) {
@@ -98,6 +98,8 @@ async fn h10_a_reader_that_registers_while_the_purge_runs_starts_or_is_refused()
                         };
                     }
                     assert_eq!(accepted.after, at(position));
+                    let from = begins(&accepted).unwrap();
+                    assert!(from <= at(position), "a reader at {position} was given what begins at {from}");
                     true
                 }
                 Err(StagingError::PastHold { position: Some(stood), .. }) => {

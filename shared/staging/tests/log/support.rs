@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use wallaby_model::flow::Replicas;
-use wallaby_model::{Codec, Epoch, FlowId, Lsn, Nonce, Position, ResumeInfo};
+use wallaby_model::{Codec, Epoch, FlowId, Lsn, Nonce, Position, RecordKind, ResumeInfo};
 use wallaby_staging::{
     Accepted, Connections, DataAppend, Log, LogConfig, LogReader, LogWriter, NatsTarget, ReaderOptions, Result,
     SegmentCache, SegmentKey, SharedPulls, Staged, Start, SyncPolicy, WriterOptions,
@@ -182,6 +182,16 @@ pub fn end_of(writer: &LogWriter) -> u64 {
     writer.end().commit.0
 }
 
+/// Where the record of what was accepted begins, by its own word: behind `after` something would be missing. `None` for a resume.
+pub fn begins(accepted: &Accepted) -> Option<Position> {
+    match accepted.staged.record.kind {
+        RecordKind::Data { from, .. } | RecordKind::Splice { from, .. } | RecordKind::Heartbeat { from, .. } => {
+            Some(from)
+        }
+        RecordKind::Fence { .. } | RecordKind::Resume { .. } => None,
+    }
+}
+
 /// Reads until the reader stands at `to` and checks that nothing is missing and nothing is doubled: what it accepts
 /// continues exactly where it stood.
 pub async fn read_to(reader: &mut LogReader, to: Position) -> Vec<Accepted> {
@@ -191,6 +201,7 @@ pub async fn read_to(reader: &mut LogReader, to: Position) -> Vec<Accepted> {
             let stood = reader.state().end;
             let next = reader.next().await.unwrap();
             assert!(stood.is_none_or(|stood| stood == next.after), "stood at {stood:?}, got {next:?}");
+            assert!(begins(&next).is_none_or(|from| from <= next.after), "something is missing before {next:?}");
             assert_eq!(reader.state().end, Some(next.to));
             accepted.push(next);
         }
