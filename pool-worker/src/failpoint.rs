@@ -6,6 +6,9 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
 /// A protection that can be switched off, or a fault that can be switched on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Failpoint {
@@ -17,14 +20,18 @@ pub enum Failpoint {
     HangCapture,
     /// The apply loop of this process stops turning, once, without saying what it waits for.
     HangApply,
+    /// The capture loop keeps the next segment at hand from SIGUSR1 to SIGUSR2, with nothing else on its way to the log, and
+    /// the log's writer does not look for a younger owner by itself: a zombie appends for certain, and the chain must refuse it.
+    HoldAppend,
 }
 
 impl Failpoint {
-    const ALL: [(&'static str, Failpoint); 4] = [
+    const ALL: [(&'static str, Failpoint); 5] = [
         ("no-self-fencing", Failpoint::NoSelfFencing),
         ("keep-older-sessions", Failpoint::KeepOlderSessions),
         ("hang-capture", Failpoint::HangCapture),
         ("hang-apply", Failpoint::HangApply),
+        ("hold-append", Failpoint::HoldAppend),
     ];
 }
 
@@ -36,6 +43,8 @@ pub struct Failpoints(Arc<Switches>);
 struct Switches {
     on: BTreeSet<Failpoint>,
     fired: Mutex<BTreeSet<Failpoint>>,
+    /// Whether SIGUSR1 came after the last SIGUSR2.
+    holds: watch::Sender<bool>,
 }
 
 impl Failpoints {
@@ -53,7 +62,7 @@ impl Failpoints {
             };
             set.insert(*failpoint);
         }
-        Ok(Failpoints(Arc::new(Switches { on: set, fired: Mutex::default() })))
+        Ok(Failpoints(Arc::new(Switches { on: set, ..Switches::default() })))
     }
 
     /// Whether a failpoint is on.
@@ -65,6 +74,40 @@ impl Failpoints {
     pub fn fires_once(&self, failpoint: Failpoint) -> bool {
         // A set of plain values, whole after any panic.
         self.is_on(failpoint) && self.0.fired.lock().unwrap_or_else(PoisonError::into_inner).insert(failpoint)
+    }
+
+    /// Listens to the signals of [`Failpoint::HoldAppend`] when it is on, for as long as the runtime lives.
+    ///
+    /// # Errors
+    /// When the signals cannot be watched.
+    pub fn listen(&self) -> std::io::Result<()> {
+        if !self.is_on(Failpoint::HoldAppend) {
+            return Ok(());
+        }
+        let (mut hold, mut release) = (signal(SignalKind::user_defined1())?, signal(SignalKind::user_defined2())?);
+        let switches = Arc::clone(&self.0);
+        tokio::spawn(async move {
+            loop {
+                let holds = tokio::select! {
+                    _ = hold.recv() => true,
+                    _ = release.recv() => false,
+                };
+                tracing::warn!(holds, "a test's signal");
+                switches.holds.send_replace(holds);
+            }
+        });
+        Ok(())
+    }
+
+    /// Whether appends are held back now.
+    pub fn holds_append(&self) -> bool {
+        self.is_on(Failpoint::HoldAppend) && *self.0.holds.borrow()
+    }
+
+    /// Returns once appends are held back no more.
+    pub async fn released(&self) {
+        // The sender lives as long as this value.
+        let _ = self.0.holds.subscribe().wait_for(|holds| !holds).await;
     }
 
     /// The failpoints that are on.

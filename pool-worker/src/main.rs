@@ -47,6 +47,7 @@ async fn run(options: Options) -> anyhow::Result<()> {
     })
     .await?;
     wallaby_pool_worker::describe_metrics();
+    failpoints.listen()?;
     for failpoint in failpoints.on() {
         tracing::error!(?failpoint, "A FAILPOINT IS ON: this worker breaks a protection on purpose. For tests only");
     }

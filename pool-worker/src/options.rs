@@ -59,6 +59,14 @@ pub struct Options {
     #[arg(long, env = "WALLABY_SINK_BUFFER_BYTES", default_value = "16Mi")]
     pub sink_buffer_bytes: ByteSize,
 
+    /// Cut off from the log's servers for this long, a capture is given up: another worker may reach them.
+    #[arg(long, env = "WALLABY_LOG_PATIENCE", default_value = "60s", hide = true)]
+    pub log_patience: Span,
+
+    /// A sink's sessions are given up and opened again after this long without an answer.
+    #[arg(long, env = "WALLABY_SINK_PATIENCE", default_value = "5m", hide = true)]
+    pub sink_patience: Span,
+
     /// Where /metrics is served. Port 0 takes a free one and prints it.
     #[arg(long, env = "WALLABY_METRICS", default_value = "127.0.0.1:7118")]
     pub metrics: SocketAddr,

@@ -17,6 +17,15 @@ pub struct FlowFile {
     pub large_transaction_bytes: String,
     /// `log.replicas`.
     pub replicas: u8,
+    /// Sinks beside `warehouse`: each a database of that name, its connection string in [`FlowFile::variable`].
+    pub more_sinks: Vec<String>,
+}
+
+impl FlowFile {
+    /// The environment variable that has a sink's connection string.
+    pub fn variable(sink: &str) -> String {
+        format!("{}_DSN", sink.to_uppercase())
+    }
 }
 
 impl Default for FlowFile {
@@ -28,13 +37,14 @@ impl Default for FlowFile {
             max_bytes: "512Mi".to_owned(),
             large_transaction_bytes: "64Mi".to_owned(),
             replicas: 3,
+            more_sinks: Vec::new(),
         }
     }
 }
 
 impl fmt::Display for FlowFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let FlowFile { source, tables, source_lines, max_bytes, large_transaction_bytes, replicas } = self;
+        let FlowFile { source, tables, source_lines, max_bytes, large_transaction_bytes, replicas, more_sinks } = self;
         writeln!(f, "apiVersion: wallaby/v1\nkind: Flow\nmetadata: {{ name: shop }}\nspec:\n  source:\n    postgres:")?;
         writeln!(f, "      dsn: {source}")?;
         // What is not taken in by a pattern cannot be left out.
@@ -45,8 +55,13 @@ impl fmt::Display for FlowFile {
             writeln!(f, "      {line}")?;
         }
         writeln!(f, "  log: {{ replicas: {replicas}, maxBytes: {max_bytes} }}")?;
-        writeln!(f, "  sinks:\n    - name: warehouse\n      postgres: {{ dsn: {{ env: WAREHOUSE_DSN }} }}")?;
-        writeln!(f, "      onOverrun: backpressure")
+        writeln!(f, "  sinks:")?;
+        for sink in std::iter::once("warehouse").chain(more_sinks.iter().map(String::as_str)) {
+            let variable = FlowFile::variable(sink);
+            writeln!(f, "    - name: {sink}\n      postgres: {{ dsn: {{ env: {variable} }} }}")?;
+            writeln!(f, "      onOverrun: backpressure")?;
+        }
+        Ok(())
     }
 }
 
@@ -57,7 +72,8 @@ mod tests {
 
     #[test]
     fn the_file_is_a_flow() {
-        let parsed = wallaby_model::flow::parse(&FlowFile::default().to_string(), "flow.yaml").unwrap();
+        let file = FlowFile { more_sinks: vec!["second".to_owned()], ..FlowFile::default() };
+        let parsed = wallaby_model::flow::parse(&file.to_string(), "flow.yaml").unwrap();
         assert_eq!(parsed.problems(), vec![]);
     }
 }

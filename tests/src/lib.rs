@@ -7,6 +7,7 @@
 //! | [`system`] | servers, controllers, workers and one flow; who owns what |
 //! | [`traffic`] | rows in flight: the shop's load, a ledger that tells losses and doubles, a look for half transactions |
 //! | [`flow`] | the flow's file |
+//! | [`greeter`] | a NATS server that claims to be of another version |
 //! | [`disk`] | a disk of its own that can lose its power |
 //!
 //! One system is a dozen processes, so tests take [`alone`] first. Each runs in a small form; with `WALLABY_PROVE=1` (`make prove`)
@@ -17,6 +18,7 @@
 
 pub mod disk;
 pub mod flow;
+pub mod greeter;
 pub mod program;
 pub mod programs;
 pub mod system;

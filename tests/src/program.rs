@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use wallaby_stack::{PortLease, Process, ProcessSpec};
@@ -19,10 +20,10 @@ pub struct Program {
 
 impl Program {
     /// Starts `binary` under `name` with `args` and `env`, logging into `folder`.
-    pub fn spawn(name: &str, binary: &str, folder: &Path, args: &[String], env: &[(&str, String)]) -> Program {
+    pub fn spawn(name: &str, binary: &str, folder: &Path, args: &[String], env: &[(String, String)]) -> Program {
         let metrics = PortLease::free().unwrap();
         let mut spec = ProcessSpec::new(name, program(binary), folder).args(args.to_vec());
-        spec.env.extend(env.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+        spec.env.extend(env.iter().cloned());
         spec.env.push(("WALLABY_METRICS".to_owned(), format!("127.0.0.1:{}", metrics.port())));
         let process = Process::spawn(&spec).unwrap();
         Program { name: name.to_owned(), process, metrics }
@@ -55,15 +56,38 @@ impl Program {
         self.process.resume();
     }
 
+    /// Asks it to end (SIGTERM).
+    pub fn terminate(&self) {
+        assert!(self.process.signal(Signal::TERM), "{} is gone", self.name);
+    }
+
+    /// A worker with the failpoint `hold-append` keeps its next segment at hand from here on.
+    pub fn hold_append(&self) {
+        assert!(self.process.signal(Signal::USR1), "{} is gone", self.name);
+    }
+
+    /// Lets it hand the segment to the log.
+    pub fn release_append(&self) {
+        assert!(self.process.signal(Signal::USR2), "{} is gone", self.name);
+    }
+
     /// The sum of all series of a metric that carry all of `labels`; 0 when there is none.
     ///
     /// # Errors
     /// When the process does not answer.
     pub async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64, String> {
-        let text = tokio::time::timeout(Duration::from_secs(5), self.scrape()).await;
-        let text = text.map_err(|_| format!("{} does not serve its metrics", self.name))?;
+        let text = self.metrics().await;
         let text = text.map_err(|error| format!("{} does not serve its metrics: {error}", self.name))?;
         Ok(sum(&text, name, labels))
+    }
+
+    /// What the process serves at /metrics, whole.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn metrics(&self) -> Result<String, String> {
+        let text = tokio::time::timeout(Duration::from_secs(5), self.scrape()).await;
+        text.map_err(|_| "no answer".to_owned())?.map_err(|error| error.to_string())
     }
 
     async fn scrape(&self) -> std::io::Result<String> {

@@ -13,6 +13,7 @@ use wallaby_testkit::{eventually, seed};
 
 use crate::PATIENCE;
 use crate::flow::FlowFile;
+use crate::greeter::Greeter;
 use crate::program::Program;
 use crate::programs::program;
 use crate::traffic::{LEDGER, Traffic, connect};
@@ -36,6 +37,8 @@ pub struct Plan {
     pub postgres: PostgresOptions,
     /// The flow.
     pub flow: FlowFile,
+    /// A version that the log's servers claim to have, to our programs.
+    pub nats_claims: Option<&'static str>,
 }
 
 impl Default for Plan {
@@ -47,6 +50,7 @@ impl Default for Plan {
             nats: NatsOptions { nodes: 3, ..NatsOptions::default() },
             postgres: PostgresOptions::default(),
             flow: FlowFile::default(),
+            nats_claims: None,
         }
     }
 }
@@ -75,6 +79,8 @@ pub struct System {
     pub workers: Vec<Program>,
     /// A client of our own.
     pub coordination: Coordination,
+    /// Between our programs and the log's servers, when the plan makes these claim something.
+    pub greeter: Option<Greeter>,
     plan: Plan,
     folder: Folder,
     started: usize,
@@ -93,12 +99,18 @@ impl System {
         )
         .unwrap();
         let admin = postgres.connect("postgres").await.unwrap();
-        for database in ["shop", "warehouse"] {
+        let databases = plan.flow.more_sinks.iter().map(String::as_str);
+        for database in ["shop", "warehouse"].into_iter().chain(databases) {
             admin.batch_execute(&format!("CREATE DATABASE {database}")).await.unwrap();
         }
         let endpoints = etcd.endpoints();
         let coordination = Coordination::connect(&endpoints, wallaby_coordination::Options::default()).await.unwrap();
+        let greeter = match plan.nats_claims {
+            Some(version) => Some(Greeter::start(nats.client_url(), version).await),
+            None => None,
+        };
         let mut system = System {
+            greeter,
             postgres,
             nats,
             etcd,
@@ -160,15 +172,23 @@ impl System {
         self.postgres.connect("warehouse").await.unwrap()
     }
 
-    fn environment(&self) -> Vec<(&'static str, String)> {
-        vec![
+    /// Another sink's connection string.
+    pub fn dsn_of(&self, sink: &str) -> String {
+        self.postgres.dsn(sink)
+    }
+
+    fn environment(&self) -> Vec<(String, String)> {
+        let nats = self.greeter.as_ref().map_or_else(|| self.nats.client_url(), Greeter::url);
+        let sinks = self.plan.flow.more_sinks.iter().map(|sink| (FlowFile::variable(sink), self.dsn_of(sink)));
+        let ours = [
             ("WALLABY_ETCD", self.etcd.endpoints().join(",")),
-            ("WALLABY_NATS", self.nats.client_url()),
+            ("WALLABY_NATS", nats),
             ("WALLABY_NATS_MONITORING", self.nats.monitoring_urls().join(",")),
             ("WALLABY_LOG", std::env::var("WALLABY_LOG").unwrap_or_else(|_| "info".to_owned())),
             ("SHOP_DSN", self.source_dsn()),
             ("WAREHOUSE_DSN", self.target_dsn()),
-        ]
+        ];
+        ours.into_iter().map(|(name, value)| (name.to_owned(), value)).chain(sinks).collect()
     }
 
     fn next_name(&mut self, kind: &str) -> String {
@@ -186,15 +206,25 @@ impl System {
 
     /// Starts one more worker, under a name that no other had; returns the name.
     pub fn start_worker(&mut self, failpoints: &str) -> String {
+        self.start_worker_with(&[("WALLABY_FAILPOINTS", failpoints)])
+    }
+
+    /// The same with further variables in its environment; empty ones are left out.
+    pub fn start_worker_with(&mut self, variables: &[(&str, &str)]) -> String {
         let name = self.next_name("worker");
-        let (ttl, capacity) = (format!("{}s", LEASE_TTL.as_secs()), self.plan.capacity.to_string());
-        let args = ["--name", &name, "--lease-ttl", &ttl, "--capacity", &capacity].map(str::to_owned);
-        let mut environment = self.environment();
-        if !failpoints.is_empty() {
-            environment.push(("WALLABY_FAILPOINTS", failpoints.to_owned()));
-        }
-        self.workers.push(Program::spawn(&name, "wallaby-worker", self.folder.path(), &args, &environment));
+        let worker = self.spawn_worker(&name, &name, variables);
+        self.workers.push(worker);
         name
+    }
+
+    /// Starts a worker that calls itself `name`, and is no worker of this system.
+    pub fn spawn_worker(&self, program: &str, name: &str, variables: &[(&str, &str)]) -> Program {
+        let (ttl, capacity) = (format!("{}s", LEASE_TTL.as_secs()), self.plan.capacity.to_string());
+        let args = ["--name", name, "--lease-ttl", &ttl, "--capacity", &capacity].map(str::to_owned);
+        let mut environment = self.environment();
+        let variables = variables.iter().filter(|(_, value)| !value.is_empty());
+        environment.extend(variables.map(|(variable, value)| ((*variable).to_owned(), (*value).to_owned())));
+        Program::spawn(program, "wallaby-worker", self.folder.path(), &args, &environment)
     }
 
     /// A worker by its name.
@@ -366,6 +396,27 @@ impl System {
         })
         .await;
         took
+    }
+
+    /// Waits until the last row that [`System::row_passes`] sent is at another sink too.
+    pub async fn is_passed_by(&self, sink: &str) {
+        let client = self.postgres.connect(sink).await.unwrap();
+        eventually(PATIENCE, &format!("{sink} has the last row"), async || {
+            let found = client.query("SELECT 1 FROM ledger WHERE batch = $1", &[&self.markers]).await;
+            match found {
+                Ok(rows) if !rows.is_empty() => Ok(()),
+                other => Err(format!("{other:?}; {}", self.last_errors().await)),
+            }
+        })
+        .await;
+    }
+
+    /// Waits as [`System::is_passed_by`] does, and compares every row with the source.
+    pub async fn is_equal_at(&self, sink: &str) {
+        self.is_passed_by(sink).await;
+        let tables: Vec<&str> = shop::TABLES.into_iter().chain(["public.ledger"]).collect();
+        let comparison = compare(&self.source_dsn(), &self.dsn_of(sink), &tables).await.unwrap();
+        assert!(comparison.is_equal(), "{sink}: {comparison}");
     }
 
     /// Ends the traffic, waits until the sink has everything, and compares: every row, and nothing doubled.

@@ -166,7 +166,7 @@ impl Sink for PostgresSink {
         let end_sessions = !self.config.faults.keep_older_sessions;
         let opened = match checkpoint::take_over(&session.client, &self.task.task, epoch, end_sessions).await {
             Ok(opened) => opened,
-            Err(error) => return Err(self.failed(error)),
+            Err(error) => return Err(self.write_failed(error)),
         };
         self.count(SESSIONS_ENDED, u64::from(opened.sessions_ended));
         let position = opened.position;

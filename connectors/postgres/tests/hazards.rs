@@ -251,6 +251,27 @@ async fn h14_a_zombies_commit_is_refused_by_the_epoch() {
     assert_eq!(target.rows(&items.table).await, rows(&[&["1", "1", "a"]]));
 }
 
+/// The other guard alone: the epoch is the same, but another session of it has applied the batch since. So an owner that opens
+/// again while its earlier session lives on doubles nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h14_a_batch_that_another_session_of_the_same_epoch_applied_is_refused_by_the_position() {
+    let target = Target::fresh("h14_position").await;
+    let mut log = Log::new();
+    let events = Shape::new("events").column("n", ColumnType::Int4).build();
+    let mut earlier = target.opened(&log).await;
+    let faults = Faults { keep_older_sessions: true, ..Faults::default() };
+    let mut later = target.make(faults, Arc::new(EmptySource));
+    later.open(Epoch(1)).await.unwrap();
+    let alive = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'wallaby/%/1' AND datname = current_database()";
+    assert_eq!(query(&target.database, alive).await, rows(&[&["2"]]), "both sessions of the epoch live");
+    log.transaction([Change::insert(&events, [1.into()])]);
+    let batch = log.batch();
+    apply(&mut later, &batch).await;
+    let refused = try_apply(&mut earlier, &batch).await;
+    assert!(matches!(refused, Err(SinkError::Position { .. })), "{refused:?}");
+    assert_eq!(target.rows(&events.table).await, rows(&[&["1"]]), "the change stands doubled");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h25_swapped_unique_values_are_applied_in_order() {
     let target = Target::fresh("h25").await;

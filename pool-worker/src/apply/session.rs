@@ -38,8 +38,6 @@ const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
 const HOLD_EVERY: Duration = Duration::from_secs(3);
 /// A sink that has nothing to apply is told so rarely: its position moves on heartbeats alone.
 const IDLE_MOVE_EVERY: Duration = Duration::from_secs(5);
-/// The sink's sessions are given up and opened again after this long without an answer.
-const SINK_PATIENCE: Duration = Duration::from_secs(300);
 /// A sink within this of the log's end counts as caught up.
 const CAUGHT_UP_WITHIN_MS: u64 = 10_000;
 
@@ -278,8 +276,9 @@ impl Run<'_> {
             return Err(ApplyError::Invalid);
         }
         let begun = Instant::now();
-        let outcome = tokio::time::timeout(SINK_PATIENCE, self.sink.apply(batch)).await;
-        let outcome = outcome.map_err(|_| ApplyError::Silent(SINK_PATIENCE.as_secs()))??;
+        let patience = context.shared.options.sink_patience.0;
+        let outcome = tokio::time::timeout(patience, self.sink.apply(batch)).await;
+        let outcome = outcome.map_err(|_| ApplyError::Silent(patience.as_secs()))??;
         context.pulse.beat();
         let durable = match outcome {
             Outcome::Durable(position) => position,

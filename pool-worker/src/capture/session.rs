@@ -20,6 +20,7 @@ use super::splices::{Unconfirmed, find_broken};
 use super::{CaptureError, Fallback, Owned, enter, feedback, figures, retention, stage};
 use crate::backoff::Backoff;
 use crate::detach::Overrun;
+use crate::failpoint::Failpoint;
 use crate::flows::CaptureDemand;
 use crate::secret;
 use crate::task::TaskContext;
@@ -142,6 +143,9 @@ async fn open_log(context: &TaskContext, demand: &CaptureDemand) -> Result<Log, 
 async fn writer_options(context: &TaskContext, log: &Log) -> WriterOptions {
     let cache: Arc<dyn SegmentCache> = Arc::<crate::cache::RecordCache>::clone(&context.shared.cache);
     let mut options = WriterOptions { cache: Some(cache), ..WriterOptions::default() };
+    if context.shared.failpoints.is_on(Failpoint::HoldAppend) {
+        options.tail_check_interval = Duration::from_secs(3600);
+    }
     if let Ok(info) = log.info().await {
         let report = sync_policy(&info, &context.shared.sync_source()).await;
         tracing::info!(task = %context.task, policy = ?report.policy, "when the log's servers sync");

@@ -25,8 +25,6 @@ const TICK: Duration = Duration::from_secs(1);
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
 /// Without a change for this long the capture counts as caught up with the source.
 const QUIET_AFTER: Duration = Duration::from_secs(3);
-/// Cut off from the log's servers for this long, the task is given up: another worker may reach them.
-const UNREACHABLE_MAX: Duration = Duration::from_secs(60);
 
 /// What the loop works with.
 pub struct Stage<'a> {
@@ -94,7 +92,7 @@ async fn stream(
             _ = ticks.tick() => {
                 report(stage, capture.server_end(), writer, owned);
                 note_checkpoint(stage.log, writer, checkpoints);
-                watch_log(writer)?;
+                watch_log(stage, writer)?;
                 if let Some(commit) = owned.unconfirmed.lost() {
                     return Err(CaptureError::PartLost { commit });
                 }
@@ -118,6 +116,7 @@ async fn stream(
                     owned.staged_last = Some((transaction.committed_at_micros, Instant::now()));
                 }
                 metrics::staged(&context.task.flow, draft.rows, append.body.len());
+                let was_held = hold_append(context, writer).await?;
                 context.pulse.wait("the log");
                 // Taken whole or not at all, so an end in the middle loses nothing: it is read from the source again.
                 tokio::select! {
@@ -126,6 +125,10 @@ async fn stream(
                     _ = &mut ending => return Ok(()),
                     error = &mut ended => return Err(error.into()),
                     error = log_silence(stage, server_end, writer, owned) => return Err(error),
+                }
+                if was_held {
+                    // Before the source can end this task too: the log's answer is what the test is about.
+                    writer.settled().await?;
                 }
             }
             CaptureEvent::Heartbeat { to } => {
@@ -223,6 +226,21 @@ async fn watch_fallback(control: &Control, writer: &LogWriter, owned: &mut Owned
     Ok(())
 }
 
+/// A failpoint: keeps what comes next from the log, with nothing else on its way, until a test lets go. Says whether it did.
+async fn hold_append(context: &TaskContext, writer: &LogWriter) -> Result<bool, CaptureError> {
+    let failpoints = &context.shared.failpoints;
+    if !failpoints.holds_append() {
+        return Ok(false);
+    }
+    writer.settled().await?;
+    let what = "the failpoint hold-append";
+    context.pulse.wait(what);
+    context.status.waiting(Some(what));
+    failpoints.released().await;
+    context.status.waiting(None);
+    Ok(true)
+}
+
 fn pack(
     stage: &Stage<'_>,
     encoder: &mut SegmentEncoder,
@@ -248,15 +266,16 @@ async fn log_silence(stage: &Stage<'_>, server_end: Lsn, writer: &LogWriter, own
     loop {
         ticks.tick().await;
         report(stage, server_end, writer, owned);
-        if let Err(error) = watch_log(writer) {
+        if let Err(error) = watch_log(stage, writer) {
             return error;
         }
     }
 }
 
-fn watch_log(writer: &LogWriter) -> Result<(), CaptureError> {
+fn watch_log(stage: &Stage<'_>, writer: &LogWriter) -> Result<(), CaptureError> {
+    let patience = stage.context.shared.options.log_patience.0;
     match *writer.waiting().borrow() {
-        Some(waiting) if waiting.what == Wait::Unreachable && waiting.since.elapsed() > UNREACHABLE_MAX => {
+        Some(waiting) if waiting.what == Wait::Unreachable && waiting.since.elapsed() > patience => {
             Err(CaptureError::LogUnreachable(waiting.since.elapsed().as_secs()))
         }
         _ => Ok(()),

@@ -14,6 +14,7 @@
 //! | [`writer`] | takeover, appends, resync: the owner's side |
 //! | [`durability`], [`sync`] | when an acknowledged record may be confirmed to Postgres; what the servers say of their fsync |
 //! | [`reader`] | a reader that heals itself, in front of it an optional cache |
+//! | `pulls` | what the readers of one worker pull together |
 //! | [`side`] | the side store: what is too big or too early for the log |
 //! | [`retention`] | the purge, and what a tail that came back shorter means |
 //! | [`metrics`] | the names of what is counted |
@@ -26,6 +27,7 @@ mod leader;
 pub mod log;
 pub mod metrics;
 mod pull;
+mod pulls;
 pub mod reader;
 pub mod record;
 pub mod retention;
@@ -42,6 +44,7 @@ mod writer_task;
 pub use connection::{Connections, NatsTarget};
 pub use error::{Result, StagingError};
 pub use log::{Log, LogConfig, LogInfo, RESERVE_BYTES};
+pub use pulls::SharedPulls;
 pub use reader::{Accepted, LogReader, ReaderOptions, Start};
 pub use record::{Incarnation, Staged};
 pub use retention::{Purged, Retention, TailClaims, TailVerdict, judge_tail, log_begins};

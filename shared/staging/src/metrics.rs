@@ -17,6 +17,8 @@ const TAIL_LOST: &str = "wallaby_log_tail_lost_total";
 const FULL_SECONDS: &str = "wallaby_log_full_wait_seconds";
 const READ_SEGMENTS: &str = "wallaby_log_read_records_total";
 const READ_BYTES: &str = "wallaby_log_read_bytes_total";
+const PULLED_RECORDS: &str = "wallaby_log_pulled_records_total";
+const PULLED_BYTES: &str = "wallaby_log_pulled_bytes_total";
 const CACHE_HITS: &str = "wallaby_log_cache_hits_total";
 const DROPPED: &str = "wallaby_log_read_dropped_total";
 const RECOVERIES: &str = "wallaby_log_reader_recoveries_total";
@@ -44,7 +46,17 @@ pub fn describe() {
     describe_histogram!(FULL_SECONDS, Unit::Seconds, "How long appends waited for room in a full log");
     describe_counter!(READ_SEGMENTS, Unit::Count, "Records that readers accepted");
     describe_counter!(READ_BYTES, Unit::Bytes, "Body bytes of accepted records");
-    describe_counter!(CACHE_HITS, Unit::Count, "Records that readers took from the cache");
+    describe_counter!(
+        PULLED_RECORDS,
+        Unit::Count,
+        "Records that came from the servers, once for all readers that stood there"
+    );
+    describe_counter!(PULLED_BYTES, Unit::Bytes, "Body bytes of the records that came from the servers");
+    describe_counter!(
+        CACHE_HITS,
+        Unit::Count,
+        "Records that readers took from the cache, or from another reader's pull"
+    );
     describe_counter!(DROPPED, Unit::Count, "Records that readers left out: an old epoch, or already known");
     describe_counter!(RECOVERIES, Unit::Count, "Times that a reader made its consumer anew");
     describe_counter!(REWOUND, Unit::Count, "Rewinds after a lost tail that lay before a reader's end");
@@ -172,6 +184,8 @@ pub(crate) struct ReaderMetrics {
     flow: FlowId,
     read: metrics::Counter,
     read_bytes: metrics::Counter,
+    pulled: metrics::Counter,
+    pulled_bytes: metrics::Counter,
     cache_hits: metrics::Counter,
     dropped: metrics::Counter,
 }
@@ -181,6 +195,8 @@ impl ReaderMetrics {
         ReaderMetrics {
             read: counter!(READ_SEGMENTS, "flow" => label(flow)),
             read_bytes: counter!(READ_BYTES, "flow" => label(flow)),
+            pulled: counter!(PULLED_RECORDS, "flow" => label(flow)),
+            pulled_bytes: counter!(PULLED_BYTES, "flow" => label(flow)),
             cache_hits: counter!(CACHE_HITS, "flow" => label(flow)),
             dropped: counter!(DROPPED, "flow" => label(flow)),
             flow: flow.clone(),
@@ -190,6 +206,11 @@ impl ReaderMetrics {
     pub(crate) fn read(&self, bytes: usize) {
         self.read.increment(1);
         self.read_bytes.increment(bytes as u64);
+    }
+
+    pub(crate) fn pulled(&self, bytes: usize) {
+        self.pulled.increment(1);
+        self.pulled_bytes.increment(bytes as u64);
     }
 
     pub(crate) fn cache_hit(&self) {

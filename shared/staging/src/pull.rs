@@ -23,6 +23,8 @@ use crate::record::{self, Staged};
 const PULLS: usize = 2;
 /// Records of one pull at most; the bytes end it first.
 const BATCH: usize = 4096;
+/// Records of a consumer's first pull: whoever only looks whether the last record is still there pulls nothing else.
+const BATCH_FIRST: usize = 1;
 const EXPIRES: Duration = Duration::from_secs(30);
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Silence for longer means that the consumer is gone.
@@ -127,18 +129,19 @@ impl PullSession {
     async fn pull(&mut self) -> Result<()> {
         let now = Instant::now();
         self.pulls.retain(|pull| pull.left > 0 && pull.until > now);
-        while self.pulls.len() < PULLS {
+        // Nothing is sent ahead until the first record is here.
+        let (pulls, batch) = if self.delivered == 0 { (1, BATCH_FIRST) } else { (PULLS, BATCH) };
+        while self.pulls.len() < pulls {
             // A message larger than the pull would never come.
             let max_bytes = self.pull_bytes.max(self.log.connections().pull.max_payload() + (64 << 10));
-            let request =
-                PullRequest { expires: nanos(EXPIRES), batch: BATCH, max_bytes, idle_heartbeat: nanos(HEARTBEAT) };
+            let request = PullRequest { expires: nanos(EXPIRES), batch, max_bytes, idle_heartbeat: nanos(HEARTBEAT) };
             let body = serde_json::to_vec(&request).map_err(|error| self.gone(&error.to_string()))?;
             let number = self.next_pull;
             let subject = format!("CONSUMER.MSG.NEXT.{}.{}", self.log.stream(), self.consumer);
             let request = Request::new().payload(Bytes::from(body)).inbox(format!("{}.{number}", self.inbox));
             // Counted before it is sent: if this call is cancelled, the pull expires.
             self.next_pull += 1;
-            self.pulls.push_back(Outstanding { number, left: BATCH, until: now + EXPIRES + HEARTBEAT });
+            self.pulls.push_back(Outstanding { number, left: batch, until: now + EXPIRES + HEARTBEAT });
             self.context.send_request(subject, request).await.map_err(|error| self.gone(&error.to_string()))?;
         }
         Ok(())
@@ -184,6 +187,20 @@ impl PullSession {
         record::decode(&headers, message.payload, sequence, self.log.flow())
             .map(Some)
             .map_err(|reason| StagingError::Record { stream: self.log.stream().to_owned(), sequence, reason })
+    }
+}
+
+impl Drop for PullSession {
+    /// Deletes the consumer; one that cannot be told is deleted by the server once it was idle for long.
+    fn drop(&mut self) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (context, stream) = (self.context.clone(), self.log.stream().to_owned());
+        let consumer = std::mem::take(&mut self.consumer);
+        runtime.spawn(async move {
+            if let Err(error) = context.delete_consumer_from_stream(consumer, stream).await {
+                tracing::debug!(%error, "a consumer was not deleted: it ends by itself");
+            }
+        });
     }
 }
 

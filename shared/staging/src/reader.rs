@@ -1,8 +1,8 @@
 //! A reader of the log.
 //!
-//! The truth is the position; a sequence is a hint that is checked. The reader finds its place by position, takes records
-//! from the cache while it has them and from the servers from the first miss on, and applies the reader rule to each. A consumer
-//! that is lost is made anew from where the reader stands. A gap is looked at twice: sequences are used again after a
+//! The truth is the position; a sequence is a hint that is checked. The reader finds its place by position, takes each record
+//! from the cache if it is there and else from the servers, together with those readers of its worker that stand where it stands,
+//! and applies the reader rule to it. A consumer that is lost is made anew from where the reader stands. A gap is looked at twice: sequences are used again after a
 //! loss of data, so before it is believed the place is searched by position once more.
 
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use wallaby_model::{Epoch, Position, RecordKind};
 use crate::error::{Result, StagingError};
 use crate::log::Log;
 use crate::metrics::ReaderMetrics;
-use crate::pull::PullSession;
-use crate::record::{Link, Staged};
-use crate::retention::{Place, locate};
+use crate::pulls::{Found, Place, Wanted};
+use crate::record::{Mark, Staged};
+use crate::retention::{self, locate};
 use crate::rule::{ReaderState, Verdict};
 use crate::segment_cache::{SegmentCache, SegmentKey};
 use crate::waiting::{Wait, WaitSender, Waiting};
@@ -50,7 +50,7 @@ pub enum Start {
 pub struct ReaderOptions {
     /// Bytes of one pull; two wait at the server at a time. Raised to `max_payload` when smaller.
     pub pull_bytes: usize,
-    /// Asked before the servers; gets what they deliver.
+    /// Asked before the servers; gets what they deliver. Readers with one cache share their pulls.
     pub cache: Option<Arc<dyn SegmentCache>>,
 }
 
@@ -75,20 +75,6 @@ pub struct Accepted {
     pub log_epoch: Epoch,
 }
 
-/// Tells a record from another one that has its sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Mark {
-    sequence: u64,
-    epoch: Epoch,
-    link: Option<Link>,
-}
-
-impl Mark {
-    fn of(staged: &Staged) -> Mark {
-        Mark { sequence: staged.sequence, epoch: staged.record.epoch, link: staged.link }
-    }
-}
-
 /// A reader of one log.
 pub struct LogReader {
     log: Log,
@@ -99,11 +85,10 @@ pub struct LogReader {
     state: ReaderState,
     /// The next sequence to read, once the place is known.
     next: Option<u64>,
-    session: Option<PullSession>,
-    /// The last record that was read: what stands at its sequence when a consumer is made anew.
+    /// Where it pulls.
+    place: Option<Arc<Place>>,
+    /// The last record that was read: it must still stand at its sequence when the next one is pulled.
     last: Option<Mark>,
-    /// The new consumer has to begin with this one, or the log was numbered anew.
-    expected: Option<Mark>,
     /// A gap was seen, and the place searched again because of it.
     searched_for_gap: bool,
     backoff: Duration,
@@ -126,9 +111,8 @@ impl LogReader {
             waiting: WaitSender::new(),
             state,
             next: None,
-            session: None,
+            place: None,
             last: None,
-            expected: None,
             searched_for_gap: false,
             backoff: BACKOFF_FIRST,
             missing_since: None,
@@ -150,7 +134,8 @@ impl LogReader {
         self.waiting.subscribe()
     }
 
-    /// The next record for this reader. Waits for one as long as it takes; reconnects and searches by itself. Cancel-safe.
+    /// The next record for this reader. Waits for one as long as it takes; reconnects and searches by itself. Cancel-safe. Poll it
+    /// or drop it: other readers of the worker may stand in line behind it.
     ///
     /// # Errors
     /// `PastHold`, `Gap`, `Record` and `Missing` end the reader: it would lose changes if it went on.
@@ -169,7 +154,7 @@ impl LogReader {
                     }
                 }
                 Err(error) => {
-                    self.session = None;
+                    self.place = None;
                     self.wait_after(error).await?;
                 }
             }
@@ -201,40 +186,50 @@ impl LogReader {
             None => self.search().await?,
         };
         self.next = Some(next);
-        if self.session.is_none() {
+        loop {
             if let Some(staged) = self.cached(next) {
                 self.metrics.cache_hit();
                 return Ok(staged);
             }
-            // Sequences come again after a loss of data: the last record is read once more, to see whether it is still there.
-            self.expected = self.last.filter(|last| last.sequence + 1 == next);
-            let begin = self.expected.map_or(next, |last| last.sequence);
-            let info = self.log.reader_leader().info(&self.log).await?;
-            if self.expected.is_some() && info.state.last_sequence < begin {
-                return Err(self.numbered_anew());
+            let place = self.place(next);
+            let wanted = Wanted {
+                log: &self.log,
+                pull_bytes: self.options.pull_bytes,
+                sequence: next,
+                last: self.last.filter(|last| last.sequence + 1 == next),
+                incarnation: self.state.incarnation,
+                metrics: &self.metrics,
+            };
+            match place.take(wanted).await? {
+                Found::Record(staged) => {
+                    if let (Some(cache), Some(incarnation)) = (&self.options.cache, staged.incarnation) {
+                        let key = SegmentKey { flow: self.log.flow().clone(), incarnation, sequence: staged.sequence };
+                        cache.put(key, &staged);
+                    }
+                    return Ok(*staged);
+                }
+                Found::Elsewhere => self.place = None,
+                Found::NumberedAnew => return Err(self.numbered_anew()),
             }
-            self.session = Some(PullSession::open(&self.log, begin, self.options.pull_bytes).await?);
         }
-        let Some(session) = &mut self.session else {
-            return Err(StagingError::unavailable("the reader's consumer", "it is not there"));
+    }
+
+    /// Where the record with this sequence is pulled: where others wait for it, or else where the reader was before.
+    fn place(&mut self, next: u64) -> Arc<Place> {
+        let own = self.place.take().filter(|place| place.is_near(next));
+        let shared = self.options.cache.as_ref().and_then(|cache| cache.pulls());
+        let place = match (shared, own) {
+            (Some(pulls), own) => pulls.place(self.log.flow(), next, own),
+            (None, Some(own)) => own,
+            (None, None) => Arc::new(Place::new(self.log.flow().clone(), next)),
         };
-        let mut staged = session.next().await?;
-        if let Some(expected) = self.expected.take() {
-            if Mark::of(&staged) != expected {
-                return Err(self.numbered_anew());
-            }
-            staged = session.next().await?;
-        }
-        if let (Some(cache), Some(incarnation)) = (&self.options.cache, staged.incarnation) {
-            let key = SegmentKey { flow: self.log.flow().clone(), incarnation, sequence: staged.sequence };
-            cache.put(key, &staged);
-        }
-        Ok(staged)
+        self.place = Some(Arc::clone(&place));
+        place
     }
 
     /// The place is searched by position.
     fn numbered_anew(&mut self) -> StagingError {
-        (self.next, self.last, self.expected) = (None, None, None);
+        (self.next, self.last, self.place) = (None, None, None);
         // The cache may still have the old life's records under the sequences that come: the servers say which life this is.
         self.state.incarnation = None;
         StagingError::unavailable("the reader's place", "the log was purged or numbered anew")
@@ -263,11 +258,11 @@ impl LogReader {
             return Ok(hint);
         }
         match locate(&self.log, self.log.reader_leader(), end, None).await? {
-            Place::Holds { from, before: None, .. } if from > end => {
+            retention::Place::Holds { from, before: None, .. } if from > end => {
                 Err(StagingError::PastHold { flow: self.log.flow().clone(), position: Some(end), begins: Some(from) })
             }
-            Place::Holds { before, sequence, .. } => Ok(before.unwrap_or(sequence)),
-            Place::AtEnd { before, next, .. } => Ok(before.unwrap_or(next)),
+            retention::Place::Holds { before, sequence, .. } => Ok(before.unwrap_or(sequence)),
+            retention::Place::AtEnd { before, next, .. } => Ok(before.unwrap_or(next)),
         }
     }
 
@@ -295,7 +290,7 @@ impl LogReader {
                 Err(StagingError::PastHold { flow: self.log.flow().clone(), position: None, begins: Some(from) })
             }
             Verdict::Gap { end: Some(end), from } => {
-                self.session = None;
+                self.place = None;
                 self.next = None;
                 if !std::mem::replace(&mut self.searched_for_gap, true) {
                     return Ok(None);

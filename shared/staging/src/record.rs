@@ -146,6 +146,20 @@ pub struct Staged {
     pub body: Bytes,
 }
 
+/// Tells a record from another one that has its sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mark {
+    pub(crate) sequence: u64,
+    epoch: Epoch,
+    link: Option<Link>,
+}
+
+impl Mark {
+    pub(crate) fn of(staged: &Staged) -> Mark {
+        Mark { sequence: staged.sequence, epoch: staged.record.epoch, link: staged.link }
+    }
+}
+
 /// Writes a record's headers. `incarnation` is given for every kind but the fence; so is the link, by [`set_link`].
 pub fn encode(record: &Record, incarnation: Option<Incarnation>) -> HeaderMap {
     let mut headers = HeaderMap::new();

@@ -5,6 +5,7 @@
 
 use wallaby_model::FlowId;
 
+use crate::pulls::SharedPulls;
 use crate::record::{Incarnation, Staged};
 
 /// Names one record. Sequences are used again after a loss of data, so the incarnation is part of it.
@@ -24,4 +25,8 @@ pub trait SegmentCache: Send + Sync {
     fn get(&self, key: &SegmentKey) -> Option<Staged>;
     /// Keeps a record that the log is known to hold.
     fn put(&self, key: SegmentKey, staged: &Staged);
+    /// Where its readers pull together; `None`: each pulls on its own.
+    fn pulls(&self) -> Option<&SharedPulls> {
+        None
+    }
 }

@@ -7,14 +7,14 @@ use wallaby_tests::system::{Plan, System};
 use wallaby_tests::{PATIENCE, alone};
 
 /// A system of one controller and one worker over one log server.
-fn small() -> Plan {
+pub(crate) fn small() -> Plan {
     let nats = wallaby_testkit::NatsOptions::default();
     let flow = FlowFile { replicas: 1, ..FlowFile::default() };
     Plan { workers: vec![""], nats, flow, ..Plan::default() }
 }
 
 /// Waits until `wallaby describe shop` says all `parts`.
-async fn describes(system: &System, what: &str, parts: &[&str]) {
+pub(crate) async fn describes(system: &System, what: &str, parts: &[&str]) {
     let said = eventually(PATIENCE, &format!("{what}: describe says {parts:?}"), async || {
         let said = system.cli(&["describe", "shop"]).await;
         if parts.iter().all(|part| said.text.contains(part)) { Ok(said) } else { Err(said.text) }
@@ -24,7 +24,7 @@ async fn describes(system: &System, what: &str, parts: &[&str]) {
     println!("{what}: {}", line.trim());
 }
 
-async fn applied(system: &System, flow: &FlowFile) {
+pub(crate) async fn applied(system: &System, flow: &FlowFile) {
     let said = system.apply(flow).await;
     assert_eq!(said.code, 0, "{}", said.text);
 }
@@ -90,7 +90,10 @@ async fn mistakes_at_the_command_line_say_what_to_do() {
     let folder = wallaby_testkit::Folder::temporary("second").unwrap();
     let (_, api) = &system.controllers[0];
     let listen = format!("127.0.0.1:{}", api.port());
-    let environment = [("WALLABY_ETCD", system.etcd.endpoints().join(",")), ("WALLABY_NATS", system.nats.client_url())];
+    let environment = [
+        ("WALLABY_ETCD".to_owned(), system.etcd.endpoints().join(",")),
+        ("WALLABY_NATS".to_owned(), system.nats.client_url()),
+    ];
     let second = Program::spawn(
         "second",
         "wallaby-controller",
@@ -104,8 +107,10 @@ async fn mistakes_at_the_command_line_say_what_to_do() {
     assert!(said.contains(&listen) && said.contains("--listen"), "{said}");
 
     // Nobody is there: etcd and NATS for a worker, the controller for the command line.
-    let nowhere =
-        [("WALLABY_ETCD", "http://127.0.0.1:9".to_owned()), ("WALLABY_NATS", "nats://127.0.0.1:9".to_owned())];
+    let nowhere = [
+        ("WALLABY_ETCD".to_owned(), "http://127.0.0.1:9".to_owned()),
+        ("WALLABY_NATS".to_owned(), "nats://127.0.0.1:9".to_owned()),
+    ];
     let lost = Program::spawn("lost", "wallaby-worker", folder.path(), &[], &nowhere);
     eventually(PATIENCE, "the worker says that etcd is not there", async || {
         let said = lost.process().log_tail(30).to_string();

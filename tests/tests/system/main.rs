@@ -3,7 +3,9 @@
 
 mod bad_input;
 mod kills;
+mod mended;
 mod pauses;
 mod power;
 mod pressure;
+mod sharing;
 mod wedged;

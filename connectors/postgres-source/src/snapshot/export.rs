@@ -4,6 +4,7 @@
 //! then on the run holds back the source's xmin, which its age bounds, but no WAL and no slot.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::time::sleep;
@@ -22,20 +23,12 @@ use crate::replication::ReplicationClient;
 use crate::sessions::{self, SessionOwner};
 use crate::setup;
 
-/// How a snapshot is exported.
-#[derive(Clone, Debug)]
-pub struct ExportOptions {
-    /// The source.
-    pub connect: ConnectConfig,
-    /// The run task. Sessions of older owners, and older ones of this owner, are ended first.
-    pub owner: SessionOwner,
-    /// How long the slot's creation may wait for transactions that are older than it.
-    pub timeout: Duration,
-}
+/// How long sessions of older owners may take to end.
+const EVICTION: Duration = Duration::from_secs(10);
 
 /// A snapshot that is held. Dropping it gives it up.
 pub struct SnapshotExport {
-    options: ExportOptions,
+    config: ConnectConfig,
     holder: Control,
     snapshot: String,
     consistent_point: Lsn,
@@ -46,30 +39,35 @@ pub struct SnapshotExport {
 }
 
 impl SnapshotExport {
-    /// Exports a snapshot. The publication has to name the run's tables before, and the log to be held.
+    /// Exports a snapshot; sessions of older owners of the task are ended first. `patience` is for transactions that the slot's
+    /// creation waits for. The publication has to name the run's tables before, and the log to be held.
     ///
     /// # Errors
     /// `WalLevel`; `SlotWaits` when transactions that are older than the slot do not end in time, with who they are; `Fenced` by a
     /// younger owner; what the server refuses (rights, no free slot or walsender).
-    pub async fn create(options: ExportOptions) -> Result<SnapshotExport, SourceError> {
-        let session = options.connect.with_application_name(&options.owner.session_name());
+    pub async fn open(
+        config: &ConnectConfig,
+        owner: &SessionOwner,
+        patience: Duration,
+    ) -> Result<SnapshotExport, SourceError> {
+        let session = config.with_application_name(&owner.session_name());
         let holder = connect_control(&session).await?;
         let wal_level = setting(&holder, "wal_level").await?;
         if wal_level != "logical" {
             return Err(SourceError::WalLevel { found: wal_level });
         }
-        let slot = slot_name(&options.owner);
-        sessions::evict(&holder, &options.owner, &slot, Duration::from_secs(10)).await?;
+        let slot = slot_name(owner);
+        sessions::evict_older(&holder, owner, EVICTION).await?;
         sql::be_patient(&holder).await?;
         let mut replication = ReplicationClient::connect(&session).await?;
-        let (consistent_point, exported) = create_slot(&mut replication, &holder, &slot, options.timeout).await?;
+        let (consistent_point, exported) = create_slot(&mut replication, &holder, &slot, patience).await?;
         let since = Instant::now();
         sql::import(&holder, &exported).await?;
         let row = holder.query_typed_one("SELECT pg_catalog.pg_export_snapshot()", &[]).await;
         let row = row.map_err(|error| SourceError::from_client("exporting the snapshot", &error))?;
         drop(replication);
         Ok(SnapshotExport {
-            options,
+            config: session,
             snapshot: row.get(0),
             holder,
             consistent_point,
@@ -104,14 +102,21 @@ impl SnapshotExport {
         self.holder.ended().await
     }
 
-    /// Plans the run inside the snapshot: [`plan()`] with what it shows.
+    /// Plans a run inside the snapshot, over the published tables that `wanted` names: `schema.table` or `schema.*`, in double quotes
+    /// where names hold dots; empty for all of them. `exclude` names tables to leave out. A partitioned table that is published as a whole gives one
+    /// relation for each leaf (or itself, when it has none).
     ///
     /// # Errors
-    /// As [`plan()`]; `SnapshotGone`.
-    pub async fn plan(&mut self, publication: &str, wanted: &[String]) -> Result<Vec<PlannedRelation>, SourceError> {
-        let control = sql::patient(&self.options.connect.with_application_name(self.reader_name())).await?;
+    /// `PublicationMissing`; `TableMissing` when nothing published fits what was named; `SnapshotGone`.
+    pub async fn plan(
+        &mut self,
+        publication: &str,
+        wanted: &[String],
+        exclude: &[String],
+    ) -> Result<Vec<PlannedRelation>, SourceError> {
+        let control = sql::patient(&self.config).await?;
         sql::import(&control, &self.snapshot).await?;
-        let planned = plan::plan(&control, publication, wanted).await?;
+        let planned = plan::plan(&control, publication, wanted, exclude).await?;
         let oids: Vec<u32> = planned.iter().map(|relation| relation.oid).collect();
         let all = vec![i16::MAX; oids.len()];
         self.columns = columns_of(&control, &oids, &all).await?;
@@ -127,7 +132,7 @@ impl SnapshotExport {
         if relations.is_empty() {
             return Ok(false);
         }
-        let control = connect_control(&self.options.connect.with_application_name(self.reader_name())).await?;
+        let control = connect_control(&self.config).await?;
         let oids: Vec<u32> = relations.iter().map(|relation| relation.oid).collect();
         let rows = control
             .query_typed(CURRENT_SQL, &[(&oids, Type::OID_ARRAY)])
@@ -155,11 +160,6 @@ impl SnapshotExport {
         };
         Ok(oids.iter().any(differ))
     }
-
-    /// Sessions beside the holder are not named like it: its successor ends the holder, and they end by themselves.
-    fn reader_name(&self) -> &str {
-        self.options.connect.application_name()
-    }
 }
 
 const CURRENT_SQL: &str = "
@@ -169,7 +169,7 @@ JOIN pg_catalog.pg_class c ON c.oid = asked.oid JOIN pg_catalog.pg_namespace n O
 
 const COLUMNS_SQL: &str = "
 SELECT a.attrelid, max(a.attnum), pg_catalog.md5(pg_catalog.string_agg(a.attnum || ' ' || a.atttypid || ' ' || a.attname, '/' ORDER BY a.attnum))
-FROM ROWS FROM (pg_catalog.unnest($1::oid[]), pg_catalog.unnest($2::int2[])) AS asked(oid, highest)
+FROM unnest($1::oid[], $2::int2[]) AS asked(oid, highest)
 JOIN pg_catalog.pg_attribute a ON a.attrelid = asked.oid AND a.attnum > 0 AND a.attnum <= asked.highest AND NOT a.attisdropped
 GROUP BY a.attrelid";
 
@@ -183,11 +183,14 @@ async fn columns_of(
     Ok(rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect())
 }
 
-/// A temporary slot's name that no other owner has: letters, digits and `_`, at most 63.
+/// A temporary slot's name: letters, digits and `_`, at most 63. Another export of the same owner has another one, because a slot
+/// goes only with the session that made it.
 fn slot_name(owner: &SessionOwner) -> String {
+    static EXPORTS: AtomicU32 = AtomicU32::new(0);
     let fit = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' };
-    let task: String = owner.prefix.chars().map(fit).take(38).collect();
-    format!("{task}{}", owner.epoch)
+    let task: String = owner.prefix.chars().map(fit).take(36).collect();
+    let number = EXPORTS.fetch_add(1, Ordering::Relaxed) % 1000;
+    format!("{task}{}_{number}", owner.epoch)
 }
 
 /// Creates the slot and exports its snapshot on a walsender; says whom that waits for. Returns C and the snapshot's name.
@@ -251,7 +254,8 @@ mod tests {
     #[test]
     fn slot_names_are_fit() {
         let owner = SessionOwner { prefix: "wallaby/0123456789abcdef/".into(), epoch: Epoch(u64::MAX) };
-        assert_eq!(slot_name(&owner), "wallaby_0123456789abcdef_18446744073709551615");
+        assert!(slot_name(&owner).starts_with("wallaby_0123456789abcdef_18446744073709551615_"));
+        assert_ne!(slot_name(&owner), slot_name(&owner));
         let long = SessionOwner { prefix: "Ü".repeat(90), epoch: Epoch(u64::MAX) };
         assert!(slot_name(&long).len() <= 63);
     }

@@ -44,7 +44,7 @@ async fn leaders_killed_in_a_loop_leave_no_gap_and_no_duplicate() {
     let stop = Arc::new(AtomicBool::new(false));
     let appending = pipeline(writer, Arc::clone(&stop), 10_000);
     // One reader is there all the time, through every fault.
-    let mut live = flow.reader(Start::FirstResume);
+    let mut live = flow.shared_reader(Start::FirstResume);
     let (tell, told) = tokio::sync::oneshot::channel();
     let reading = tokio::spawn(async move {
         let mut told = std::pin::pin!(told);
@@ -170,7 +170,7 @@ async fn a_full_log_is_back_pressure_until_it_is_purged() {
     assert!(info_full.bytes <= info_full.max_bytes - wallaby_staging::log::RESERVE_BYTES, "{info_full:?}");
     assert!(!filling.is_finished());
     // A reader takes what is there, and the log is purged behind it, until everything is through.
-    let mut reader = flow.reader(Start::FirstResume);
+    let mut reader = flow.shared_reader(Start::FirstResume);
     let mut retention = Retention::new(&flow.log);
     while reader.state().end < Some(at(61)) {
         let next = tokio::time::timeout(PATIENCE, reader.next()).await.unwrap().unwrap();
@@ -239,7 +239,7 @@ async fn h11_a_lost_tail_is_noticed_rewound_and_read_without_a_gap() {
         writer.append(segment(n, n + 1, 100)).await.unwrap();
     }
     writer.settled().await.unwrap();
-    let mut ahead = flow.reader(Start::FirstResume);
+    let mut ahead = flow.shared_reader(Start::FirstResume);
     read_to(&mut ahead, at(21)).await;
     lose_tail(&flow, 8).await;
     // The owner that saw them acknowledged does not go on over the hole.

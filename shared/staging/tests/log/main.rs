@@ -7,4 +7,5 @@ mod support;
 mod faults;
 mod making;
 mod reading;
+mod sharing;
 mod takeover;

@@ -1,16 +1,14 @@
 //! Where readers begin, what they are told when they cannot, and the purge behind them.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use wallaby_model::{Epoch, Position};
 use wallaby_staging::{
-    Accepted, LogReader, LogWriter, ReaderOptions, Retention, SegmentCache, SegmentKey, Staged, StagingError, Start,
-    WriterOptions,
+    Accepted, LogReader, LogWriter, ReaderOptions, Retention, SegmentCache, Staged, StagingError, Start, WriterOptions,
 };
 
-use crate::support::{Flow, PATIENCE, at, end_of, info, options, owner, read_to, segment};
+use crate::support::{Flow, Memory, PATIENCE, at, begins, end_of, info, options, owner, read_to, segment};
 
 /// A log of segments of ten positions each, 1..=1+10*count.
 async fn filled(count: u64) -> (Flow, LogWriter) {
@@ -100,6 +98,8 @@ async fn h10_a_reader_that_registers_while_the_purge_runs_starts_or_is_refused()
                         };
                     }
                     assert_eq!(accepted.after, at(position));
+                    let from = begins(&accepted).unwrap();
+                    assert!(from <= at(position), "a reader at {position} was given what begins at {from}");
                     true
                 }
                 Err(StagingError::PastHold { position: Some(stood), .. }) => {
@@ -187,21 +187,6 @@ async fn a_message_of_somebody_else_stops_the_reader_with_the_reason() {
     flow.end().await;
 }
 
-#[derive(Default)]
-struct Memory(Mutex<HashMap<SegmentKey, Staged>>, Mutex<u64>);
-
-impl SegmentCache for Memory {
-    fn get(&self, key: &SegmentKey) -> Option<Staged> {
-        let found = self.0.lock().unwrap().get(key).cloned();
-        *self.1.lock().unwrap() += u64::from(found.is_some());
-        found
-    }
-
-    fn put(&self, key: SegmentKey, staged: &Staged) {
-        self.0.lock().unwrap().insert(key, staged.clone());
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h21_only_acknowledged_records_enter_the_cache() {
     let flow = Flow::on_three().await;
@@ -223,7 +208,7 @@ async fn h21_only_acknowledged_records_enter_the_cache() {
         successor.append(segment(n, n + 1, 100)).await.unwrap();
     }
     successor.settled().await.unwrap();
-    assert!(cache.0.lock().unwrap().values().all(|staged| staged.record.kind.to().unwrap() <= at(31)));
+    assert!(cache.records().values().all(|staged| staged.record.kind.to().unwrap() <= at(31)));
     let options =
         ReaderOptions { cache: Some(Arc::clone(&cache) as Arc<dyn SegmentCache>), ..ReaderOptions::default() };
     // The first pulls its first record, the second finds all in the cache.
@@ -237,6 +222,6 @@ async fn h21_only_acknowledged_records_enter_the_cache() {
         };
         assert_eq!(bodies(&accepted), bodies(&plain));
     }
-    assert!(cache.0.lock().unwrap().len() > 60);
+    assert!(cache.records().len() > 60);
     flow.end().await;
 }

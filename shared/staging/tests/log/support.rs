@@ -1,13 +1,15 @@
 //! A flow's log on a test cluster, and a source whose history is known: position n is the n-th change.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
 use wallaby_model::flow::Replicas;
-use wallaby_model::{Codec, Epoch, FlowId, Lsn, Nonce, Position, ResumeInfo};
+use wallaby_model::{Codec, Epoch, FlowId, Lsn, Nonce, Position, RecordKind, ResumeInfo};
 use wallaby_staging::{
-    Accepted, Connections, DataAppend, Log, LogConfig, LogReader, LogWriter, NatsTarget, ReaderOptions, Result, Start,
-    SyncPolicy, WriterOptions,
+    Accepted, Connections, DataAppend, Log, LogConfig, LogReader, LogWriter, NatsTarget, ReaderOptions, Result,
+    SegmentCache, SegmentKey, SharedPulls, Staged, Start, SyncPolicy, WriterOptions,
 };
 use wallaby_testkit::{NatsCluster, NatsScope, unique};
 
@@ -55,10 +57,47 @@ pub fn target(cluster_url: &str) -> NatsTarget {
     }
 }
 
+/// A cache of one worker.
+#[derive(Default)]
+pub struct Memory {
+    records: Mutex<HashMap<SegmentKey, Staged>>,
+    pulls: SharedPulls,
+    forgets: bool,
+}
+
+impl Memory {
+    /// One that has lost everything whenever it is asked.
+    pub fn that_forgets() -> Memory {
+        Memory { forgets: true, ..Memory::default() }
+    }
+
+    pub fn records(&self) -> MutexGuard<'_, HashMap<SegmentKey, Staged>> {
+        self.records.lock().unwrap()
+    }
+}
+
+impl SegmentCache for Memory {
+    fn get(&self, key: &SegmentKey) -> Option<Staged> {
+        self.records().get(key).cloned()
+    }
+
+    fn put(&self, key: SegmentKey, staged: &Staged) {
+        if !self.forgets {
+            self.records().insert(key, staged.clone());
+        }
+    }
+
+    fn pulls(&self) -> Option<&SharedPulls> {
+        Some(&self.pulls)
+    }
+}
+
 /// A log of its own, deleted by `end`, or with the servers.
 pub struct Flow {
     pub log: Log,
     pub url: String,
+    /// What its shared readers share.
+    pub cache: Arc<Memory>,
 }
 
 impl Flow {
@@ -70,7 +109,7 @@ impl Flow {
         let config = LogConfig { replicas: Replicas::Exactly(replicas), max_bytes };
         let made = wallaby_testkit::eventually(PATIENCE, "the log", async || log.ensure(&config).await).await;
         assert_eq!(made.replicas, usize::from(replicas));
-        Flow { log, url: url.to_owned() }
+        Flow { log, url: url.to_owned(), cache: Arc::default() }
     }
 
     /// On the shared cluster of three; asserts that the copies stand on three servers, because one hides fencing.
@@ -117,6 +156,16 @@ impl Flow {
         LogReader::new(&self.log, start, ReaderOptions::default())
     }
 
+    /// One that shares the flow's cache, and its pulls, with others.
+    pub fn shared_reader(&self, start: Start) -> LogReader {
+        self.reader_with(&self.cache, start)
+    }
+
+    pub fn reader_with(&self, cache: &Arc<Memory>, start: Start) -> LogReader {
+        let cache: Arc<dyn SegmentCache> = Arc::<Memory>::clone(cache);
+        LogReader::new(&self.log, start, ReaderOptions { cache: Some(cache), ..ReaderOptions::default() })
+    }
+
     pub async fn end(self) {
         self.log.delete().await.unwrap();
     }
@@ -133,6 +182,16 @@ pub fn end_of(writer: &LogWriter) -> u64 {
     writer.end().commit.0
 }
 
+/// Where the record of what was accepted begins, by its own word: behind `after` something would be missing. `None` for a resume.
+pub fn begins(accepted: &Accepted) -> Option<Position> {
+    match accepted.staged.record.kind {
+        RecordKind::Data { from, .. } | RecordKind::Splice { from, .. } | RecordKind::Heartbeat { from, .. } => {
+            Some(from)
+        }
+        RecordKind::Fence { .. } | RecordKind::Resume { .. } => None,
+    }
+}
+
 /// Reads until the reader stands at `to` and checks that nothing is missing and nothing is doubled: what it accepts
 /// continues exactly where it stood.
 pub async fn read_to(reader: &mut LogReader, to: Position) -> Vec<Accepted> {
@@ -142,6 +201,7 @@ pub async fn read_to(reader: &mut LogReader, to: Position) -> Vec<Accepted> {
             let stood = reader.state().end;
             let next = reader.next().await.unwrap();
             assert!(stood.is_none_or(|stood| stood == next.after), "stood at {stood:?}, got {next:?}");
+            assert!(begins(&next).is_none_or(|from| from <= next.after), "something is missing before {next:?}");
             assert_eq!(reader.state().end, Some(next.to));
             accepted.push(next);
         }

@@ -1,0 +1,81 @@
+//! Several sinks of one flow in one worker: a record is pulled once for all of them, and one that stands still delays nobody.
+
+use wallaby_testkit::eventually;
+use wallaby_tests::flow::FlowFile;
+use wallaby_tests::system::{Plan, System};
+use wallaby_tests::{PATIENCE, alone};
+
+const READ_BYTES: &str = "wallaby_log_read_bytes_total";
+const PULLED_BYTES: &str = "wallaby_log_pulled_bytes_total";
+/// What docs/operations.md tells people to watch.
+const WATCHED: [&str; 14] = [
+    "wallaby_retained_wal_bytes",
+    "wallaby_confirmed_lsn",
+    "wallaby_staged_lsn",
+    "wallaby_source_lsn",
+    "wallaby_source_lag_bytes",
+    "wallaby_applied_lsn",
+    "wallaby_sink_lag_bytes",
+    "wallaby_sink_lag_seconds",
+    "wallaby_commit_to_sink_seconds",
+    "wallaby_tasks",
+    "wallaby_cache_bytes",
+    "wallaby_log_appended_records_total",
+    PULLED_BYTES,
+    READ_BYTES,
+];
+
+async fn confirmed(system: &System) -> String {
+    let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1";
+    system.source().await.query_one(sql, &[&system.flow().slot_name()]).await.unwrap().get(0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_sinks_pull_a_record_once_and_a_blocked_one_delays_nobody() {
+    let _alone = alone().await;
+    let more_sinks = ["second", "third"].map(str::to_owned).to_vec();
+    let plan = Plan { workers: vec![""], flow: FlowFile { more_sinks, ..FlowFile::default() }, ..Plan::default() };
+    let (mut system, traffic) = System::start_with_traffic(plan, 300).await;
+    system.row_passes().await;
+    let blocked = system.postgres.connect("second").await.unwrap();
+    eventually(PATIENCE, "the second sink has its table", async || {
+        blocked.batch_execute("BEGIN; LOCK TABLE ledger IN ACCESS EXCLUSIVE MODE").await.map_err(|e| e.to_string())
+    })
+    .await;
+    let told = confirmed(&system).await;
+    for _ in 0..20 {
+        system.row_passes().await;
+    }
+    system.is_passed_by("third").await;
+    eventually(PATIENCE, "Postgres is told of what is staged meanwhile", async || match confirmed(&system).await {
+        now if now != told => Ok(()),
+        now => Err(now),
+    })
+    .await;
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'second' AND wait_event_type = 'Lock'";
+    let waiting: i64 = system.source().await.query_one(waits, &[]).await.unwrap().get(0);
+    assert!(waiting > 0, "the second sink was not blocked");
+    blocked.batch_execute("ROLLBACK").await.unwrap();
+
+    let worker = system.workers[0].name().to_owned();
+    system.all_is_equal(traffic).await;
+    for sink in ["second", "third"] {
+        system.is_equal_at(sink).await;
+    }
+    let worker = system.worker(&worker);
+    let (read, pulled) =
+        (worker.metric(READ_BYTES, &[]).await.unwrap(), worker.metric(PULLED_BYTES, &[]).await.unwrap());
+    let once = read / 3.0;
+    println!("three sinks read {read} bytes and pulled {pulled}; one reads {once}");
+    assert!(pulled < once * 1.3, "three sinks pulled {pulled} bytes; one reads {once}");
+    let metrics = worker.metrics().await.unwrap();
+    for name in WATCHED {
+        let is_there =
+            metrics.lines().any(|line| line.starts_with(name) && line.ends_with(|c: char| c.is_ascii_digit()));
+        assert!(is_there, "{name} is not served");
+    }
+    for (lsn, task) in [("wallaby_confirmed_lsn", None), ("wallaby_applied_lsn", Some("shop.apply.third"))] {
+        let labels: Vec<_> = task.map(|task| ("task", task)).into_iter().collect();
+        assert!(worker.metric(lsn, &labels).await.unwrap() > 0.0, "{lsn} stands at nothing");
+    }
+}
