@@ -218,7 +218,7 @@ impl PartSink for Parts<'_> {
         self.bytes += packed.len() as u64;
         self.number += 1;
         self.context.pulse.wait("room in the side store");
-        self.puts.put(key, packed.into()).await?;
+        self.puts.put(key, packed).await?;
         self.context.pulse.wait("the source");
         Ok(())
     }
