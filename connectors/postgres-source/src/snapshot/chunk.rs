@@ -20,7 +20,7 @@ use wallaby_model::{ColumnType, Lsn, SegmentBody, TableSchema, Transaction};
 
 use super::sql::{self, Argument};
 use super::throttle::Throttle;
-use crate::assemble::CopiedRows;
+use crate::assemble::{CopiedRows, RelationShape};
 use crate::catalog;
 use crate::config::ConnectConfig;
 use crate::control::{Control, connect_control};
@@ -193,9 +193,21 @@ impl Chunk<'_> {
         self.check_unchanged().await?;
         let relation = &self.request.relation;
         let shape = current_shape(self.control, &self.request.publication, 0, &relation.table).await?;
-        let schema = catalog::resolve_quietly(self.control, &shape.ok_or_else(|| self.gone())?).await?;
+        let shape = match shape {
+            Some(shape) => shape,
+            None => self.without_columns().await?,
+        };
+        let schema = catalog::resolve_quietly(self.control, &shape).await?;
         let statement = self.statement(&schema).await?;
         Ok((Arc::new(schema), statement))
+    }
+
+    /// The shape of a table that has no columns: the catalog has no row of one, but the publication has the table.
+    async fn without_columns(&self) -> Result<RelationShape, SourceError> {
+        self.row_filter().await?;
+        let relation = &self.request.relation;
+        let identity = wallaby_model::ReplicaIdentity::Default;
+        Ok(RelationShape { oid: relation.oid, table: relation.table.clone(), identity, columns: Vec::new() })
     }
 
     async fn lock(&self) -> Result<(), SourceError> {
@@ -247,7 +259,7 @@ impl Chunk<'_> {
             let found = columns.iter().find(|known| known.name == column.name);
             chosen.push(found.ok_or_else(|| self.rewritten(format!("column {} is missing", column.name)))?);
         }
-        self.check_columns(&chosen).await?;
+        self.check_columns(&columns).await?;
         let expressions = schema.columns.iter().zip(&chosen).map(|(column, known)| expression(column, known));
         let expressions: Vec<String> = expressions.collect();
         let mut conditions = Vec::new();
@@ -270,23 +282,18 @@ impl Chunk<'_> {
         ))
     }
 
-    /// A column that was dropped, or dropped and made again under its old name, since the snapshot: the server says which columns
-    /// the names mean now.
-    async fn check_columns(&self, chosen: &[&RelationColumn]) -> Result<(), SourceError> {
-        let names: Vec<String> = chosen.iter().map(|column| quote_identifier(&column.name)).collect();
-        let sql = format!("SELECT {} FROM ONLY {}", names.join(", "), self.request.relation.relation.quoted());
-        let statement = match self.control.prepare(&sql).await {
-            Ok(statement) => statement,
-            Err(error) if error.code().is_some_and(|code| code.code() == "42703") => {
-                return Err(self.rewritten("a column was dropped or renamed"));
-            }
-            Err(error) => return Err(self.failed(&error)),
+    /// A column that was dropped, renamed, or dropped and made again since the snapshot: `*` stands for the columns that there are
+    /// now, and every column that the snapshot shows must be one of them.
+    async fn check_columns(&self, columns: &[RelationColumn]) -> Result<(), SourceError> {
+        let sql = format!("SELECT * FROM ONLY {}", self.request.relation.relation.quoted());
+        let now = self.control.prepare(&sql).await.map_err(|error| self.failed(&error))?;
+        let is_there = |then: &RelationColumn| {
+            now.columns().iter().any(|now| now.column_id() == Some(then.number) && now.name() == then.name)
         };
-        let is_same = |(now, then): (&tokio_postgres::Column, &&RelationColumn)| now.column_id() == Some(then.number);
-        if statement.columns().len() == chosen.len() && statement.columns().iter().zip(chosen).all(is_same) {
-            return Ok(());
+        match columns.iter().find(|column| !is_there(column)) {
+            None => Ok(()),
+            Some(gone) => Err(self.rewritten(format!("column {} was dropped or renamed", gone.name))),
         }
-        Err(self.rewritten("a column was dropped and made again"))
     }
 
     /// The publication's row filter for the table.

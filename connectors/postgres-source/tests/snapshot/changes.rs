@@ -88,7 +88,7 @@ async fn h08_b71_a_row_is_in_the_snapshot_or_behind_its_point_and_never_both() {
     let plan = export.plan(&flow.name, &[], &[]).await.unwrap();
     let kept = read(&flow.config, &export, &flow.name, &plan[0]).await.unwrap();
     let end = wal_end(&db).await;
-    let mut run = flow.start(1, flow.first_position()).await;
+    let mut run = flow.start(3, flow.first_position()).await;
     let mut ids: Vec<String> = kept.rows().into_iter().map(|row| row[0].clone()).collect();
     assert!(ids.contains(&"1".to_owned()) && ids.contains(&"3".to_owned()) && !ids.contains(&"5".to_owned()));
     while run.end.commit < end {

@@ -135,7 +135,8 @@ async fn b50_b109_partitions_filters_and_column_lists_are_honoured() {
          CREATE TABLE \"Odd \"\"one\" (id int PRIMARY KEY, \"a.B\" text, secret text, g int GENERATED ALWAYS AS (id * 2) STORED);
          INSERT INTO \"Odd \"\"one\" SELECT n, 'v' || n, 's' FROM generate_series(1, 10) n;
          CREATE TABLE empty (id int PRIMARY KEY); CREATE TABLE keyless (v int); INSERT INTO keyless VALUES (1), (1);
-         CREATE TABLE bare ();  INSERT INTO bare DEFAULT VALUES;
+         CREATE TABLE bare (); INSERT INTO bare DEFAULT VALUES;
+         ALTER TABLE keyless REPLICA IDENTITY FULL; ALTER TABLE bare REPLICA IDENTITY FULL;
          CREATE PUBLICATION rooted FOR TABLE p WHERE (id > 3), \"Odd \"\"one\" (id, \"a.B\") WHERE (id < 6 AND \"a.B\" <> 'v1'), empty, keyless, bare WITH (publish_via_partition_root = true);
          CREATE PUBLICATION leaves FOR TABLE p",
     )
