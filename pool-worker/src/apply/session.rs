@@ -70,14 +70,28 @@ pub fn make(context: &TaskContext, demand: &ApplyDemand) -> Result<Box<dyn Sink>
     Ok(factory.make(task))
 }
 
+/// A second sink of the same owner, that works beside the first: its opening leaves the first one's sessions alone. Older owners' were
+/// ended by the first.
+fn make_beside(context: &TaskContext, demand: &ApplyDemand) -> Result<Box<dyn Sink>, ApplyError> {
+    let (factory, task) = factory_with(context, demand, true)?;
+    Ok(factory.make(task))
+}
+
 /// What makes the sink, and for whom: its apply task, also where a load task asks.
 pub fn factory(context: &TaskContext, demand: &ApplyDemand) -> Result<(PostgresSinkFactory, SinkTask), ApplyError> {
+    factory_with(context, demand, context.shared.failpoints.is_on(Failpoint::KeepOlderSessions))
+}
+
+fn factory_with(
+    context: &TaskContext,
+    demand: &ApplyDemand,
+    keep_older_sessions: bool,
+) -> Result<(PostgresSinkFactory, SinkTask), ApplyError> {
     let key = format!("spec.sinks[{}].postgres.dsn", demand.sink.name);
     let dsn = secret::resolve(&demand.sink.postgres.dsn).map_err(|source| ApplyError::Secret { key, source })?;
     let key = "spec.source.postgres.dsn".to_owned();
     let source = secret::resolve(&demand.source.dsn).map_err(|source| ApplyError::Secret { key, source })?;
     let source = ConnectConfig::parse(&source)?.with_application_name(&format!("wallaby lookup {}", context.task));
-    let keep_older_sessions = context.shared.failpoints.is_on(Failpoint::KeepOlderSessions);
     let config = PostgresSinkConfig::new(&dsn, &demand.sink.postgres)?
         .with_faults(Faults { keep_older_sessions, ..Faults::default() });
     let lookup = Arc::new(Lookup::new(source, &demand.source.publication));
@@ -341,7 +355,7 @@ impl Run<'_> {
             match self.loads.step(self.context, self.sink, Some(at)).await? {
                 Stepped::Moved => {}
                 Stepped::Replay(replay) if self.replay.is_none() => {
-                    let sink = make(self.context, self.demand)?;
+                    let sink = make_beside(self.context, self.demand)?;
                     self.replay = Some(CatchUp::start(self.context, sink, self.loads.side(), replay, at));
                     return Ok(());
                 }
