@@ -18,10 +18,12 @@ pub mod metrics;
 pub mod options;
 pub mod present;
 pub mod reason;
+mod runs;
 pub mod schedule;
 pub mod server;
 pub mod service;
 pub mod view;
+mod wanted;
 
 pub use options::Options;
 pub use server::{Controller, StartError};

@@ -5,11 +5,15 @@
 
 use wallaby_coordination::{FlowEntry, WorkerInfo};
 use wallaby_model::condition::{Condition, ConditionStatus, ConditionType, Progress, TaskPhase, TaskStatus, Timestamp};
-use wallaby_model::flow::SinkSpec;
+use wallaby_model::flow::{SinkSpec, SnapshotMode};
 use wallaby_model::{Position, TaskId, TaskKind, WorkerId, api};
 use wallaby_proto::v1;
 
 use crate::view::{TaskView, View};
+
+mod snapshot;
+
+pub use snapshot::snapshot;
 
 /// A sink whose last change was on its way longer than this is not caught up, where its owner does not say.
 const CAUGHT_UP_WITHIN_MS: u64 = 10_000;
@@ -40,6 +44,7 @@ fn flow_status(view: &View, entry: &FlowEntry) -> v1::FlowStatus {
         [ConditionType::SourceReady, ConditionType::Capturing, ConditionType::SlotHealthy]
             .map(|kind| capture.condition(kind)),
     );
+    conditions.insert(3, snapshot::complete(view, entry, None));
     let mut tasks = vec![capture.task()];
     tasks.extend(sinks.iter().filter_map(|sink| sink.task.clone()));
     let progress = capture.progress().map(|(progress, at)| capture_progress(progress, at));
@@ -50,6 +55,7 @@ fn flow_status(view: &View, entry: &FlowEntry) -> v1::FlowStatus {
         tasks,
         sinks,
         capture: progress,
+        snapshots: snapshot::open(view, entry),
     }
 }
 
@@ -62,12 +68,27 @@ pub fn sink(view: &View, entry: &FlowEntry, spec: &SinkSpec) -> v1::Sink {
     v1::Sink {
         name: api::sink_name(&entry.flow, &spec.name),
         spec: Some(api::sink_to_message(&shown)),
-        conditions: [ConditionType::Delivering, ConditionType::CaughtUp]
-            .map(|kind| condition_message(&told.condition(kind)))
-            .into(),
+        conditions: vec![
+            condition_message(&delivering(view, entry, spec, &told)),
+            condition_message(&told.condition(ConditionType::CaughtUp)),
+            condition_message(&snapshot::complete(view, entry, Some(&spec.name))),
+        ],
         task: Some(told.task()),
         progress: told.progress().map(|(progress, at)| sink_progress(progress, staged_by_capture(view, entry), at)),
     }
+}
+
+/// Whether a sink takes changes; one that was cut off from the log does not, whatever its task says.
+fn delivering(view: &View, entry: &FlowEntry, spec: &SinkSpec, told: &Told) -> Condition {
+    let Some(detached) = view.detached(&entry.flow, &spec.name).filter(|_| !told.is_paused) else {
+        return told.condition(ConditionType::Delivering);
+    };
+    let then = match detached.run {
+        Some(run) => format!("run {run} loads it anew"),
+        None => "a run is made that loads it anew".to_owned(),
+    };
+    let message = format!("{}: it was cut off from the log, and {then}", detached.reason);
+    Condition::new(ConditionType::Delivering, ConditionStatus::False, "Detached", message, detached.at)
 }
 
 /// A worker as the API shows it.
@@ -104,7 +125,7 @@ pub fn accepted(view: &View, entry: &FlowEntry) -> Condition {
 
 fn observed_generation(view: &View, entry: &FlowEntry) -> i64 {
     let generation = |task: &TaskId| view.task(task).status.map_or(0, |status| status.generation);
-    let oldest = View::wanted_tasks(entry).iter().map(generation).min().unwrap_or(entry.record.generation);
+    let oldest = view.standing_tasks(entry).iter().map(generation).min().unwrap_or(entry.record.generation);
     i64::try_from(oldest).unwrap_or(i64::MAX)
 }
 
@@ -131,15 +152,31 @@ fn phase(view: &View, entry: &FlowEntry, conditions: &[Condition], sinks: &[v1::
     }
     let started =
         capture.status.as_ref().is_some_and(|status| status.progress.staged.is_some() || status.last_error.is_some());
-    if !holds(ConditionType::Capturing) {
-        return if started || capture.has_checkpoint { v1::Phase::Degraded } else { v1::Phase::Pending };
+    let loads_only = spec.source.postgres.snapshot == SnapshotMode::Only;
+    let is_loading = view.runs(&entry.flow).any(|(_, run)| run.is_open());
+    if !holds(ConditionType::Capturing) && !loads_only {
+        return match (started || capture.has_checkpoint, is_loading && capture.lock.is_some()) {
+            (true, _) => v1::Phase::Degraded,
+            (false, true) => v1::Phase::Snapshotting,
+            (false, false) => v1::Phase::Pending,
+        };
     }
     let delivering = |sink: &v1::Sink| {
         let found = sink.conditions.iter().find(|condition| condition.r#type == "Delivering");
         found.is_some_and(|condition| condition.status == i32::from(v1::ConditionStatus::True))
     };
-    let has_false = conditions.iter().any(|condition| condition.status == ConditionStatus::False);
-    if has_false || !running.into_iter().all(delivering) { v1::Phase::Degraded } else { v1::Phase::Running }
+    // While rows are loaded a sink need not deliver, as long as it works.
+    let has_error = |sink: &v1::Sink| sink.task.as_ref().is_some_and(|task| !task.last_error.is_empty());
+    let works = |sink: &v1::Sink| delivering(sink) || loads_only || (is_loading && !has_error(sink));
+    let is_false = |condition: &Condition| condition.status == ConditionStatus::False;
+    let of_capture = |condition: &&Condition| !loads_only || condition.kind == ConditionType::SnapshotComplete;
+    let counts = |condition: &&Condition| !(is_loading && condition.kind == ConditionType::SnapshotComplete);
+    let has_false = conditions.iter().filter(of_capture).filter(counts).any(is_false);
+    match (has_false || !running.into_iter().all(works), is_loading) {
+        (true, _) => v1::Phase::Degraded,
+        (false, true) => v1::Phase::Snapshotting,
+        (false, false) => v1::Phase::Running,
+    }
 }
 
 /// What is told of one task, and by whom.

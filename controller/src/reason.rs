@@ -50,7 +50,7 @@ macro_rules! reasons {
 
 reasons! {
     /// The name of a resource is not of its form.
-    NameInvalid = "NAME_INVALID", InvalidArgument, "write it as `flows/{flow}`, `flows/{flow}/sinks/{sink}` or `workers/{worker}`";
+    NameInvalid = "NAME_INVALID", InvalidArgument, "write it as `flows/{flow}`, `flows/{flow}/sinks/{sink}`, `flows/{flow}/snapshots/{run}` or `workers/{worker}`";
     /// The flow breaks a rule; the metadata maps each path to what is wrong there.
     FlowInvalid = "FLOW_INVALID", InvalidArgument, "mend what the message names; `wallaby apply --dry-run` checks without changing";
     /// A field of the request is outside its range.
@@ -63,6 +63,14 @@ reasons! {
     FlowNotFound = "FLOW_NOT_FOUND", NotFound, "`wallaby get flows` lists those that exist";
     /// There is no sink of this name in the flow.
     SinkNotFound = "SINK_NOT_FOUND", NotFound, "`wallaby get sinks` lists those that exist";
+    /// There is no snapshot run of this number in the flow.
+    SnapshotNotFound = "SNAPSHOT_NOT_FOUND", NotFound, "`wallaby snapshot list` lists those that are kept";
+    /// A run that is not over loads the same tables into the same sinks.
+    SnapshotOverlaps = "SNAPSHOT_OVERLAPS", FailedPrecondition, "wait for that run, or cancel it";
+    /// The run is over, or was cancelled.
+    SnapshotOver = "SNAPSHOT_OVER", FailedPrecondition, "start another one";
+    /// Too many runs of the flow are not over.
+    TooManySnapshots = "TOO_MANY_SNAPSHOTS", FailedPrecondition, "wait for some, or cancel them";
     /// There is no live worker of this name.
     WorkerNotFound = "WORKER_NOT_FOUND", NotFound, "`wallaby workers` lists those that are alive";
     /// Somebody else changed the flow since it was read.
@@ -135,6 +143,10 @@ impl From<CoordinationError> for ApiError {
             CoordinationError::FlowDeleting(_) => Reason::FlowDeleting,
             CoordinationError::TooLarge { .. } | CoordinationError::TooManyOperations { .. } => Reason::FlowTooLarge,
             CoordinationError::HoldBelowPurge { .. } => Reason::LogMoved,
+            CoordinationError::RunNotFound { .. } => Reason::SnapshotNotFound,
+            CoordinationError::RunOverlaps { .. } => Reason::SnapshotOverlaps,
+            CoordinationError::RunOver { .. } => Reason::SnapshotOver,
+            CoordinationError::TooManyRuns { .. } => Reason::TooManySnapshots,
             CoordinationError::WorkerNotFound(_) => Reason::WorkerNotFound,
             CoordinationError::Malformed { .. } => Reason::RecordUnreadable,
             _ => Reason::Refused,

@@ -15,12 +15,13 @@ use tonic_health::server::HealthReporter;
 use wallaby_coordination::{Candidate, Key};
 use wallaby_proto::v1::flow_service_server::FlowServiceServer;
 use wallaby_proto::v1::sink_service_server::SinkServiceServer;
+use wallaby_proto::v1::snapshot_service_server::SnapshotServiceServer;
 use wallaby_proto::v1::worker_service_server::WorkerServiceServer;
 
 use crate::backend::{Backend, Etcd, etcd_settings};
 use crate::options::Options;
 use crate::schedule::{self, SchedulerParts};
-use crate::service::{FlowApi, SinkApi, WorkerApi};
+use crate::service::{FlowApi, SinkApi, SnapshotApi, WorkerApi};
 
 /// How often the servers behind us are asked whether they are there.
 const HEALTH_EVERY: Duration = Duration::from_secs(2);
@@ -174,6 +175,9 @@ fn router(backend: &Backend, tls: Option<ServerTlsConfig>) -> Result<tonic::tran
         .add_service(FlowServiceServer::new(FlowApi::new(backend.clone())).max_decoding_message_size(REQUEST_BYTES_MAX))
         .add_service(SinkServiceServer::new(SinkApi::new(backend.clone())).max_decoding_message_size(REQUEST_BYTES_MAX))
         .add_service(
+            SnapshotServiceServer::new(SnapshotApi::new(backend.clone())).max_decoding_message_size(REQUEST_BYTES_MAX),
+        )
+        .add_service(
             WorkerServiceServer::new(WorkerApi::new(backend.clone())).max_decoding_message_size(REQUEST_BYTES_MAX),
         ))
 }
@@ -222,7 +226,13 @@ async fn is_healthy(backend: &Backend) -> bool {
 
 async fn set_health(health: &HealthReporter, is_healthy: bool) {
     let status = if is_healthy { ServingStatus::Serving } else { ServingStatus::NotServing };
-    for service in ["", "wallaby.v1.FlowService", "wallaby.v1.SinkService", "wallaby.v1.WorkerService"] {
+    for service in [
+        "",
+        "wallaby.v1.FlowService",
+        "wallaby.v1.SinkService",
+        "wallaby.v1.SnapshotService",
+        "wallaby.v1.WorkerService",
+    ] {
         health.set_service_status(service, status).await;
     }
 }

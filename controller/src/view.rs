@@ -4,15 +4,18 @@
 //! While etcd is away the view stands still, and the watch goes on behind it when etcd is back.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{
-    Change, Coordination, Entry, FlowEntry, FlowStatus, Key, LockEntry, WatchEvent, WorkerInfo,
+    Change, Coordination, Detached, Entry, FlowEntry, FlowStatus, Key, LockEntry, WatchEvent, WorkerInfo,
 };
 use wallaby_model::condition::TaskStatus;
-use wallaby_model::{FlowId, TaskId, WorkerId};
+use wallaby_model::{FlowId, RunId, SinkId, TaskId, WorkerId};
+
+use crate::runs::RunView;
 
 /// One task as etcd has it.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -33,6 +36,8 @@ pub struct View {
     tasks: BTreeMap<TaskId, TaskView>,
     workers: BTreeMap<WorkerId, WorkerInfo>,
     draining: BTreeSet<WorkerId>,
+    runs: BTreeMap<FlowId, BTreeMap<RunId, RunView>>,
+    detached: BTreeMap<FlowId, BTreeMap<SinkId, Detached>>,
 }
 
 impl View {
@@ -77,19 +82,24 @@ impl View {
         self.tasks.iter().filter(|(_, task)| owned(task)).map(|(id, _)| id.clone()).collect()
     }
 
-    /// The tasks that a flow should have, the capture first: none of a paused one, only the capture of one that is being
-    /// deleted (its owner removes what the flow made).
-    pub fn wanted_tasks(entry: &FlowEntry) -> Vec<TaskId> {
-        let spec = &entry.record.document.spec;
-        let capture = TaskId::capture(&entry.flow);
-        if entry.record.deleting_since.is_some() {
-            return vec![capture];
-        }
-        if spec.paused {
-            return Vec::new();
-        }
-        let sinks = spec.sinks.iter().filter(|sink| !sink.paused);
-        std::iter::once(capture).chain(sinks.map(|sink| TaskId::apply(&entry.flow, &sink.name))).collect()
+    /// The runs of a flow that are kept, by number.
+    pub fn runs(&self, flow: &FlowId) -> impl DoubleEndedIterator<Item = (RunId, &RunView)> {
+        self.runs.get(flow).into_iter().flatten().map(|(run, view)| (*run, view))
+    }
+
+    /// One run of a flow.
+    pub fn run(&self, flow: &FlowId, run: RunId) -> Option<&RunView> {
+        self.runs.get(flow)?.get(&run)
+    }
+
+    /// Whether, since when and why a sink is cut off from the log.
+    pub fn detached(&self, flow: &FlowId, sink: &SinkId) -> Option<&Detached> {
+        self.detached.get(flow)?.get(sink)
+    }
+
+    /// The tasks whose ids lie in a range.
+    pub fn tasks_between(&self, range: RangeInclusive<TaskId>) -> impl Iterator<Item = (&TaskId, &TaskView)> {
+        self.tasks.range(range)
     }
 
     /// Takes an event of the watch in.
@@ -139,16 +149,35 @@ impl View {
             Key::WorkerDrain(worker) => {
                 self.draining.insert(worker.clone());
             }
-            Key::FlowHold(..)
-            | Key::FlowPurge(_)
-            | Key::RunSpec(..)
-            | Key::RunPlan(..)
-            | Key::RunChunk(..)
-            | Key::RunLoaded(..)
-            | Key::RunSink(..)
-            | Key::ControllerLeader => {}
+            Key::SinkDetached(flow, sink) => {
+                self.detached.entry(flow.clone()).or_default().insert(sink.clone(), entry.decode()?);
+            }
+            Key::RunSpec(flow, run) => self.run_mut(flow, *run).put_spec(entry.decode()?),
+            Key::RunPlan(flow, run) => self.run_mut(flow, *run).put_plan(entry.decode()?),
+            Key::RunChunk(flow, run, chunk) => self.run_mut(flow, *run).put_done(*chunk, &entry.decode()?),
+            Key::RunLoaded(flow, run, sink, chunk) => {
+                self.run_mut(flow, *run).put_loaded(sink, *chunk, &entry.decode()?);
+            }
+            Key::RunSink(flow, run, sink) => self.run_mut(flow, *run).put_sink(sink, entry.decode()?),
+            Key::FlowHold(..) | Key::FlowPurge(_) | Key::RunIndex(_) | Key::ControllerLeader => {}
         }
         Ok(())
+    }
+
+    fn run_mut(&mut self, flow: &FlowId, run: RunId) -> &mut RunView {
+        self.runs.entry(flow.clone()).or_default().entry(run).or_default()
+    }
+
+    fn edit_run(&mut self, flow: &FlowId, run: RunId, edit: impl FnOnce(&mut RunView)) {
+        let Some(runs) = self.runs.get_mut(flow) else { return };
+        let Some(view) = runs.get_mut(&run) else { return };
+        edit(view);
+        if view.is_empty() {
+            runs.remove(&run);
+        }
+        if runs.is_empty() {
+            self.runs.remove(flow);
+        }
     }
 
     fn delete(&mut self, key: &Key) {
@@ -160,14 +189,19 @@ impl View {
             Key::TaskCheckpoint(task) => self.edit_task(task, |view| view.has_checkpoint = false),
             Key::Worker(worker) => drop(self.workers.remove(worker)),
             Key::WorkerDrain(worker) => drop(self.draining.remove(worker)),
-            Key::FlowHold(..)
-            | Key::FlowPurge(_)
-            | Key::RunSpec(..)
-            | Key::RunPlan(..)
-            | Key::RunChunk(..)
-            | Key::RunLoaded(..)
-            | Key::RunSink(..)
-            | Key::ControllerLeader => {}
+            Key::SinkDetached(flow, sink) => {
+                if let Some(sinks) = self.detached.get_mut(flow) {
+                    sinks.remove(sink);
+                }
+            }
+            Key::RunSpec(flow, run) => self.edit_run(flow, *run, RunView::delete_spec),
+            Key::RunPlan(flow, run) => self.edit_run(flow, *run, RunView::delete_plan),
+            Key::RunChunk(flow, run, chunk) => self.edit_run(flow, *run, |view| view.delete_done(*chunk)),
+            Key::RunLoaded(flow, run, sink, chunk) => {
+                self.edit_run(flow, *run, |view| view.delete_loaded(sink, *chunk));
+            }
+            Key::RunSink(flow, run, sink) => self.edit_run(flow, *run, |view| view.delete_sink(sink)),
+            Key::FlowHold(..) | Key::FlowPurge(_) | Key::RunIndex(_) | Key::ControllerLeader => {}
         }
     }
 

@@ -19,6 +19,8 @@ pub use catalog::{KeyValues, SourceLookup, SourceRow};
 pub use error::{Directive, SinkError};
 pub use faults::{CommitFault, Faults, HangPoint};
 pub use large::{Portion, Portions};
-pub use load::{ChunkLoad, ChunkLoader, ChunkParts, Loaded, TableExtra, TableExtras, TableLoads, TableMark};
+pub use load::{
+    ChunkLoad, ChunkLoader, ChunkParts, ForeignKey, Loaded, TableExtra, TableExtras, TableIndex, TableLoads, TableMark,
+};
 pub use page::guarantees_page;
 pub use sink::{Applied, Capabilities, Guarantee, Opened, Sink, SinkFactory, SinkTask};

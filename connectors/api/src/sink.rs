@@ -132,7 +132,7 @@ pub trait SinkFactory: Send + Sync {
     /// A new, unopened sink.
     fn make(&self, task: SinkTask) -> Box<dyn Sink>;
 
-    /// A new, unconnected loader of chunks; `None` for a sink that cannot be loaded.
+    /// A new, unconnected loader of chunks for the sink of this apply task; `None` for a sink that cannot be loaded.
     fn make_loader(&self, task: SinkTask) -> Option<Box<dyn ChunkLoader>> {
         let _ = task;
         None

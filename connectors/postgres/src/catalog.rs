@@ -1,5 +1,6 @@
 //! Reads what the sink's catalog says of a table, and brings the table into shape.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio_postgres::Client;
@@ -8,10 +9,27 @@ use wallaby_model::{Position, TableName, TableSchema};
 
 use crate::error::{Doing, PostgresError};
 use crate::metrics::COLUMNS_AS_TEXT;
-use crate::schema::{Existing, ExistingColumn, Misfit, Target, Wanted, plan, target};
+use crate::schema::{Existing, ExistingColumn, Extra, Misfit, Target, Wanted, plan, target};
+
+/// Columns of earlier shapes, by the table at the source, that may stay at the sink for now.
+#[derive(Debug, Default)]
+pub(crate) struct Leniency(HashMap<TableName, HashSet<String>>);
+
+impl Leniency {
+    /// What may stay for a shape.
+    pub(crate) fn of(&self, schema: &TableSchema) -> Extra<'_> {
+        self.0.get(&schema.table).map_or(Extra::Refused, Extra::These)
+    }
+
+    /// Remembers the columns of a shape that rows were written in.
+    pub(crate) fn remember(&mut self, schema: &TableSchema) {
+        let columns = self.0.entry(schema.table.clone()).or_default();
+        columns.extend(schema.columns.iter().map(|column| column.name.clone()));
+    }
+}
 
 /// How long a CREATE or ALTER waits for its lock.
-const DDL_LOCK_TIMEOUT: &str = "5s";
+pub(crate) const DDL_LOCK_TIMEOUT: &str = "5s";
 
 const COLUMNS: &str = "\
     SELECT a.attname::text, a.atttypid, a.atttypmod, format_type(a.atttypid, -1), t.typtype = 'e', a.attnotnull, \
@@ -59,7 +77,7 @@ async fn read_wanted(client: &Client, schema: &TableSchema) -> Result<Vec<Wanted
     Ok(wanted.collect())
 }
 
-async fn read_existing(client: &Client, table: &TableName) -> Result<Option<Existing>, PostgresError> {
+pub(crate) async fn read_existing(client: &Client, table: &TableName) -> Result<Option<Existing>, PostgresError> {
     let doing = || format!("reading {table} from the sink's catalog");
     let query = "SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
         WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p', 'f', 'v', 'm')";
@@ -95,7 +113,7 @@ async fn make_schema(client: &Client, schema: &str) -> Result<(), PostgresError>
 }
 
 /// For the rest of the transaction.
-async fn lock_timeout(client: &Client, limit: &str) -> Result<(), PostgresError> {
+pub(crate) async fn lock_timeout(client: &Client, limit: &str) -> Result<(), PostgresError> {
     let set = client.batch_execute(&format!("SET LOCAL lock_timeout = '{limit}'")).await;
     set.doing(|| "setting lock_timeout at the sink".to_owned())
 }
@@ -108,6 +126,7 @@ pub(crate) async fn fit(
     table: &TableName,
     first: Position,
     sink: &str,
+    extra: Extra<'_>,
 ) -> Result<Target, PostgresError> {
     let misfit = |misfit: Misfit| PostgresError::Shape { reason: misfit.reason, remedy: misfit.remedy, first };
     let existing = read_existing(client, table).await?;
@@ -115,7 +134,7 @@ pub(crate) async fn fit(
         make_schema(client, &table.schema).await?;
     }
     let wanted = read_wanted(client, schema).await?;
-    let statements = plan(schema, table, &wanted, existing.as_ref()).map_err(misfit)?;
+    let statements = plan(schema, table, &wanted, existing.as_ref(), extra).map_err(misfit)?;
     if !statements.is_empty() {
         // A change of a table that waits makes every reader behind it wait too: better to try again.
         lock_timeout(client, DDL_LOCK_TIMEOUT).await?;

@@ -30,12 +30,44 @@ const CREATE: &str = "\
         log_epoch bigint,
         updated_at timestamptz NOT NULL DEFAULT now()
     ) WITH (fillfactor = 50);
-    COMMENT ON TABLE wallaby.checkpoints IS 'Where each WALlaby apply task stands; moved in the transaction of each batch'";
+    COMMENT ON TABLE wallaby.checkpoints IS 'Where each WALlaby apply task stands; moved in the transaction of each batch';
+    CREATE TABLE IF NOT EXISTS wallaby.tables (
+        task text COLLATE \"C\",
+        source_schema text COLLATE \"C\",
+        source_table text COLLATE \"C\",
+        run bigint NOT NULL,
+        restart bigint NOT NULL,
+        stage text COLLATE \"C\" NOT NULL,
+        position text COLLATE \"C\",
+        made_here boolean NOT NULL,
+        owed text[] NOT NULL DEFAULT '{}',
+        updated_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (task, source_schema, source_table)
+    ) WITH (fillfactor = 50);
+    COMMENT ON TABLE wallaby.tables IS 'What becomes of each table in the first load of a WALlaby apply task';
+    CREATE TABLE IF NOT EXISTS wallaby.chunks (
+        task text COLLATE \"C\",
+        run bigint,
+        chunk text COLLATE \"C\",
+        source_schema text COLLATE \"C\" NOT NULL,
+        source_table text COLLATE \"C\" NOT NULL,
+        rows bigint NOT NULL DEFAULT 0,
+        loaded_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (task, run, chunk)
+    );
+    COMMENT ON TABLE wallaby.chunks IS 'The chunks that a WALlaby apply task has loaded; written in the transaction of each'";
 
 /// The guarded move. Parameters: task, epoch, expected position, new position, log epoch.
 pub(crate) const ADVANCE: &str = "\
     UPDATE wallaby.checkpoints SET position = $4, log_epoch = $5, updated_at = now() \
     WHERE task = $1 AND epoch = $2 AND position = $3";
+
+/// Locks the row of a task for the rest of the transaction. Parameters: task, epoch.
+pub(crate) const LOCK: &str = "SELECT position FROM wallaby.checkpoints WHERE task = $1 AND epoch = $2 FOR UPDATE";
+
+/// The same, only where it stands at a position. Parameters: task, epoch, position.
+pub(crate) const LOCK_AT: &str =
+    "SELECT FROM wallaby.checkpoints WHERE task = $1 AND epoch = $2 AND position = $3 FOR UPDATE";
 
 /// A number in the form of Postgres' bigint. Epochs are etcd revisions, which are signed there too.
 pub(crate) fn as_bigint(epoch: Epoch) -> i64 {
@@ -46,16 +78,18 @@ fn as_epoch(number: i64) -> Epoch {
     Epoch(u64::try_from(number).unwrap_or(0))
 }
 
-async fn exists(client: &Client) -> Result<bool, PostgresError> {
-    let row = client.query_one("SELECT to_regclass('wallaby.checkpoints') IS NOT NULL", &[]).await;
-    Ok(row.doing(|| "looking for wallaby.checkpoints".to_owned())?.get(0))
+/// Whether a table of ours is there.
+pub(crate) async fn exists(client: &Client, table: &str) -> Result<bool, PostgresError> {
+    let row = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[&table]).await;
+    Ok(row.doing(|| format!("looking for {table}"))?.get(0))
 }
 
-/// Makes the table when it is missing. Looks first: IF NOT EXISTS asks for the right to create even when there is
+/// Makes the tables when they are missing. Looks first: IF NOT EXISTS asks for the right to create even when there is
 /// nothing to create.
 async fn create(client: &Client) -> Result<(), PostgresError> {
     for attempt in 1.. {
-        if exists(client).await? {
+        // The last one that is made: an installation may have the first alone, from before there was a first load.
+        if exists(client, "wallaby.chunks").await? {
             return Ok(());
         }
         match client.batch_execute(CREATE).await {
@@ -70,7 +104,10 @@ async fn create(client: &Client) -> Result<(), PostgresError> {
                     ]
                     .contains(&error.code()) => {}
             Err(source) => {
-                return Err(PostgresError::Sql { doing: "making wallaby.checkpoints".to_owned(), source });
+                return Err(PostgresError::Sql {
+                    doing: "making wallaby.checkpoints and its neighbours".to_owned(),
+                    source,
+                });
             }
         }
     }
@@ -79,7 +116,7 @@ async fn create(client: &Client) -> Result<(), PostgresError> {
 
 /// The highest epoch of the task; `None` without a checkpoint.
 pub(crate) async fn last_epoch(client: &Client, task: &TaskId) -> Result<Option<Epoch>, PostgresError> {
-    if !exists(client).await? {
+    if !exists(client, "wallaby.checkpoints").await? {
         return Ok(None);
     }
     let query = "SELECT epoch FROM wallaby.checkpoints WHERE task = $1";
@@ -190,6 +227,11 @@ async fn read(client: &Client, task: &TaskId) -> Result<Option<Checkpoint>, Post
     Ok(Some((as_epoch(row.get(0)), position, row.get::<_, Option<i64>>(2).map(as_epoch))))
 }
 
+/// Where a task stands.
+pub(crate) async fn position(client: &Client, task: &TaskId) -> Result<Option<Position>, PostgresError> {
+    Ok(read(client, task).await?.and_then(|(_, position, _)| position))
+}
+
 /// Sets the position of a task that has none.
 pub(crate) async fn start_at(
     client: &Client,
@@ -225,6 +267,11 @@ pub(crate) async fn why_refused(
         },
         found => fenced(task, epoch, found.map(|(found, ..)| found)),
     })
+}
+
+/// Why the row of our epoch was not found.
+pub(crate) async fn refused_epoch(client: &Client, task: &TaskId, epoch: Epoch) -> Result<SinkError, PostgresError> {
+    Ok(fenced(task, epoch, last_epoch(client, task).await?))
 }
 
 fn fenced(task: &TaskId, mine: Epoch, found: Option<Epoch>) -> SinkError {

@@ -12,7 +12,9 @@
 //! | `schema`, `catalog` | tables: planning (pure), reading and changing |
 //! | `assemble`, `collapse` | a batch by table and shape, and its net effect (pure) |
 //! | `encode`, `write` | COPY BINARY (pure), the statements |
-//! | `sink` | the contract: open, apply, small steps after a violation |
+//! | `sink` | the contract: open, and which of the others does what |
+//! | `transaction`, `large` | one transaction of the sink: a batch, small steps after a violation; a transaction in portions |
+//! | `marks`, `loads`, `loader`, `extras` | the first load: a state for each table, the hand-over, chunks, indexes and constraints |
 //! | `verify` | this side of `wallaby verify` |
 //! | `error` | SQLSTATE to retry, stop or give up |
 
@@ -23,11 +25,17 @@ mod collapse;
 mod config;
 mod encode;
 mod error;
+mod extras;
+mod large;
+mod loader;
+mod loads;
+mod marks;
 mod metrics;
 mod schema;
 mod session;
 mod sink;
 mod tls;
+mod transaction;
 mod verify;
 mod write;
 

@@ -22,6 +22,12 @@ pub(crate) const VIOLATIONS: &str = "wallaby_sink_batches_split_total";
 pub(crate) const COPIES_REPEATED: &str = "wallaby_sink_copies_repeated_total";
 /// Columns whose type does not exist at the sink and that are kept as text.
 pub(crate) const COLUMNS_AS_TEXT: &str = "wallaby_sink_columns_as_text_total";
+/// Chunks of a first load that were loaded.
+pub(crate) const CHUNKS: &str = "wallaby_sink_chunks_loaded_total";
+/// Their rows.
+pub(crate) const LOADED_ROWS: &str = "wallaby_sink_loaded_rows_total";
+/// Time from the start of a chunk's load to its commit.
+pub(crate) const CHUNK_SECONDS: &str = "wallaby_sink_chunk_seconds";
 
 /// Describes the metrics to the installed recorder. Call once at start.
 pub fn describe_metrics() {
@@ -35,4 +41,7 @@ pub fn describe_metrics() {
     describe_counter!(VIOLATIONS, Unit::Count, "Batches split because they violated a constraint as a whole");
     describe_counter!(COPIES_REPEATED, Unit::Count, "Direct copies of new rows that were repeated as upserts");
     describe_counter!(COLUMNS_AS_TEXT, Unit::Count, "Columns kept as text because their type is missing at the sink");
+    describe_counter!(CHUNKS, Unit::Count, "Chunks of a first load that were loaded into the sink");
+    describe_counter!(LOADED_ROWS, Unit::Count, "Rows of a first load that were loaded into the sink");
+    describe_histogram!(CHUNK_SECONDS, Unit::Seconds, "Time from the start of a chunk's load to its commit");
 }

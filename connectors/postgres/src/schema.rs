@@ -3,6 +3,7 @@
 //! The planning is pure: what the sink has ([`Existing`]) against what the source's shape asks for ([`Wanted`]) gives
 //! statements, or the difference and the statements that a person runs.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -156,12 +157,35 @@ pub(crate) struct Misfit {
     pub remedy: String,
 }
 
-/// What is to be done before rows of `schema` can be written: statements to run, in order.
+/// Which columns of a table here may stay although the shape does not have them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Extra<'a> {
+    /// None but those that fill themselves.
+    Refused,
+    /// All of them: the shape is an older one than the table's, or a person will be asked later.
+    Any,
+    /// These.
+    These(&'a HashSet<String>),
+}
+
+impl Extra<'_> {
+    fn may_stay(self, name: &str) -> bool {
+        match self {
+            Extra::Refused => false,
+            Extra::Any => true,
+            Extra::These(names) => names.contains(name),
+        }
+    }
+}
+
+/// What is to be done before rows of `schema` can be written: statements to run, in order. With `extra`, columns may stay that the
+/// shape does not have, unless it has new ones as well: it may be that one of them was renamed.
 pub(crate) fn plan(
     schema: &TableSchema,
     table: &TableName,
     wanted: &[Wanted],
     existing: Option<&Existing>,
+    extra: Extra<'_>,
 ) -> Result<Vec<String>, Misfit> {
     let Some(existing) = existing else { return Ok(vec![create_statement(schema, table, wanted)]) };
     let key = key_of(schema);
@@ -190,7 +214,8 @@ pub(crate) fn plan(
     }
     let is_extra = |column: &&ExistingColumn| {
         let known = schema.columns.iter().any(|wanted| wanted.name == column.name);
-        !known && !column.fills_itself && column.name != POSITION_COLUMN
+        let stays = additions.is_empty() && extra.may_stay(&column.name);
+        !known && !column.fills_itself && column.name != POSITION_COLUMN && !stays
     };
     let extra: Vec<_> = existing.columns.iter().filter(is_extra).collect();
     if let ([gone], [(new, _)]) = (extra.as_slice(), additions.as_slice()) {
@@ -394,7 +419,7 @@ mod tests {
 
     fn planned(columns: &[(&str, bool)], existing: Option<&Existing>) -> Result<Vec<String>, Misfit> {
         let schema = schema(columns);
-        plan(&schema, &schema.table.clone(), &wanted(columns.len()), existing)
+        plan(&schema, &schema.table.clone(), &wanted(columns.len()), existing, Extra::Refused)
     }
 
     #[test]

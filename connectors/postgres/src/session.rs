@@ -1,13 +1,15 @@
 //! One connection to the sink: its settings, its prepared statements, and the temporary tables through which rows go.
 
 use std::collections::HashMap;
+use std::future::Future;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::SinkExt;
 use futures::future::join;
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Statement};
-use wallaby_connector_api::SinkError;
+use wallaby_connector_api::{CommitFault, SinkError};
 use wallaby_model::{Epoch, TableName, TaskId};
 
 use crate::checkpoint::IDLE_IN_TRANSACTION_MAX;
@@ -23,6 +25,9 @@ const STAGES_MAX: usize = 64;
 const STATEMENTS_MAX: usize = 512;
 /// A table whose rows were in the way of a direct copy takes the way of the upsert for so many batches.
 const UPSERTS_AFTER_CONFLICT: u32 = 100;
+
+/// While rows are waited for inside of a transaction, the server hears of us this often.
+const STAY_ALIVE_EVERY: Duration = Duration::from_secs(10);
 
 /// A temporary table: columns `c0`, `c1`, … of given types.
 struct Stage {
@@ -55,8 +60,17 @@ pub(crate) async fn connect(
     task: &TaskId,
     epoch: Epoch,
 ) -> Result<Session, PostgresError> {
+    connect_as(config, &task.session_name(epoch), IDLE_IN_TRANSACTION_MAX).await
+}
+
+/// Connects under a session name. The server ends a session that does nothing inside of a transaction for longer than `idle_max`.
+pub(crate) async fn connect_as(
+    config: &PostgresSinkConfig,
+    name: &str,
+    idle_max: Duration,
+) -> Result<Session, PostgresError> {
     let mut connection = config.connection.clone();
-    connection.application_name(task.session_name(epoch));
+    connection.application_name(name);
     let doing = || format!("connecting to the sink at {}", config.target());
     let (client, driver) = connection.connect(config.tls.connector()?).await.doing(doing)?;
     let connection = tokio::spawn(async move {
@@ -73,14 +87,14 @@ pub(crate) async fn connect(
         stages_made: 0,
         conflicts: HashMap::new(),
     };
-    session.configure().await?;
+    session.configure(idle_max).await?;
     Ok(session)
 }
 
 impl Session {
     /// Text forms as the source prints them, whatever the database's defaults are; plans by the tables' present size;
     /// and a commit that is on disk, because only that may move a checkpoint.
-    async fn configure(&self) -> Result<(), PostgresError> {
+    async fn configure(&self, idle_max: Duration) -> Result<(), PostgresError> {
         let settings = format!(
             "SET datestyle = 'ISO, MDY'; SET timezone = 'UTC'; SET intervalstyle = 'postgres'; \
              SET extra_float_digits = 1; SET bytea_output = 'hex'; SET client_encoding = 'UTF8'; \
@@ -89,7 +103,7 @@ impl Session {
              SET temp_buffers = '32MB'; SET jit = off; SET default_transaction_isolation = 'read committed'; \
              SET default_transaction_read_only = off; SET default_transaction_deferrable = off; \
              SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",
-            IDLE_IN_TRANSACTION_MAX.as_millis()
+            idle_max.as_millis()
         );
         self.client.batch_execute(&settings).await.doing(|| "setting up the session at the sink".to_owned())
     }
@@ -99,6 +113,30 @@ impl Session {
         self.connection.abort();
         // Until it has ended it may still send what is asked of it next.
         let _ = (&mut self.connection).await;
+    }
+
+    /// Suffers a fault.
+    pub(crate) async fn suffer(&mut self, fault: Option<&CommitFault>) {
+        match fault {
+            None => {}
+            Some(CommitFault::Die) => self.cut().await,
+            Some(CommitFault::Hang(point)) => point.hang().await,
+        }
+    }
+
+    /// Waits for what is to be written next, inside an open transaction, and keeps the session from idling out meanwhile: an owner
+    /// that lives may wait as long as it needs, one that is frozen loses its transaction.
+    pub(crate) async fn wait_for<T>(&self, next: impl Future<Output = T>) -> Result<T, PostgresError> {
+        let mut next = std::pin::pin!(next);
+        loop {
+            match tokio::time::timeout(STAY_ALIVE_EVERY, &mut next).await {
+                Ok(next) => return Ok(next),
+                Err(_) => {
+                    let stayed = self.client.batch_execute("").await;
+                    stayed.doing(|| "waiting inside of a transaction at the sink".to_owned())?;
+                }
+            }
+        }
     }
 
     /// A prepared statement for `sql`.
@@ -136,6 +174,21 @@ impl Session {
         let types = types.iter().map(|&sql_type| sql_type.to_owned()).collect();
         self.stages.push(Stage { name: name.clone(), types, used: true });
         Ok(name)
+    }
+
+    /// Empties the temporary tables that were used, inside of a transaction and outside of a savepoint: the server then gives their
+    /// room back at once, except for what they had before the first time.
+    pub(crate) async fn empty_stages(&mut self) -> Result<(), PostgresError> {
+        let used: Vec<&str> = self.stages.iter().filter(|stage| stage.used).map(|stage| stage.name.as_str()).collect();
+        if used.is_empty() {
+            return Ok(());
+        }
+        let emptied = self.client.batch_execute(&format!("TRUNCATE {}", used.join(", "))).await;
+        emptied.doing(|| "emptying temporary tables at the sink".to_owned())?;
+        for stage in &mut self.stages {
+            stage.used = false;
+        }
+        Ok(())
     }
 
     /// How many temporary tables there are: what a savepoint remembers.

@@ -1,25 +1,22 @@
-//! The contract: opening, applying, and what happens when a batch does not go through as a whole.
+//! The contract: what the sink declares, opening, and which of the other modules does what.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::Instant;
 
 use async_trait::async_trait;
-use futures::future::join;
 use wallaby_connector_api::{
-    Applied, Batch, BatchPart, Capabilities, CommitFault, Guarantee, Opened, Sink, SinkError, SinkFactory, SinkTask,
+    Applied, Batch, Capabilities, ChunkLoader, Guarantee, Opened, Portions, Sink, SinkError, SinkFactory, SinkTask,
+    TableLoads,
 };
-use wallaby_model::{Epoch, Position, TableName, TableSchema};
+use wallaby_model::{Epoch, Position};
 
-use crate::assemble::{TableRuns, positions, slice, tables};
-use crate::catalog::{fit, fit_superseded};
-use crate::checkpoint::{self, ADVANCE, as_bigint};
+use crate::checkpoint;
 use crate::config::PostgresSinkConfig;
-use crate::error::{Doing, PostgresError};
-use crate::metrics::{BATCH_SECONDS, BATCHES, LOG_ROWS, ROWS, SESSIONS_ENDED, VIOLATIONS, WRITES_REFUSED};
-use crate::schema::Target;
-use crate::session::{Session, connect, not_open};
-use crate::write::{Targets, Writer};
+use crate::error::PostgresError;
+use crate::loader::PostgresLoader;
+use crate::metrics::{BATCH_SECONDS, BATCHES, LOG_ROWS, SESSIONS_ENDED, WRITES_REFUSED};
+use crate::session::{connect, not_open};
+use crate::transaction::{Moves, Open};
 
 /// What this sink declares.
 pub fn capabilities() -> Capabilities {
@@ -80,35 +77,19 @@ impl SinkFactory for PostgresSinkFactory {
     fn make(&self, task: SinkTask) -> Box<dyn Sink> {
         Box::new(PostgresSink::new(self.config.clone(), task))
     }
+
+    fn make_loader(&self, task: SinkTask) -> Option<Box<dyn ChunkLoader>> {
+        Some(Box::new(PostgresLoader::new(self.config.clone(), task)))
+    }
 }
 
 /// One sink, owned by one apply task.
 pub struct PostgresSink {
-    config: PostgresSinkConfig,
-    task: SinkTask,
+    pub(crate) config: PostgresSinkConfig,
+    pub(crate) task: SinkTask,
     /// The task's id, the label of metrics.
-    name: String,
-    open: Option<Open>,
-}
-
-/// What an open sink knows.
-struct Open {
-    session: Session,
-    epoch: Epoch,
-    position: Option<Position>,
-    /// Shapes whose tables were found, or brought, to fit.
-    targets: HashMap<Arc<TableSchema>, Arc<Target>>,
-    /// Which source table each table here belongs to.
-    owners: HashMap<TableName, TableName>,
-}
-
-/// How a batch is applied.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Steps {
-    /// Collapsed as a whole.
-    Whole,
-    /// In order, halved wherever a step violates a constraint, down to single changes.
-    Small,
+    pub(crate) name: String,
+    pub(crate) open: Option<Open>,
 }
 
 impl PostgresSink {
@@ -118,210 +99,31 @@ impl PostgresSink {
         PostgresSink { config, task, name, open: None }
     }
 
-    fn count(&self, metric: &'static str, by: u64) {
+    pub(crate) fn count(&self, metric: &'static str, by: u64) {
         metrics::counter!(metric, "sink" => self.name.clone()).increment(by);
     }
 
+    /// Counts a batch, or a large transaction.
+    fn applied(&self, started: Instant, log_rows: usize) {
+        self.count(BATCHES, 1);
+        self.count(LOG_ROWS, log_rows as u64);
+        metrics::histogram!(BATCH_SECONDS, "sink" => self.name.clone()).record(started.elapsed().as_secs_f64());
+    }
+
     /// Turns an error into the contract's and drops the session, whose transaction is open or in doubt.
-    fn failed(&mut self, error: PostgresError) -> SinkError {
+    pub(crate) fn failed(&mut self, error: PostgresError) -> SinkError {
         self.open = None;
         error.into_sink(self.config.role())
     }
 
     /// The same for an error of a write, which is counted when it was refused.
-    fn write_failed(&mut self, error: PostgresError) -> SinkError {
+    pub(crate) fn write_failed(&mut self, error: PostgresError) -> SinkError {
         let error = self.failed(error);
         if matches!(error, SinkError::Fenced(_)) {
             self.count(WRITES_REFUSED, 1);
         }
         error
     }
-
-    /// Applies as a whole, then in small steps if the data ask for it.
-    async fn apply_batch(&mut self, batch: &Batch, log_epoch: Option<Epoch>) -> Result<(), PostgresError> {
-        let by_table = tables(&batch.parts);
-        match self.transaction(batch, &by_table, log_epoch, Steps::Whole).await {
-            Err(error) if error.is_of_the_data() && !batch.parts.is_empty() => {
-                tracing::info!(sink = self.name, %error, "a batch does not go through as a whole: small steps");
-                self.count(VIOLATIONS, 1);
-                self.transaction(batch, &by_table, log_epoch, Steps::Small).await
-            }
-            outcome => outcome,
-        }
-    }
-
-    async fn transaction(
-        &mut self,
-        batch: &Batch,
-        by_table: &[TableRuns],
-        log_epoch: Option<Epoch>,
-        steps: Steps,
-    ) -> Result<(), PostgresError> {
-        let open = self.open.as_mut().ok_or_else(not_open)?;
-        let mark = open.session.mark();
-        let outcome = match open.begin(&self.task, batch, log_epoch).await {
-            Ok(()) => {
-                let mut run = Transaction { open, config: &self.config, task: &self.task, name: &self.name };
-                run.body(batch, by_table, steps).await
-            }
-            Err(error) => Err(error),
-        };
-        let Some(open) = self.open.as_mut() else { return outcome.map(|_| ()) };
-        match outcome {
-            Ok(rows) => {
-                open.position = Some(batch.to);
-                open.session.transaction_ended().await?;
-                metrics::counter!(ROWS, "sink" => self.name.clone()).increment(rows as u64);
-                Ok(())
-            }
-            Err(error) => {
-                // Tables may have been made or widened in what is now taken back.
-                open.targets.clear();
-                if error.sqlstate().is_some() || matches!(error, PostgresError::Shape { .. }) {
-                    // When even that fails, the first error says more.
-                    if open.session.command("ROLLBACK").await.is_ok() {
-                        open.session.rolled_back_to(mark);
-                        open.session.transaction_ended().await?;
-                    }
-                }
-                Err(error)
-            }
-        }
-    }
-}
-
-impl Open {
-    /// Opens the transaction and moves the checkpoint in it, guarded.
-    async fn begin(&mut self, task: &SinkTask, batch: &Batch, log_epoch: Option<Epoch>) -> Result<(), PostgresError> {
-        let advance = self.session.prepared(ADVANCE).await?;
-        let (name, epoch) = (task.task.to_string(), as_bigint(self.epoch));
-        let (from, to, log_epoch) = (batch.from.to_string(), batch.to.to_string(), log_epoch.map(as_bigint));
-        let client = &self.session.client;
-        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 5] = [&name, &epoch, &from, &to, &log_epoch];
-        let (begun, moved) = join(client.batch_execute("BEGIN"), client.execute(&advance, &parameters)).await;
-        begun.doing(|| "beginning a transaction at the sink".to_owned())?;
-        let moved = moved.doing(|| "moving the checkpoint at the sink".to_owned())?;
-        if moved == 1 {
-            return Ok(());
-        }
-        client.batch_execute("ROLLBACK").await.doing(|| "rolling back at the sink".to_owned())?;
-        Err(checkpoint::why_refused(client, &task.task, self.epoch, batch.from).await?.into())
-    }
-}
-
-/// The inside of one open transaction.
-struct Transaction<'a> {
-    open: &'a mut Open,
-    config: &'a PostgresSinkConfig,
-    task: &'a SinkTask,
-    name: &'a str,
-}
-
-impl Transaction<'_> {
-    /// Everything between the guarded move and the end; returns the rows written.
-    async fn body(&mut self, batch: &Batch, by_table: &[TableRuns], steps: Steps) -> Result<usize, PostgresError> {
-        let targets = self.targets(by_table).await?;
-        let rows = match steps {
-            Steps::Whole => self.writer(&targets, false).write(by_table).await?,
-            Steps::Small => self.small_steps(batch, &targets).await?,
-        };
-        match &self.config.faults.before_commit {
-            None => {}
-            Some(CommitFault::Die) => self.open.session.cut().await,
-            Some(CommitFault::Hang(point)) => point.hang().await,
-        }
-        self.open.session.client.batch_execute("COMMIT").await.doing(|| "committing at the sink".to_owned())?;
-        Ok(rows)
-    }
-
-    fn writer<'b>(&'b mut self, targets: &'b Targets, careful: bool) -> Writer<'b> {
-        let session = &mut self.open.session;
-        Writer { session, targets, lookup: &self.task.lookup, sink: self.name, careful }
-    }
-
-    /// Finds, makes or widens the tables. The last shape of a table in the batch is the one that the table must fit;
-    /// earlier ones are written to it as far as it still has their columns.
-    async fn targets(&mut self, by_table: &[TableRuns]) -> Result<Targets, PostgresError> {
-        let mut targets = Targets::new();
-        for table in by_table {
-            let here = self.config.target_table(&table.table);
-            self.claim(&here, &table.table)?;
-            let Some(((last, first), earlier)) = table.shapes.split_last() else { continue };
-            let client = &self.open.session.client;
-            let target = match self.open.targets.get(last) {
-                Some(target) if earlier.is_empty() => Arc::clone(target),
-                _ => Arc::new(fit(client, last, &here, *first, self.name).await?),
-            };
-            for (shape, first) in earlier {
-                if shape != last && !targets.contains_key(shape) {
-                    let superseded = fit_superseded(client, shape, &here, *first).await?;
-                    targets.insert(Arc::clone(shape), Arc::new(superseded));
-                }
-            }
-            // Any other shape that was known to fit is to be looked at again, should it come back.
-            if !self.open.targets.contains_key(last) {
-                self.open.targets.retain(|shape, _| shape.table != last.table);
-            }
-            self.open.targets.insert(Arc::clone(last), Arc::clone(&target));
-            targets.insert(Arc::clone(last), target);
-        }
-        Ok(targets)
-    }
-
-    /// Two tables of the source cannot share one here.
-    fn claim(&mut self, here: &TableName, source: &TableName) -> Result<(), PostgresError> {
-        let owner = self.open.owners.entry(here.clone()).or_insert_with(|| source.clone());
-        if owner == source {
-            return Ok(());
-        }
-        Err(PostgresError::Sink(SinkError::Configuration {
-            reason: format!("{owner} and {source} of the source both go to {here} at the sink"),
-            remedy: "Put {{ .schema }} into the sink's schema, or leave one of the tables out".to_owned(),
-        }))
-    }
-
-    /// Applies the batch in order. A step that the data refuse is halved, down to a single change; deferrable
-    /// constraints are looked at when all is done.
-    async fn small_steps(&mut self, batch: &Batch, targets: &Targets) -> Result<usize, PostgresError> {
-        self.open.session.command("SET CONSTRAINTS ALL DEFERRED").await?;
-        let positions = positions(&batch.parts);
-        let mut steps: Vec<(usize, usize)> = vec![(0, positions.len())];
-        let mut rows = 0;
-        while let Some((start, end)) = steps.pop() {
-            let after = start.checked_sub(1).map_or(batch.from, |before| positions[before]);
-            let up_to = positions[end - 1];
-            let parts = slice(&batch.parts, after, up_to);
-            let mark = self.open.session.mark();
-            self.open.session.command("SAVEPOINT wallaby_step").await?;
-            match self.writer(targets, true).write(&tables(&parts)).await {
-                Ok(written) => {
-                    rows += written;
-                    self.open.session.command("RELEASE wallaby_step").await?;
-                }
-                Err(error) if error.is_of_the_data() => {
-                    if end - start == 1 {
-                        return Err(at_change(error, &parts, up_to));
-                    }
-                    self.open.session.command("ROLLBACK TO wallaby_step; RELEASE wallaby_step").await?;
-                    self.open.session.rolled_back_to(mark);
-                    let middle = start + (end - start) / 2;
-                    steps.push((middle, end));
-                    steps.push((start, middle));
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        self.open.session.command("SET CONSTRAINTS ALL IMMEDIATE").await?;
-        Ok(rows)
-    }
-}
-
-/// Adds which change it was.
-fn at_change(error: PostgresError, parts: &[BatchPart], position: Position) -> PostgresError {
-    let PostgresError::Sql { doing, source } = error else { return error };
-    let changes = parts.iter().flat_map(BatchPart::tables);
-    let key = changes.last().map(|changes| crate::assemble::key_text(&changes)).unwrap_or_default();
-    PostgresError::Sql { doing: format!("{doing}, the change at {position}{key}"), source }
 }
 
 #[async_trait]
@@ -371,26 +173,26 @@ impl Sink for PostgresSink {
 
     async fn apply(&mut self, batch: &Batch) -> Result<Applied, SinkError> {
         let started = Instant::now();
-        let mut outcome = self.apply_batch(batch, Some(batch.log_epoch)).await;
-        if let Err(PostgresError::Shape { first, .. }) = &outcome {
-            // What came before the change of shape is good. It is applied now: once a person has changed the table,
-            // its rows might not fit any more. The log's epoch there is not known; a reader then takes it from the log.
-            let end = Position::before(first.commit);
-            let parts = slice(&batch.parts, batch.from, end);
-            let before = Batch { from: batch.from, to: end, log_epoch: batch.log_epoch, parts };
-            if before.rows() > 0
-                && let Err(error) = self.apply_batch(&before, None).await
-            {
-                outcome = Err(error);
-            }
-        }
-        if let Err(error) = outcome {
+        if let Err(error) = self.apply_fitting(batch, Moves::Main).await {
             return Err(self.write_failed(error));
         }
-        self.count(BATCHES, 1);
-        self.count(LOG_ROWS, batch.rows() as u64);
-        metrics::histogram!(BATCH_SECONDS, "sink" => self.name.clone()).record(started.elapsed().as_secs_f64());
+        self.applied(started, batch.rows());
         Ok(Applied::Durable(batch.to))
+    }
+
+    async fn apply_large(&mut self, from: Position, portions: &mut dyn Portions) -> Result<Applied, SinkError> {
+        let started = Instant::now();
+        match self.large(from, portions, Moves::Main).await {
+            Ok(done) => {
+                self.applied(started, done.log_rows);
+                Ok(Applied::Durable(done.to))
+            }
+            Err(error) => Err(self.write_failed(error)),
+        }
+    }
+
+    fn loads(&mut self) -> Option<&mut dyn TableLoads> {
+        Some(self)
     }
 
     async fn barrier(&mut self) -> Result<Position, SinkError> {

@@ -14,7 +14,7 @@ use wallaby_model::{TableName, TableSchema};
 use crate::assemble::TableRuns;
 use crate::catalog::fit_superseded;
 use crate::collapse::{Bag, Bound, Chunk, CollapseError, Group, KeySpan, Net, Row, collapse, collapse_bag};
-use crate::encode::{put, put_position, put_row};
+use crate::encode::{put, put_null, put_position, put_row};
 use crate::error::{Doing, PostgresError};
 use crate::metrics::{COPIES_REPEATED, ROWS_READ_AGAIN};
 use crate::schema::{POSITION_COLUMN, Target, TargetColumn};
@@ -130,12 +130,45 @@ impl Writer<'_> {
         Ok(())
     }
 
+    /// Rows of a snapshot, no two of them with one key; returns how many. `is_fresh`: no row of the table is in their way.
+    pub(crate) async fn load(
+        &mut self,
+        target: &Target,
+        chunks: &[Chunk],
+        is_fresh: bool,
+    ) -> Result<usize, PostgresError> {
+        let bound = Bound::new(chunks, &target.wires);
+        let rows = collapse_bag(&bound)?.appends;
+        if rows.is_empty() {
+            return Ok(0);
+        }
+        let may_copy = is_fresh || target.key.is_empty();
+        let direct = may_copy && target.is_direct() && self.session.may_copy(&target.table);
+        if !(direct && self.copy_born(target, &bound, &rows).await?) {
+            let stage = self.stage_whole(target).await?;
+            self.upsert(target, &bound, [&rows, &[]], &stage).await?;
+        }
+        Ok(rows.len())
+    }
+
     /// New rows straight into the table: half the work of the upsert. False when rows were in the way.
     async fn copy_born(&mut self, target: &Target, bound: &Bound<'_>, rows: &[Row]) -> Result<bool, PostgresError> {
         let doing = format!("copying rows to {}", target.table);
-        let names = names(target.columns.iter());
+        let mut names = names(target.columns.iter());
+        let is_keyless = target.key.is_empty();
+        if is_keyless {
+            // Rows without a position sort before those of the log, and a table may have no other column.
+            let comma = if names.is_empty() { "" } else { ", " };
+            names = format!("{names}{comma}{}", quote_identifier(POSITION_COLUMN));
+        }
         let copy = format!("COPY {} ({names}) FROM STDIN (FORMAT binary)", target.table.quoted());
-        let encode = |n: usize, out: &mut Vec<u8>| encode_columns(target, bound, &rows[n], |_| true, 0, out);
+        let encode = |n: usize, out: &mut Vec<u8>| {
+            encode_columns(target, bound, &rows[n], |_| true, usize::from(is_keyless), out)?;
+            if is_keyless {
+                put_null(out);
+            }
+            Ok(())
+        };
         let mark = self.session.mark();
         self.session.command("SAVEPOINT wallaby_copy").await?;
         match self.session.copy(&copy, rows.len(), encode, Some("RELEASE wallaby_copy"), &doing).await {
@@ -407,12 +440,14 @@ fn upsert_statement(target: &Target, stage: &str) -> String {
     let rest = target.columns.iter().filter(|column| !target.key.contains(&column.source));
     let sets = rest.map(|column| format!("{name} = EXCLUDED.{name}", name = column.name)).collect::<Vec<_>>();
     let action = if sets.is_empty() { "NOTHING".to_owned() } else { format!("UPDATE SET {}", sets.join(", ")) };
+    let conflict = match target.key.is_empty() {
+        true => String::new(),
+        false => format!(" ON CONFLICT ({}) DO {action}", names(target.key_columns().into_iter())),
+    };
     format!(
-        "INSERT INTO {table} ({names}) OVERRIDING SYSTEM VALUE SELECT {values} FROM {stage} s \
-         ON CONFLICT ({key}) DO {action}",
+        "INSERT INTO {table} ({names}) OVERRIDING SYSTEM VALUE SELECT {values} FROM {stage} s{conflict}",
         table = target.table.quoted(),
         names = names(target.columns.iter()),
-        key = names(target.key_columns().into_iter()),
     )
 }
 

@@ -4,11 +4,15 @@
 mod target;
 
 use target::Target;
-use wallaby_connector_api::conformance::{Broken, CASES};
+use wallaby_connector_api::conformance::{Broken, CASES, Case, LARGE_CASES, LOAD_CASES};
+
+fn cases() -> impl Iterator<Item = &'static Case> {
+    [CASES, LARGE_CASES, LOAD_CASES].into_iter().flatten()
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_case_passes() {
-    for case in CASES {
+    for case in cases() {
         let target = Target::fresh("conformance").await;
         if let Err(reason) = case.run(&target).await {
             panic!("{}: {reason}", case.name);
@@ -18,7 +22,7 @@ async fn every_case_passes() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_case_fails_on_a_sink_that_breaks_its_promise() {
-    for case in CASES {
+    for case in cases() {
         let target = Target::fresh("broken").await;
         match case.run(&Broken::for_case(case, &target)).await {
             Ok(()) => panic!("{} passes although {:?}", case.name, case.breaks),

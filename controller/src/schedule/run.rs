@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use wallaby_coordination::{Election, FlowEntry, FlowStatus, wall_clock_now};
 use wallaby_model::condition::Timestamp;
 use wallaby_model::offer::Offer;
-use wallaby_model::{PoolId, TaskId};
+use wallaby_model::{FlowId, PoolId, RunId, SinkId, TaskId, TaskKind};
 
 use super::core::{Scheduler, Situation};
 use super::queue::OfferQueue;
@@ -26,6 +26,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// How often the queue is checked while nothing fails.
 const ENSURE_EVERY: Duration = Duration::from_secs(60);
+
+/// More finished runs than this are forgotten, the oldest first.
+const FINISHED_RUNS_KEPT: usize = 10;
 
 /// A task that found an owner sooner is not worth a write.
 const WORTH_SAYING: Duration = Duration::from_secs(2);
@@ -180,6 +183,7 @@ impl State {
                 return;
             }
         }
+        self.look_after_runs().await;
         for entry in goners {
             match self.parts.etcd.coordination.remove_flow(&entry).await {
                 Ok(()) => tracing::info!(flow = %entry.flow, "removed: it never captured anything"),
@@ -187,13 +191,58 @@ impl State {
             }
         }
     }
+
+    async fn look_after_runs(&self) {
+        let coordination = &self.parts.etcd.coordination;
+        let (leftovers, cut_off) = self.parts.etcd.view.with(chores);
+        for (flow, run) in leftovers {
+            if let Err(error) = coordination.clear_run(&flow, run).await {
+                tracing::debug!(%flow, %run, %error, "the run was not cleared; it is tried again");
+            }
+        }
+        for (entry, sink) in cut_off {
+            let flow = &entry.flow;
+            let start = match self.parts.backend.log_end(flow).await {
+                Ok(start) => start,
+                Err(error) => {
+                    tracing::debug!(%flow, %sink, ?error, "the log's end cannot be read; it is tried again");
+                    continue;
+                }
+            };
+            match coordination.reattach_sink(&entry, &sink, start).await {
+                Ok(run) => tracing::info!(%flow, %sink, %run, "the sink was detached and loads everything anew"),
+                Err(error) => tracing::debug!(%flow, %sink, %error, "not reattached; it is tried again"),
+            }
+        }
+    }
+}
+
+/// Runs that are over and whose chunks' keys still stand there; sinks that were cut off and have no run yet.
+fn chores(view: &View) -> (Vec<(FlowId, RunId)>, Vec<(FlowEntry, SinkId)>) {
+    let (mut leftovers, mut cut_off) = (Vec::new(), Vec::new());
+    for entry in view.flows().filter(|entry| entry.record.deleting_since.is_none()) {
+        let over = || view.runs(&entry.flow).filter(|(_, run)| run.is_over());
+        let too_many = over().count() > FINISHED_RUNS_KEPT;
+        let of_flow =
+            over().filter(|(_, run)| too_many || run.has_leftovers()).map(|(run, _)| (entry.flow.clone(), run));
+        leftovers.extend(of_flow);
+        if entry.record.document.spec.paused {
+            continue;
+        }
+        for sink in entry.record.document.spec.sinks.iter().filter(|sink| !sink.paused) {
+            if view.detached(&entry.flow, &sink.name).is_some_and(|detached| detached.run.is_none()) {
+                cut_off.push((entry.clone(), sink.name.clone()));
+            }
+        }
+    }
+    (leftovers, cut_off)
 }
 
 fn situation(view: &View, is_leader: bool) -> Situation {
     let mut situation = Situation { is_leader, ..Situation::default() };
     situation.has_workers = view.workers().any(|(worker, _)| !view.is_draining(worker));
     for entry in view.flows() {
-        for task in View::wanted_tasks(entry) {
+        for task in view.wanted_tasks(entry) {
             if view.is_owned(&task) {
                 situation.owned.insert(task.clone());
             }
@@ -213,7 +262,8 @@ fn changed_statuses(
     for entry in view.flows() {
         let known = view.flow_status(&entry.flow).cloned().unwrap_or_default();
         let mut offered_since = BTreeMap::new();
-        for task in View::wanted_tasks(entry) {
+        let told_of = |task: &TaskId| matches!(task.kind, TaskKind::Capture | TaskKind::Apply(_) | TaskKind::Run(_));
+        for task in view.wanted_tasks(entry).into_iter().filter(told_of) {
             let Some(unowned_for) = unowned_for.get(&task).filter(|span| **span >= WORTH_SAYING) else { continue };
             let ms = u64::try_from(unowned_for.as_millis()).unwrap_or(u64::MAX);
             let since = known.offered_since.get(&task).copied().unwrap_or(Timestamp(now.0.saturating_sub(ms)));
@@ -236,7 +286,9 @@ fn changed_statuses(
 fn goners(view: &View) -> Vec<FlowEntry> {
     let never_captured = |entry: &&FlowEntry| {
         let capture = view.task(&TaskId::capture(&entry.flow));
-        entry.record.deleting_since.is_some() && capture.lock.is_none() && !capture.has_checkpoint
+        // A run's owner may have made the publication.
+        let has_planned = || view.runs(&entry.flow).any(|(_, run)| run.plan().is_some());
+        entry.record.deleting_since.is_some() && capture.lock.is_none() && !capture.has_checkpoint && !has_planned()
     };
     view.flows().filter(never_captured).cloned().collect()
 }

@@ -1,6 +1,7 @@
 //! `FlowService`.
 
 use tonic::{Request, Response, Status};
+use wallaby_model::flow::change::flow_change;
 use wallaby_model::flow::{FlowDocument, Problem};
 use wallaby_model::{FlowId, api};
 use wallaby_proto::v1;
@@ -96,6 +97,33 @@ impl FlowApi {
         };
         tracing::info!(%flow, generation = entry.record.generation, "flow updated");
         Ok(v1::UpdateFlowResponse { flow: Some(self.store.show(&entry)?), changed: true })
+    }
+
+    async fn diff(&self, request: v1::DiffFlowRequest) -> Result<v1::DiffFlowResponse, ApiError> {
+        let document = valid_document(request.flow.as_ref())?;
+        let seen = match self.store.read(&document.metadata.name).await {
+            Ok(seen) => Some(seen),
+            Err(error) if error.reason() == Reason::FlowNotFound => None,
+            Err(error) => return Err(error),
+        };
+        let change = flow_change(seen.as_ref().map(|seen| &seen.record.document), &document);
+        let changes = change.changes.into_iter().map(|change| v1::FieldChange {
+            path: change.path,
+            before: change.before.unwrap_or_default(),
+            after: change.after.unwrap_or_default(),
+        });
+        let effects = change.effects.into_iter().map(|effect| v1::ChangeEffect {
+            subject: effect.subject,
+            effect: effect.effect.word().to_owned(),
+            message: effect.message,
+        });
+        let refused = change.refused.into_iter().map(|p| v1::FieldProblem { path: p.path, message: p.message });
+        Ok(v1::DiffFlowResponse {
+            exists: seen.is_some(),
+            changes: changes.collect(),
+            effects: effects.collect(),
+            refused: refused.collect(),
+        })
     }
 
     async fn delete(&self, request: v1::DeleteFlowRequest) -> Result<v1::DeleteFlowResponse, ApiError> {
@@ -201,5 +229,9 @@ impl FlowService for FlowApi {
         };
         let problems = problems.into_iter().map(|p| v1::FieldProblem { path: p.path, message: p.message }).collect();
         answer(Ok(v1::ValidateFlowResponse { problems }))
+    }
+
+    async fn diff_flow(&self, request: Request<v1::DiffFlowRequest>) -> Result<Response<v1::DiffFlowResponse>, Status> {
+        answer(self.diff(request.into_inner()).await)
     }
 }

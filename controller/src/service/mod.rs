@@ -2,12 +2,14 @@
 
 mod flows;
 mod sinks;
+mod snapshots;
 mod store;
 mod watch;
 mod workers;
 
 pub use flows::FlowApi;
 pub use sinks::SinkApi;
+pub use snapshots::SnapshotApi;
 pub use workers::WorkerApi;
 
 use tonic::{Response, Status};

@@ -302,9 +302,11 @@ async fn an_owner_that_is_killed_leaves_no_process_and_no_folder() {
             };
         }
         let mut pids: Vec<i32> = told["pids"].split(',').map(|pid| pid.parse().unwrap()).collect();
+        assert!(pids.iter().all(|pid| runs(*pid)), "{pids:?}");
         let leader = pids[0];
-        pids.extend(below(leader));
-        assert!(pids.len() >= 9 && pids.iter().all(|pid| runs(*pid)), "{pids:?}");
+        // A backend that starts and ends by itself (autovacuum) may be gone by the time it is looked at.
+        pids.extend(below(leader).into_iter().filter(|pid| runs(*pid)));
+        assert!(pids.len() >= 9, "{pids:?}");
         if paused {
             let stop = |pid: i32| {
                 rustix::process::kill_process(
@@ -312,7 +314,7 @@ async fn an_owner_that_is_killed_leaves_no_process_and_no_folder() {
                     rustix::process::Signal::STOP,
                 )
             };
-            pids.iter().for_each(|pid| stop(*pid).unwrap());
+            pids.iter().for_each(|pid| drop(stop(*pid)));
         }
         owner.kill().unwrap();
         owner.wait().unwrap();

@@ -91,7 +91,7 @@ async fn reader(context: &TaskContext, opened: Opened) -> Result<LogReader, Appl
 /// Where a sink that never had a position begins, as the controller said when it was added.
 async fn hold(context: &TaskContext) -> Result<Option<Position>, ApplyError> {
     let wallaby_model::TaskKind::Apply(sink) = &context.task.kind else { return Ok(None) };
-    let key = Key::FlowHold(context.task.flow.clone(), sink.clone());
+    let key = Key::FlowHold(context.task.flow.clone(), sink.into());
     let Some(entry) = context.shared.coordination.get(&key).await? else { return Ok(None) };
     Ok(entry.decode::<wallaby_coordination::Hold>()?.position)
 }

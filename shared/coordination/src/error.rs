@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use wallaby_model::{FlowId, Position, SinkId, TaskId, WorkerId};
+use wallaby_model::{FlowId, Position, Reader, RunId, SinkId, TaskId, WorkerId};
 
 use crate::Revision;
 
@@ -113,7 +113,7 @@ pub enum Error {
         /// The flow.
         flow: FlowId,
         /// The reader.
-        reader: SinkId,
+        reader: Reader,
         /// Where it was to start.
         wanted: Position,
         /// Up to where the log may be gone.
@@ -127,13 +127,59 @@ pub enum Error {
         /// The sink.
         reader: SinkId,
     },
-    /// A reader has no hold: its sink was removed.
-    #[error("reader {reader} of flow {flow} has no hold any more: its sink was removed")]
+    /// A reader has no hold: its sink was removed or cut off from the log, or its run is over.
+    #[error(
+        "reader {reader} of flow {flow} has no hold any more: its sink was removed or detached, or its run is over; stop reading"
+    )]
     HoldGone {
         /// The flow.
         flow: FlowId,
         /// The reader.
-        reader: SinkId,
+        reader: Reader,
+    },
+    /// No run of this number.
+    #[error("flow {flow} has no snapshot run {run}: `wallaby snapshot list {flow}` lists those it has")]
+    RunNotFound {
+        /// The flow.
+        flow: FlowId,
+        /// The run.
+        run: RunId,
+    },
+    /// A run that is not over works on the same tables at the same sinks.
+    #[error(
+        "run {run} of flow {flow} is not over and loads the same tables ({tables}): wait for it, or cancel it with `wallaby snapshot cancel {flow} {run}`"
+    )]
+    RunOverlaps {
+        /// The flow.
+        flow: FlowId,
+        /// The run that is not over.
+        run: RunId,
+        /// What both load.
+        tables: String,
+    },
+    /// The run is over, or was cancelled, and takes no other wish.
+    #[error("run {run} of flow {flow} is over or cancelled: start another one")]
+    RunOver {
+        /// The flow.
+        flow: FlowId,
+        /// The run.
+        run: RunId,
+    },
+    /// Too many runs of the flow are not over.
+    #[error("flow {flow} has {open} snapshot runs that are not over: wait for some, or cancel them")]
+    TooManyRuns {
+        /// The flow.
+        flow: FlowId,
+        /// How many.
+        open: usize,
+    },
+    /// The sink is not detached.
+    #[error("sink {sink} of flow {flow} is not detached")]
+    NotDetached {
+        /// The flow.
+        flow: FlowId,
+        /// The sink.
+        sink: SinkId,
     },
     /// A worker of this id has a lease.
     #[error(

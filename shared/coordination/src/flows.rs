@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use etcd_client::{Compare, CompareOp, DeleteOptions, PutOptions, Txn, TxnOp};
 use wallaby_model::flow::FlowDocument;
-use wallaby_model::{FlowId, Position, SinkId, TaskId, WorkerId};
+use wallaby_model::flow::change::{planned_runs, sink_anew};
+use wallaby_model::{FlowId, Position, Reader, RunId, SinkId, TaskId, WorkerId};
 
 use crate::checkpoint::Checkpoint;
 use crate::client::{REQUEST_BYTES_MAX, TXN_OPERATIONS_MAX, encode};
 use crate::clock::wall_clock_now;
 use crate::keys::Key;
-use crate::records::{FlowRecord, FlowStatus, Hold, LockRecord, PurgePoint, WorkerInfo};
+use crate::records::{Detached, FlowRecord, FlowStatus, Hold, LockRecord, PurgePoint, WorkerInfo};
 use crate::watch::{Entry, decode};
 use crate::{Coordination, Error, Result, Revision};
 
@@ -68,7 +69,8 @@ impl FlowEntry {
 }
 
 impl Coordination {
-    /// Makes a flow, with a hold for each of its sinks in the same transaction: they start at the flow's first resume.
+    /// Makes a flow, with a hold for each of its sinks in the same transaction: they start at the flow's first resume. With
+    /// `snapshot: initial` or `only` the first run is made as well.
     ///
     /// # Errors
     /// `FlowExists`; `TooLarge`; `TooManyOperations`; when etcd cannot be reached.
@@ -82,6 +84,11 @@ impl Coordination {
         let mut then = vec![TxnOp::put(key.clone(), value.clone(), None)];
         for sink in &sinks {
             then.push(self.hold_put(&flow, sink, Hold { position: None })?);
+        }
+        let runs = planned_runs(None, &record.document.spec, created_at);
+        if !runs.is_empty() {
+            // Nothing of the flow exists, so there is no index to compare.
+            then.extend(self.new_runs(&flow, None, &runs)?.puts);
         }
         check_size(&flow, &key, value.len(), then.len())?;
         let txn = Txn::new()
@@ -127,11 +134,12 @@ impl Coordination {
 
     /// Changes a flow that was read as `seen`. Sinks that are new need the position they start at in `starts` (the log's end
     /// now; `None` when nothing was ever staged): their holds are written, and those of sinks that go are deleted with
-    /// their tasks' keys, in the same transaction. The generation grows when the specification changed.
+    /// their tasks' keys, in the same transaction, and so are the runs made that load new sinks and new tables. The generation
+    /// grows when the specification changed.
     ///
     /// # Errors
     /// `FlowChanged` when somebody else was first; `FlowNotFound`; `FlowDeleting`; `HoldMissing` for a new sink without a
-    /// start; `HoldBelowPurge` when the log was purged past a start: read the log's end again; `TooLarge`;
+    /// start; `HoldBelowPurge` when the log was purged past a start: read the log's end again; `TooManyRuns`; `TooLarge`;
     /// `TooManyOperations`; when etcd cannot be reached.
     pub async fn update_flow(
         &self,
@@ -267,6 +275,62 @@ impl Coordination {
         }
     }
 
+    /// Brings a detached sink back: gives it a hold at `start` (the log's end now) and makes the run that loads it anew, in
+    /// one transaction. The run that was made before, when it was, is what it returns.
+    ///
+    /// # Errors
+    /// `NotDetached`; `HoldBelowPurge`: read the log's end again; `FlowChanged`; `FlowDeleting`; `TooManyRuns`; when etcd
+    /// cannot be reached.
+    pub async fn reattach_sink(&self, seen: &FlowEntry, sink: &SinkId, start: Option<Position>) -> Result<RunId> {
+        const DOING: &str = "reattaching a sink";
+        let flow = &seen.flow;
+        if seen.record.deleting_since.is_some() {
+            return Err(Error::FlowDeleting(flow.clone()));
+        }
+        let keys = self.keys();
+        let (flow_key, purge_key) = (Key::FlowSpec(flow.clone()), Key::FlowPurge(flow.clone()));
+        let detached_key = Key::SinkDetached(flow.clone(), sink.clone());
+        let spec = sink_anew(sink, wall_clock_now());
+        for _ in 0..PURGE_RACES_MAX {
+            let not_detached = || Error::NotDetached { flow: flow.clone(), sink: sink.clone() };
+            let entry = self.get(&detached_key).await?.ok_or_else(not_detached)?;
+            let mut detached: Detached = entry.decode()?;
+            if let Some(run) = detached.run {
+                return Ok(run);
+            }
+            let purge = self.get(&purge_key).await?;
+            let purge_revision = purge.as_ref().map_or(0, |entry| entry.mod_revision.0);
+            let purged = purge.map(|entry| entry.decode::<PurgePoint>()).transpose()?.map(|point| point.position);
+            check_hold(flow, &sink.into(), Hold { position: start }, purged)?;
+            let index = self.run_index(flow).await?;
+            let new = self.new_runs(flow, index.as_ref(), std::slice::from_ref(&spec))?;
+            detached.run = new.runs.first().copied();
+            let mut when = vec![
+                Compare::mod_revision(keys.text(&flow_key), CompareOp::Equal, seen.revision.0),
+                Compare::mod_revision(keys.text(&detached_key), CompareOp::Equal, entry.mod_revision.0),
+                Compare::mod_revision(keys.text(&purge_key), CompareOp::Equal, purge_revision),
+            ];
+            when.extend(new.compares);
+            let value = encode(&keys.text(&detached_key), &detached)?;
+            let mut then = vec![
+                TxnOp::put(keys.text(&detached_key), value, None),
+                self.hold_put(flow, sink, Hold { position: start })?,
+            ];
+            then.extend(new.puts);
+            let reads = vec![TxnOp::get(keys.text(&flow_key), None)];
+            let outcome = self.transact(DOING, Txn::new().when(when).and_then(then).or_else(reads)).await?;
+            if let (true, Some(run)) = (outcome.succeeded, detached.run) {
+                return Ok(run);
+            }
+            let found = outcome.read(0).ok_or_else(|| Error::FlowNotFound(flow.clone()))?.mod_revision;
+            if found != seen.revision {
+                return Err(Error::FlowChanged { flow: flow.clone(), expected: seen.revision, found });
+            }
+        }
+        let cause = "the purge point moved, or runs were made, at each of many attempts".to_owned();
+        Err(Error::Refused { doing: DOING, cause })
+    }
+
     async fn replace_flow(
         &self,
         seen: &FlowEntry,
@@ -281,11 +345,11 @@ impl Coordination {
                 return Ok(FlowEntry { flow: seen.flow.clone(), record, revision });
             }
         }
-        let cause = "the purge point moved at each of many attempts".to_owned();
+        let cause = "the purge point moved, or runs were made, at each of many attempts".to_owned();
         Err(Error::Refused { doing: "changing a flow", cause })
     }
 
-    /// `None` when the purge point moved between reading it and writing the holds.
+    /// `None` when the purge point moved, or a run was made, between reading and writing.
     async fn try_replace_flow(
         &self,
         seen: &FlowEntry,
@@ -309,15 +373,24 @@ impl Coordination {
             for sink in added {
                 let missing = || Error::HoldMissing { flow: flow.clone(), reader: sink.clone() };
                 let hold = Hold { position: *starts.get(sink).ok_or_else(missing)? };
-                check_hold(flow, sink, hold, purged)?;
+                check_hold(flow, &sink.into(), hold, purged)?;
                 then.push(self.hold_put(flow, sink, hold)?);
             }
         }
         for sink in before.difference(&after) {
             let task = TaskId::apply(flow, sink);
-            let all = Some(DeleteOptions::new().with_prefix());
-            then.push(TxnOp::delete(self.keys().text(&Key::FlowHold(flow.clone(), sink.clone())), None));
-            then.push(TxnOp::delete(self.keys().task(&task), all));
+            let all = || Some(DeleteOptions::new().with_prefix());
+            then.push(TxnOp::delete(self.keys().text(&Key::FlowHold(flow.clone(), sink.into())), None));
+            then.push(TxnOp::delete(self.keys().text(&Key::SinkDetached(flow.clone(), sink.clone())), None));
+            then.push(TxnOp::delete(self.keys().task(&task), all()));
+            then.push(TxnOp::delete(self.keys().load_tasks_of(flow, sink), all()));
+        }
+        let runs = planned_runs(Some(&seen.record.document.spec), &record.document.spec, wall_clock_now());
+        if !runs.is_empty() {
+            let index = self.run_index(flow).await?;
+            let new = self.new_runs(flow, index.as_ref(), &runs)?;
+            when.extend(new.compares);
+            then.extend(new.puts);
         }
         check_size(flow, &key, value.len(), then.len())?;
         let reads = vec![TxnOp::get(key, None), TxnOp::get(purge_key, None)];
@@ -336,7 +409,7 @@ impl Coordination {
     }
 
     fn hold_put(&self, flow: &FlowId, sink: &SinkId, hold: Hold) -> Result<TxnOp> {
-        let key = self.keys().text(&Key::FlowHold(flow.clone(), sink.clone()));
+        let key = self.keys().text(&Key::FlowHold(flow.clone(), sink.into()));
         let value = encode(&key, &hold)?;
         Ok(TxnOp::put(key, value, None))
     }
@@ -347,7 +420,7 @@ fn sinks_of(record: &FlowRecord) -> BTreeSet<SinkId> {
 }
 
 /// A reader may start only where nothing that it needs can be gone.
-fn check_hold(flow: &FlowId, reader: &SinkId, hold: Hold, purged: Option<Position>) -> Result<()> {
+pub(crate) fn check_hold(flow: &FlowId, reader: &Reader, hold: Hold, purged: Option<Position>) -> Result<()> {
     let Some(purged) = purged else { return Ok(()) };
     let wanted = hold.position.unwrap_or(Position::ZERO);
     if wanted >= purged {

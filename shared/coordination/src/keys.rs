@@ -1,6 +1,6 @@
 //! The key space of protocol.md, in one place: names go in typed and come out typed.
 
-use wallaby_model::{ChunkId, FlowId, RunId, SinkId, TaskId, WorkerId};
+use wallaby_model::{ChunkId, FlowId, Reader, RunId, SinkId, TaskId, WorkerId};
 
 use crate::{Error, Result};
 
@@ -12,9 +12,13 @@ pub enum Key {
     /// `flows/<F>/status`: what only the controller knows.
     FlowStatus(FlowId),
     /// `flows/<F>/holds/<R>`: the lowest position that a reader still needs.
-    FlowHold(FlowId, SinkId),
+    FlowHold(FlowId, Reader),
     /// `flows/<F>/purge`: up to where the log may be gone.
     FlowPurge(FlowId),
+    /// `flows/<F>/sinks/<S>/detached`: a sink that was cut off from the log, until it has loaded everything anew.
+    SinkDetached(FlowId, SinkId),
+    /// `flows/<F>/runs/index`: the last run's number, and which runs are kept.
+    RunIndex(FlowId),
     /// `flows/<F>/runs/<N>/spec`: what is asked of a run.
     RunSpec(FlowId, RunId),
     /// `flows/<F>/runs/<N>/plan`: its plan, by its owner.
@@ -25,6 +29,10 @@ pub enum Key {
     RunLoaded(FlowId, RunId, SinkId, ChunkId),
     /// `flows/<F>/runs/<N>/sinks/<S>`: how far a sink is in a run.
     RunSink(FlowId, RunId, SinkId),
+    /// `flows/<F>/operations/<N>/spec`: what is asked of an operation, by the controller.
+    OperationSpec(FlowId, u32),
+    /// `flows/<F>/operations/<N>/result`: how far it is and what came of it, by its owner.
+    OperationResult(FlowId, u32),
     /// `tasks/<T>/lock`: who owns a task, under the worker's lease.
     TaskLock(TaskId),
     /// `tasks/<T>/status`: what its owner says.
@@ -75,6 +83,8 @@ impl KeySpace {
             Key::FlowStatus(flow) => format!("{prefix}/flows/{flow}/status"),
             Key::FlowHold(flow, reader) => format!("{prefix}/flows/{flow}/holds/{reader}"),
             Key::FlowPurge(flow) => format!("{prefix}/flows/{flow}/purge"),
+            Key::SinkDetached(flow, sink) => format!("{prefix}/flows/{flow}/sinks/{sink}/detached"),
+            Key::RunIndex(flow) => format!("{prefix}/flows/{flow}/runs/index"),
             Key::RunSpec(flow, run) => format!("{prefix}/flows/{flow}/runs/{run}/spec"),
             Key::RunPlan(flow, run) => format!("{prefix}/flows/{flow}/runs/{run}/plan"),
             Key::RunChunk(flow, run, chunk) => format!("{prefix}/flows/{flow}/runs/{run}/chunks/{chunk}"),
@@ -82,6 +92,8 @@ impl KeySpace {
                 format!("{prefix}/flows/{flow}/runs/{run}/loaded/{sink}/{chunk}")
             }
             Key::RunSink(flow, run, sink) => format!("{prefix}/flows/{flow}/runs/{run}/sinks/{sink}"),
+            Key::OperationSpec(flow, number) => format!("{prefix}/flows/{flow}/operations/{number}/spec"),
+            Key::OperationResult(flow, number) => format!("{prefix}/flows/{flow}/operations/{number}/result"),
             Key::TaskLock(task) => format!("{prefix}/tasks/{task}/lock"),
             Key::TaskStatus(task) => format!("{prefix}/tasks/{task}/status"),
             Key::TaskCheckpoint(task) => format!("{prefix}/tasks/{task}/checkpoint"),
@@ -100,6 +112,8 @@ impl KeySpace {
             ["flows", flow, "status"] => Key::FlowStatus(flow.parse().ok()?),
             ["flows", flow, "holds", reader] => Key::FlowHold(flow.parse().ok()?, reader.parse().ok()?),
             ["flows", flow, "purge"] => Key::FlowPurge(flow.parse().ok()?),
+            ["flows", flow, "sinks", sink, "detached"] => Key::SinkDetached(flow.parse().ok()?, sink.parse().ok()?),
+            ["flows", flow, "runs", "index"] => Key::RunIndex(flow.parse().ok()?),
             ["flows", flow, "runs", run, "spec"] => Key::RunSpec(flow.parse().ok()?, run.parse().ok()?),
             ["flows", flow, "runs", run, "plan"] => Key::RunPlan(flow.parse().ok()?, run.parse().ok()?),
             ["flows", flow, "runs", run, "chunks", chunk] => {
@@ -110,6 +124,12 @@ impl KeySpace {
             }
             ["flows", flow, "runs", run, "sinks", sink] => {
                 Key::RunSink(flow.parse().ok()?, run.parse().ok()?, sink.parse().ok()?)
+            }
+            ["flows", flow, "operations", number, "spec"] => {
+                Key::OperationSpec(flow.parse().ok()?, number.parse().ok()?)
+            }
+            ["flows", flow, "operations", number, "result"] => {
+                Key::OperationResult(flow.parse().ok()?, number.parse().ok()?)
             }
             ["tasks", task, "lock"] => Key::TaskLock(task.parse().ok()?),
             ["tasks", task, "status"] => Key::TaskStatus(task.parse().ok()?),
@@ -144,6 +164,46 @@ impl KeySpace {
     /// The prefix of everything about one run.
     pub fn run(&self, flow: &FlowId, run: RunId) -> String {
         format!("{}/flows/{flow}/runs/{run}/", self.prefix)
+    }
+
+    /// The prefix of a run's chunks that are read.
+    pub fn chunks(&self, flow: &FlowId, run: RunId) -> String {
+        format!("{}/flows/{flow}/runs/{run}/chunks/", self.prefix)
+    }
+
+    /// The prefix of the chunks of a run that sinks have.
+    pub fn loaded(&self, flow: &FlowId, run: RunId) -> String {
+        format!("{}/flows/{flow}/runs/{run}/loaded/", self.prefix)
+    }
+
+    /// The prefix of the chunks of a run that one sink has.
+    pub fn loaded_by(&self, flow: &FlowId, run: RunId, sink: &SinkId) -> String {
+        format!("{}/flows/{flow}/runs/{run}/loaded/{sink}/", self.prefix)
+    }
+
+    /// The prefix of what sinks say of a run.
+    pub fn run_sinks(&self, flow: &FlowId, run: RunId) -> String {
+        format!("{}/flows/{flow}/runs/{run}/sinks/", self.prefix)
+    }
+
+    /// The prefix of everything about the chunk tasks of a run.
+    pub fn chunk_tasks(&self, flow: &FlowId, run: RunId) -> String {
+        format!("{}/tasks/{flow}.chunk.{run}.", self.prefix)
+    }
+
+    /// The prefix of everything about the load tasks of a run at one sink.
+    pub fn load_tasks(&self, flow: &FlowId, run: RunId, sink: &SinkId) -> String {
+        format!("{}/tasks/{flow}.load.{sink}.{run}.", self.prefix)
+    }
+
+    /// The prefix of everything about all load tasks of a sink.
+    pub fn load_tasks_of(&self, flow: &FlowId, sink: &SinkId) -> String {
+        format!("{}/tasks/{flow}.load.{sink}.", self.prefix)
+    }
+
+    /// The prefix of everything about a flow's operations.
+    pub fn operations(&self, flow: &FlowId) -> String {
+        format!("{}/flows/{flow}/operations/", self.prefix)
     }
 
     /// The prefix of everything about all tasks.
@@ -187,12 +247,17 @@ mod tests {
         for key in [
             Key::FlowSpec(flow.clone()),
             Key::FlowStatus(flow.clone()),
-            Key::FlowHold(flow.clone(), sink.clone()),
+            Key::FlowHold(flow.clone(), Reader::Sink(sink.clone())),
+            Key::FlowHold(flow.clone(), Reader::Run(RunId(3))),
+            Key::SinkDetached(flow.clone(), sink.clone()),
+            Key::RunIndex(flow.clone()),
             Key::RunSpec(flow.clone(), RunId(3)),
             Key::RunPlan(flow.clone(), RunId(3)),
             Key::RunChunk(flow.clone(), RunId(3), ChunkId { table: 1, restart: 2, number: 30 }),
             Key::RunLoaded(flow.clone(), RunId(3), sink.clone(), ChunkId { table: 1, restart: 2, number: 30 }),
             Key::RunSink(flow.clone(), RunId(3), sink),
+            Key::OperationSpec(flow.clone(), 7),
+            Key::OperationResult(flow.clone(), 7),
             Key::FlowPurge(flow.clone()),
             Key::TaskLock(task.clone()),
             Key::TaskStatus(task.clone()),

@@ -1,4 +1,4 @@
-//! etcd: worker leases, task locks and epochs, guarded writes, the flow store, checkpoints and holds.
+//! etcd: worker leases, task locks and epochs, guarded writes, the flow store, snapshot runs, checkpoints and holds.
 //!
 //! What etcd gives is *liveness*: who should own a task. Safety comes from the epoch, which is checked where a write lands
 //! (log, sink), and here from the lock's create revision, which every write of a task compares.
@@ -26,9 +26,11 @@ mod link;
 mod lock;
 mod lock_watch;
 pub mod metrics;
+mod operations;
 mod options;
 mod paced;
 mod records;
+mod runs;
 mod session;
 mod watch;
 
@@ -38,13 +40,15 @@ pub use clock::{BootTime, wall_clock_now};
 pub use election::{Candidate, Election, Leadership};
 pub use error::{Error, Result};
 pub use flows::{FlowEntry, FlowList, LockEntry, WorkerEntry};
-pub use holds::PurgeOutcome;
+pub use holds::{DetachOutcome, PurgeOutcome};
 pub use keys::{Key, KeySpace};
 pub use lease::{FenceReason, Validity};
 pub use lock::TaskLock;
+pub use operations::OperationEntry;
 pub use options::{Options, Tls};
 pub use paced::PacedWriter;
-pub use records::{FlowRecord, FlowStatus, Hold, LockRecord, PurgePoint, WorkerInfo};
+pub use records::{Detached, FlowRecord, FlowStatus, Hold, LockRecord, PurgePoint, RunIndex, WorkerInfo};
+pub use runs::{ChunkOutcome, RunEntry};
 pub use session::{Acquired, SessionOptions, WorkerSession};
 pub use watch::{Change, Entry, Watch, WatchEvent};
 

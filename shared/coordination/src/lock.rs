@@ -195,13 +195,26 @@ impl TaskLock {
         self.inner.session.registry.remove(&self.inner.task, self.inner.create_revision);
         let outcome = match checkpoint {
             Some(checkpoint) => self.write_checkpoint(&mut revision, "releasing the task", &checkpoint, true).await,
-            None => self.inner.delete_lock().await,
+            None => self.inner.delete_lock(Vec::new()).await,
         };
-        if !matches!(&outcome, Err(error) if error.is_transient()) {
+        self.ended(&outcome);
+        outcome
+    }
+
+    /// Ends the ownership: deletes the lock, and does `more` in the same transaction.
+    pub(crate) async fn release_with(&self, more: Vec<TxnOp>) -> Result<()> {
+        let _no_checkpoint_now = self.inner.checkpoint.lock().await;
+        self.inner.session.registry.remove(&self.inner.task, self.inner.create_revision);
+        let outcome = self.inner.delete_lock(more).await;
+        self.ended(&outcome);
+        outcome
+    }
+
+    fn ended(&self, outcome: &Result<()>) {
+        if !matches!(outcome, Err(error) if error.is_transient()) {
             self.inner.is_released.store(true, Ordering::Release);
         }
         self.inner.lost.cancel();
-        outcome
     }
 
     /// A writer of checkpoints for the data path: at most one write per `interval` (10 s or more), at once on a change of
@@ -306,9 +319,10 @@ impl LockInner {
         Compare::create_revision(self.lock_key(), CompareOp::Equal, self.create_revision.0)
     }
 
-    async fn delete_lock(&self) -> Result<()> {
-        let delete = TxnOp::delete(self.lock_key(), None);
-        let txn = Txn::new().when(vec![self.guard()]).and_then(vec![delete]);
+    async fn delete_lock(&self, more: Vec<TxnOp>) -> Result<()> {
+        let mut then = vec![TxnOp::delete(self.lock_key(), None)];
+        then.extend(more);
+        let txn = Txn::new().when(vec![self.guard()]).and_then(then);
         let outcome = self.session.coordination.transact("releasing the task", txn).await?;
         if outcome.succeeded || outcome.is_repeated {
             return Ok(());

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use wallaby_model::condition::{Condition, Timestamp};
 use wallaby_model::flow::FlowDocument;
-use wallaby_model::{Position, TaskId, WorkerId};
+use wallaby_model::{Position, RunId, TaskId, WorkerId};
 
 /// `workers/<W>`: a worker that is alive.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,4 +86,28 @@ pub struct Hold {
 pub struct PurgePoint {
     /// Nothing after this position was purged.
     pub position: Position,
+}
+
+/// `flows/<F>/sinks/<S>/detached`: the sink needed more of the log than it may hold, and reads nothing until it has loaded
+/// everything anew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Detached {
+    /// When.
+    pub at: Timestamp,
+    /// Its hold then: what came after it is in the log no longer, or will go. `None`: it had applied nothing.
+    pub position: Option<Position>,
+    /// Why, as a sentence.
+    pub reason: String,
+    /// The run that loads the sink anew, once it was made. The key goes when that run's tables are taken over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<RunId>,
+}
+
+/// `flows/<F>/runs/index`: numbers are given once, and each new run compares this key.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RunIndex {
+    /// The last number given; 0 for none.
+    pub last: u32,
+    /// The runs whose specification and plan are kept, in order.
+    pub kept: Vec<RunId>,
 }

@@ -12,7 +12,7 @@ use crate::flow::{
     PostgresSinkSpec, PostgresSourceSpec, Problem, PublicationSpec, Replicas, SafetySpec, SecretRef, SinkMode,
     SinkSpec, SlotSpec, SnapshotMode, SourceSpec, Span,
 };
-use crate::ids::{FlowId, SinkId, WorkerId};
+use crate::ids::{FlowId, RunId, SinkId, WorkerId};
 use crate::record::Codec;
 
 /// `flows/{flow}`.
@@ -39,6 +39,17 @@ pub fn parse_flow_name(name: &str) -> Option<FlowId> {
 pub fn parse_sink_name(name: &str) -> Option<(FlowId, SinkId)> {
     let (flow, sink) = name.strip_prefix("flows/")?.split_once("/sinks/")?;
     Some((FlowId::new(flow).ok()?, SinkId::new(sink).ok()?))
+}
+
+/// `flows/{flow}/snapshots/{run}`.
+pub fn snapshot_name(flow: &FlowId, run: RunId) -> String {
+    format!("flows/{flow}/snapshots/{run}")
+}
+
+/// The flow and the run that `flows/{flow}/snapshots/{run}` names.
+pub fn parse_snapshot_name(name: &str) -> Option<(FlowId, RunId)> {
+    let (flow, run) = name.strip_prefix("flows/")?.split_once("/snapshots/")?;
+    Some((FlowId::new(flow).ok()?, run.parse().ok()?))
 }
 
 /// The worker that `workers/{worker}` names.
@@ -87,8 +98,10 @@ fn spec_to_message(spec: &FlowSpec) -> v1::FlowSpec {
             retained_wal_max: Some(source.safety.retained_wal_max.0),
             on_exceeded: match source.safety.on_exceeded {
                 OnExceeded::Alarm => v1::OnExceeded::Alarm,
+                OnExceeded::PauseSnapshot => v1::OnExceeded::PauseSnapshot,
             }
             .into(),
+            snapshot_max: Some(duration_to_message(source.safety.snapshot_max.0)),
         }),
     };
     v1::FlowSpec {
@@ -245,13 +258,24 @@ impl Reader {
             Ok(v1::SnapshotMode::Never) => Some(SnapshotMode::Never),
             Ok(v1::SnapshotMode::Initial) => Some(SnapshotMode::Initial),
             Ok(v1::SnapshotMode::Only) => Some(SnapshotMode::Only),
-            _ => self.wrong(format!("{at}.snapshot"), "is missing: only `never` for now"),
+            _ => self.wrong(format!("{at}.snapshot"), "is missing: `initial`, `never` or `only`"),
         };
         let mut safety = SafetySpec::default();
         if let Some(message) = &source.safety {
             safety.retained_wal_max = message.retained_wal_max.map_or(safety.retained_wal_max, ByteSize);
-            if v1::OnExceeded::try_from(message.on_exceeded).is_err() {
-                self.wrong::<()>(format!("{at}.safety.onExceeded"), "unknown: only `alarm` for now");
+            match v1::OnExceeded::try_from(message.on_exceeded) {
+                Ok(v1::OnExceeded::Unspecified | v1::OnExceeded::Alarm) => {}
+                Ok(v1::OnExceeded::PauseSnapshot) => safety.on_exceeded = OnExceeded::PauseSnapshot,
+                Err(_) => {
+                    self.wrong::<()>(format!("{at}.safety.onExceeded"), "unknown: use `alarm` or `pauseSnapshot`");
+                }
+            }
+            match message.snapshot_max.map(Duration::try_from) {
+                None => {}
+                Some(Ok(longest)) => safety.snapshot_max = Span(longest),
+                Some(Err(_)) => {
+                    self.wrong::<()>(format!("{at}.safety.snapshotMax"), "must not be negative");
+                }
             }
         }
         Some(PostgresSourceSpec {
@@ -315,9 +339,9 @@ impl Reader {
             None => self.wrong(at, "give exactly one of `postgres`"),
         };
         let on_overrun = match v1::OnOverrun::try_from(sink.on_overrun) {
-            Ok(v1::OnOverrun::Unspecified | v1::OnOverrun::Backpressure) => Some(OnOverrun::Backpressure),
-            Ok(v1::OnOverrun::Detach) => Some(OnOverrun::Detach),
-            Err(_) => self.wrong(format!("{at}.onOverrun"), "unknown: only `backpressure` for now"),
+            Ok(v1::OnOverrun::Unspecified | v1::OnOverrun::Detach) => Some(OnOverrun::Detach),
+            Ok(v1::OnOverrun::Backpressure) => Some(OnOverrun::Backpressure),
+            Err(_) => self.wrong(format!("{at}.onOverrun"), "unknown: use `detach` or `backpressure`"),
         };
         Some(SinkSpec { name: name?, postgres: postgres?, on_overrun: on_overrun?, paused: sink.paused })
     }
@@ -362,6 +386,13 @@ mod tests {
         document.spec.source.postgres.slot =
             SlotSpec { name: Some("s".into()), create: false, failover: Failover::Off };
         document.spec.source.postgres.publication.name = Some("p".into());
+        document.spec.source.postgres.snapshot = SnapshotMode::Only;
+        document.spec.source.postgres.safety = SafetySpec {
+            on_exceeded: OnExceeded::PauseSnapshot,
+            snapshot_max: Span(Duration::from_millis(90_500)),
+            ..SafetySpec::default()
+        };
+        document.spec.sinks[0].on_overrun = OnOverrun::Backpressure;
         document.spec.sinks[0].postgres.dsn = SecretRef::Value("x".into());
         assert_eq!(flow_from_message(&flow_to_message(&document)).unwrap(), document);
     }
@@ -376,9 +407,12 @@ mod tests {
         source.slot = None;
         source.safety = None;
         source.large_transaction_bytes = None;
+        spec.sinks[0].on_overrun = v1::OnOverrun::Unspecified.into();
         let read = flow_from_message(&message).unwrap();
         assert_eq!(read.spec.log, LogSpec::default());
         assert_eq!(read.spec.source.postgres.slot, SlotSpec::default());
+        assert_eq!(read.spec.source.postgres.safety, SafetySpec::default());
+        assert_eq!(read.spec.sinks[0].on_overrun, OnOverrun::Detach);
         assert_eq!(read.spec.source.postgres.large_transaction_bytes, ByteSize(64 << 20));
     }
 
@@ -400,6 +434,9 @@ mod tests {
         assert_eq!(parse_sink_name(&sink_name(&flow, &sink)), Some((flow, sink)));
         assert_eq!(parse_flow_name("flows/a/sinks/b"), None);
         assert_eq!(parse_sink_name("flows/a"), None);
+        let flow = FlowId::new("shop").unwrap();
+        assert_eq!(parse_snapshot_name(&snapshot_name(&flow, RunId(3))), Some((flow, RunId(3))));
+        assert_eq!(parse_snapshot_name("flows/a/snapshots/0"), None);
         assert_eq!(parse_worker_name("workers/w-1"), WorkerId::new("w-1").ok());
     }
 }

@@ -4,6 +4,7 @@
 //! [`fields`] describes every key for people and for the parser, [`page`] prints that as the docs. Unknown keys are errors
 //! everywhere.
 
+pub mod change;
 pub mod check;
 pub mod fields;
 pub mod page;
@@ -86,12 +87,12 @@ pub struct PostgresSourceSpec {
     /// The replication slot.
     #[serde(default)]
     pub slot: SlotSpec,
-    /// Whether existing rows are loaded first. Only `never` for now.
+    /// Whether existing rows are loaded first.
     pub snapshot: SnapshotMode,
-    /// A transaction with more bytes than this stops capture until the bound is raised.
+    /// A transaction with more bytes than this goes to the side store instead of the log.
     #[serde(default = "default_large_transaction")]
     pub large_transaction_bytes: ByteSize,
-    /// How much WAL the slot may hold back.
+    /// What may be done to the source.
     #[serde(default)]
     pub safety: SafetySpec,
 }
@@ -194,15 +195,15 @@ pub enum Failover {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum SnapshotMode {
-    /// Load, then follow. Not built yet.
+    /// Load, then follow.
     Initial,
     /// Follow only: a table is ready when a sink first meets it.
     Never,
-    /// Load, then stop. Not built yet.
+    /// Load, then stop: no slot is made and no change is captured.
     Only,
 }
 
-/// The bound on what the slot may hold back at the source.
+/// The bounds on what a flow may do to its source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SafetySpec {
@@ -212,6 +213,13 @@ pub struct SafetySpec {
     /// What then happens.
     #[serde(default)]
     pub on_exceeded: OnExceeded,
+    /// The longest that a run may hold one snapshot: as long as it is held, vacuum cannot remove rows that died since.
+    #[serde(default = "default_snapshot_max")]
+    pub snapshot_max: Span,
+}
+
+fn default_snapshot_max() -> Span {
+    Span(Duration::from_secs(30 * 60))
 }
 
 fn default_retained_wal() -> ByteSize {
@@ -220,7 +228,11 @@ fn default_retained_wal() -> ByteSize {
 
 impl Default for SafetySpec {
     fn default() -> Self {
-        SafetySpec { retained_wal_max: default_retained_wal(), on_exceeded: OnExceeded::Alarm }
+        SafetySpec {
+            retained_wal_max: default_retained_wal(),
+            on_exceeded: OnExceeded::Alarm,
+            snapshot_max: default_snapshot_max(),
+        }
     }
 }
 
@@ -231,6 +243,8 @@ pub enum OnExceeded {
     /// A condition and a metric.
     #[default]
     Alarm,
+    /// The same, and snapshot runs of the flow read nothing until the slot holds back less.
+    PauseSnapshot,
 }
 
 /// The staged log.
@@ -313,7 +327,7 @@ pub struct SinkSpec {
     pub name: SinkId,
     /// A PostgreSQL database.
     pub postgres: PostgresSinkSpec,
-    /// What happens when the sink falls behind the log. Only `backpressure` for now.
+    /// What happens when the sink falls behind the log.
     #[serde(default)]
     pub on_overrun: OnOverrun,
     /// True stops this sink's task alone; the log holds what it still needs.
@@ -352,11 +366,11 @@ pub enum SinkMode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum OnOverrun {
-    /// The flow waits for it.
+    /// It alone is cut off from the log, and loads everything anew.
     #[default]
-    Backpressure,
-    /// Not built yet: needs the first load.
     Detach,
+    /// The flow waits for it.
+    Backpressure,
 }
 
 impl FlowDocument {

@@ -30,6 +30,9 @@ pub enum IdError {
     /// The text is not a chunk's id.
     #[error("{0:?} is not a chunk id: expected <table>-<restart>-<number>")]
     Chunk(String),
+    /// The text is not a reader of the log.
+    #[error("{0:?} is not a reader of the log: expected a sink's name, or run.<number>")]
+    Reader(String),
     /// The text is not a worker id.
     #[error("{0:?} is not a worker id: use 1 to 63 letters, digits, dashes, dots and underscores")]
     Worker(String),
@@ -261,6 +264,79 @@ impl FromStr for RunId {
     }
 }
 
+/// Who still needs a part of the log, as its hold is named. Text form: the sink's name, or `run.<number>` (no sink's name has
+/// a dot).
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reader {
+    /// A sink: its apply task reads.
+    Sink(SinkId),
+    /// A snapshot run: its tables' changes since the copy are replayed at the sinks.
+    Run(RunId),
+}
+
+impl From<SinkId> for Reader {
+    fn from(sink: SinkId) -> Reader {
+        Reader::Sink(sink)
+    }
+}
+
+impl From<&SinkId> for Reader {
+    fn from(sink: &SinkId) -> Reader {
+        Reader::Sink(sink.clone())
+    }
+}
+
+impl From<RunId> for Reader {
+    fn from(run: RunId) -> Reader {
+        Reader::Run(run)
+    }
+}
+
+impl From<&Reader> for Reader {
+    fn from(reader: &Reader) -> Reader {
+        reader.clone()
+    }
+}
+
+impl fmt::Display for Reader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reader::Sink(sink) => write!(f, "{sink}"),
+            Reader::Run(run) => write!(f, "run.{run}"),
+        }
+    }
+}
+
+impl fmt::Debug for Reader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Reader {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bad = || IdError::Reader(text.to_owned());
+        match text.strip_prefix("run.") {
+            Some(run) => run.parse().map(Reader::Run).map_err(|_| bad()),
+            None => SinkId::new(text).map(Reader::Sink).map_err(|_| bad()),
+        }
+    }
+}
+
+impl Serialize for Reader {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Reader {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// A chunk of a run: a range of pages of one relation of its plan. Text form `<table>-<restart>-<number>`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ChunkId {
@@ -448,6 +524,17 @@ mod tests {
             "Shop.capture",
         ] {
             assert!(bad.parse::<TaskId>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn readers_round_trip_and_no_sink_is_taken_for_a_run() {
+        let sink = SinkId::new("run").unwrap();
+        for reader in [Reader::Sink(sink), Reader::Run(RunId(3))] {
+            assert_eq!(reader.to_string().parse::<Reader>().unwrap(), reader);
+        }
+        for bad in ["", "run.", "run.0", "run.03", "run.3.4", "a.b", "A"] {
+            assert!(bad.parse::<Reader>().is_err(), "{bad}");
         }
     }
 

@@ -16,7 +16,7 @@ pub mod splice;
 pub mod verify;
 
 pub use change::{Op, SegmentBody, TableChanges, Transaction};
-pub use ids::{ChunkId, Epoch, FlowId, IdError, Nonce, PoolId, RunId, SinkId, TaskId, TaskKind, WorkerId};
+pub use ids::{ChunkId, Epoch, FlowId, IdError, Nonce, PoolId, Reader, RunId, SinkId, TaskId, TaskKind, WorkerId};
 pub use offer::Offer;
 pub use position::{Lsn, Position, PositionError};
 pub use record::{Codec, Record, RecordKind, ResumeInfo};

@@ -51,6 +51,9 @@ pub struct RunSpec {
     /// `schema.table` or `schema.*`; empty: every published table.
     #[serde(default)]
     pub tables: Vec<String>,
+    /// Tables of these that are left out: `schema.table` or `schema.*`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude: Vec<String>,
     /// The sinks that load; empty: every sink of the flow.
     #[serde(default)]
     pub sinks: Vec<SinkId>,
@@ -64,6 +67,57 @@ pub struct RunSpec {
     pub readers: u32,
     /// When it was asked for.
     pub created_at: Timestamp,
+}
+
+impl RunSpec {
+    /// Whether the run loads into a sink of the flow.
+    pub fn loads_into(&self, sink: &SinkId) -> bool {
+        self.sinks.is_empty() || self.sinks.contains(sink)
+    }
+
+    /// Whether two runs load into a sink that they share.
+    pub fn shares_a_sink(&self, other: &RunSpec) -> bool {
+        self.sinks.is_empty() || other.sinks.is_empty() || self.sinks.iter().any(|sink| other.sinks.contains(sink))
+    }
+
+    /// What both runs would load into the same sink: a table, a `schema.*`, or `*` for everything.
+    pub fn overlap(&self, other: &RunSpec) -> Option<String> {
+        if !self.shares_a_sink(other) {
+            return None;
+        }
+        let everything = [String::from("*")];
+        let of = |spec: &RunSpec| if spec.tables.is_empty() { everything.to_vec() } else { spec.tables.clone() };
+        let is_left_out =
+            |table: &str| [self, other].iter().any(|run| run.exclude.iter().any(|out| covers(out, table)));
+        let theirs = of(other);
+        let common = |mine: String| theirs.iter().find_map(|their| narrower(&mine, their).map(str::to_owned));
+        of(self).into_iter().filter_map(common).find(|table| !is_left_out(table))
+    }
+
+    /// Whether a run must wait until another one, made before it, is over: they load the same tables, or the other one first
+    /// brings a sink of this one to life.
+    pub fn waits_for(&self, earlier: &RunSpec) -> bool {
+        let brings_to_life = matches!(earlier.reason, RunReason::FirstLoad | RunReason::SinkAnew);
+        (brings_to_life && self.shares_a_sink(earlier)) || self.overlap(earlier).is_some()
+    }
+}
+
+/// Whether `schema.table` or `schema.*` (or `*`, everything) has all of `table`, which is of the same forms.
+pub fn covers(pattern: &str, table: &str) -> bool {
+    if pattern == "*" || pattern == table {
+        return true;
+    }
+    let (Some(schema), Some((of, _))) = (pattern.strip_suffix(".*"), table.split_once('.')) else { return false };
+    schema == of
+}
+
+/// The smaller of two patterns, when one lies inside the other; patterns that only touch do not exist.
+fn narrower<'a>(a: &'a str, b: &'a str) -> Option<&'a str> {
+    match (covers(a, b), covers(b, a)) {
+        (true, _) => Some(b),
+        (_, true) => Some(a),
+        _ => None,
+    }
 }
 
 /// Where a run stands.
@@ -175,6 +229,20 @@ pub struct RunPlan {
     /// When this was written.
     #[serde(default)]
     pub at: Timestamp,
+    /// What was read, kept once the run is over and its chunks' keys are removed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub totals: Option<RunTotals>,
+}
+
+/// What a run has read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RunTotals {
+    /// Chunks, those of relations that were started again included.
+    pub chunks: u64,
+    /// Their rows.
+    pub rows: u64,
+    /// Their bytes, as stored.
+    pub bytes: u64,
 }
 
 impl RunPlan {
@@ -283,6 +351,46 @@ mod tests {
             }
             assert_eq!(next, u32::MAX);
         }
+    }
+
+    fn asked(tables: &[&str], exclude: &[&str], sinks: &[&str]) -> RunSpec {
+        let texts = |list: &[&str]| list.iter().map(|&text| text.to_owned()).collect();
+        RunSpec {
+            reason: RunReason::Asked,
+            tables: texts(tables),
+            exclude: texts(exclude),
+            sinks: sinks.iter().map(|sink| SinkId::new(*sink).unwrap()).collect(),
+            wish: RunWish::Go,
+            rows_per_second: None,
+            readers: 2,
+            created_at: Timestamp(0),
+        }
+    }
+
+    #[test]
+    fn runs_overlap_where_they_load_one_table_into_one_sink() {
+        let all = asked(&[], &[], &[]);
+        let shop = asked(&["shop.*"], &["shop.log"], &["a"]);
+        for (other, common) in [
+            (asked(&[], &[], &["b"]), None),
+            (asked(&[], &[], &["a", "b"]), Some("shop.*")),
+            (asked(&["shop.orders"], &[], &[]), Some("shop.orders")),
+            (asked(&["shop.log"], &[], &[]), None),
+            (asked(&["shop2.orders", "public.shop"], &[], &[]), None),
+            (asked(&["shop.*"], &["shop.*"], &[]), None),
+        ] {
+            assert_eq!(shop.overlap(&other).as_deref(), common, "{other:?}");
+            assert_eq!(other.overlap(&shop).as_deref(), common, "{other:?}");
+        }
+        assert_eq!(all.overlap(&all).as_deref(), Some("*"));
+    }
+
+    #[test]
+    fn nothing_overtakes_the_load_that_brings_a_sink_to_life() {
+        let first = RunSpec { reason: RunReason::FirstLoad, ..asked(&["public.*"], &[], &[]) };
+        let other = asked(&["shop.a"], &[], &["a"]);
+        assert!(other.waits_for(&first) && !other.waits_for(&asked(&["shop.b"], &[], &["a"])));
+        assert!(!other.waits_for(&RunSpec { sinks: vec![SinkId::new("b").unwrap()], ..first }));
     }
 
     #[test]

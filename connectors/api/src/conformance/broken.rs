@@ -7,10 +7,14 @@ use arrow_array::{BinaryArray, BooleanArray, RecordBatch};
 use arrow_select::filter::filter_record_batch;
 use async_trait::async_trait;
 use wallaby_model::change::{ABSENT, FIRST_COLUMN, arrow_schema};
-use wallaby_model::{Epoch, Position, SegmentBody, TableChanges, TableName, TableSchema};
+use wallaby_model::run::TableStage;
+use wallaby_model::{ChunkId, Epoch, Position, RunId, SegmentBody, TableChanges, TableName, TableSchema};
 
 use super::{Case, SinkUnderTest, TextRow};
-use crate::{Applied, Batch, BatchPart, Capabilities, CommitFault, Faults, Opened, Sink, SinkError, SourceLookup};
+use crate::{
+    Applied, Batch, BatchPart, Capabilities, ChunkLoad, ChunkLoader, ChunkParts, CommitFault, Faults, Loaded, Opened,
+    Portion, Portions, Sink, SinkError, SourceLookup, TableLoads, TableMark,
+};
 
 /// What is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +37,24 @@ pub enum Break {
     ForgetsEmptyBatches,
     /// Loses what is past the first hundred rows of a segment.
     LosesRowsOfLargeBatches,
+    /// Leaves out every other portion of a large transaction.
+    ForgetsPortions,
+    /// Commits a large transaction portion by portion.
+    CommitsPortions,
+    /// Keeps all portions of a large transaction until its end.
+    GathersPortions,
+    /// Does not know a chunk again.
+    ForgetsNotes,
+    /// Takes a chunk of any restart.
+    IgnoresRestarts,
+    /// Loads a chunk without its note when it dies.
+    CommitsWhenKilled,
+    /// Takes rows of all tables.
+    IgnoresFilters,
+    /// Moves marks without applying what is replayed.
+    SkipsReplay,
+    /// Says that a mark was moved when it was refused.
+    SwallowsRefusals,
 }
 
 /// A target whose sinks break one promise.
@@ -48,6 +70,8 @@ struct Memory {
     forgotten: Option<(Position, Position)>,
     /// The first shape of each table.
     shapes: HashMap<TableName, Arc<TableSchema>>,
+    /// Chunks that were loaded under numbers of our own.
+    chunks: u32,
 }
 
 impl<'a> Broken<'a> {
@@ -71,6 +95,12 @@ impl SinkUnderTest for Broken<'_> {
         }
         let inner = self.inner.make(faults, lookup);
         Box::new(BrokenSink { inner, how: self.how, dies, memory: Arc::clone(&self.memory) })
+    }
+
+    fn make_loader(&self, mut faults: Faults) -> Option<Box<dyn ChunkLoader>> {
+        let dies = self.how == Break::CommitsWhenKilled && faults.before_commit.take().is_some();
+        let inner = self.inner.make_loader(faults)?;
+        Some(Box::new(BrokenLoader { inner, how: self.how, dies, memory: Arc::clone(&self.memory) }))
     }
 
     async fn rows(&self, table: &TableName) -> Vec<TextRow> {
@@ -98,7 +128,8 @@ impl BrokenSink {
         let parts = batch.parts.iter().map(|part| {
             let tables = part.body.tables.iter().map(|table| self.changed_table(table)).collect();
             let body = SegmentBody { transactions: part.body.transactions.clone(), tables };
-            BatchPart { body: Arc::new(body), ..part.clone() }
+            let tables = if self.how == Break::IgnoresFilters { None } else { part.tables.clone() };
+            BatchPart { body: Arc::new(body), tables, ..part.clone() }
         });
         Batch { parts: parts.collect(), ..batch.clone() }
     }
@@ -181,8 +212,142 @@ impl Sink for BrokenSink {
         Ok(Applied::Durable(batch.to))
     }
 
+    async fn apply_large(&mut self, from: Position, portions: &mut dyn Portions) -> Result<Applied, SinkError> {
+        let mut kept = Vec::new();
+        match self.how {
+            Break::ForgetsPortions => {
+                let mut every_other = EveryOther { inner: portions, given: 0 };
+                return self.inner.apply_large(from, &mut every_other).await;
+            }
+            Break::CommitsPortions | Break::GathersPortions => {}
+            _ => return self.inner.apply_large(from, portions).await,
+        }
+        loop {
+            match portions.next().await? {
+                Portion::Rows(parts) if self.how == Break::GathersPortions => kept.extend(parts),
+                Portion::Rows(parts) => {
+                    self.inner.apply(&Batch { from, to: from, log_epoch: Epoch(0), parts }).await?;
+                }
+                Portion::End { to, log_epoch } => {
+                    return self.inner.apply(&Batch { from, to, log_epoch, parts: kept }).await;
+                }
+            }
+        }
+    }
+
+    fn loads(&mut self) -> Option<&mut dyn TableLoads> {
+        self.inner.loads()?;
+        Some(self)
+    }
+
     async fn barrier(&mut self) -> Result<Position, SinkError> {
         self.inner.barrier().await
+    }
+
+    async fn close(&mut self) {
+        self.inner.close().await;
+    }
+}
+
+/// Portions without every second one.
+struct EveryOther<'a> {
+    inner: &'a mut dyn Portions,
+    given: usize,
+}
+
+#[async_trait]
+impl Portions for EveryOther<'_> {
+    async fn next(&mut self) -> Result<Portion, SinkError> {
+        self.given += 1;
+        match self.inner.next().await? {
+            Portion::Rows(_) if self.given % 2 == 0 => Ok(Portion::Rows(Vec::new())),
+            portion => Ok(portion),
+        }
+    }
+}
+
+impl BrokenSink {
+    /// What the inner sink has: looked at before.
+    fn inner_loads(&mut self) -> Result<&mut dyn TableLoads, SinkError> {
+        self.inner.loads().ok_or_else(|| SinkError::Transient("the sink has no loads()".to_owned()))
+    }
+
+    fn swallowed<T: Default>(&self, outcome: Result<T, SinkError>) -> Result<T, SinkError> {
+        if self.how == Break::SwallowsRefusals { Ok(outcome.unwrap_or_default()) } else { outcome }
+    }
+}
+
+#[async_trait]
+impl TableLoads for BrokenSink {
+    async fn marks(&mut self) -> Result<Vec<TableMark>, SinkError> {
+        self.inner_loads()?.marks().await
+    }
+
+    async fn prepare(&mut self, run: RunId, restart: u32, shape: &Arc<TableSchema>) -> Result<(), SinkError> {
+        self.inner_loads()?.prepare(run, restart, shape).await
+    }
+
+    async fn loaded(&mut self, run: RunId) -> Result<Vec<ChunkId>, SinkError> {
+        self.inner_loads()?.loaded(run).await
+    }
+
+    async fn mark(&mut self, tables: &[TableName], stage: TableStage, position: Position) -> Result<(), SinkError> {
+        let marked = self.inner_loads()?.mark(tables, stage, position).await;
+        self.swallowed(marked)
+    }
+
+    async fn replay(&mut self, tables: &[TableName], batch: &Batch) -> Result<(), SinkError> {
+        let mut batch = batch.clone();
+        if self.how == Break::SkipsReplay {
+            batch.parts.clear();
+        }
+        self.inner_loads()?.replay(tables, &batch).await
+    }
+
+    async fn replay_large(
+        &mut self,
+        tables: &[TableName],
+        from: Position,
+        portions: &mut dyn Portions,
+    ) -> Result<(), SinkError> {
+        self.inner_loads()?.replay_large(tables, from, portions).await
+    }
+
+    async fn finish(&mut self, table: &TableName) -> Result<Vec<String>, SinkError> {
+        self.inner_loads()?.finish(table).await
+    }
+
+    async fn forget(&mut self, run: RunId) -> Result<(), SinkError> {
+        self.inner_loads()?.forget(run).await
+    }
+
+    async fn start_anew(&mut self) -> Result<(), SinkError> {
+        self.inner_loads()?.start_anew().await
+    }
+}
+
+struct BrokenLoader {
+    inner: Box<dyn ChunkLoader>,
+    how: Break,
+    dies: bool,
+    memory: Arc<Mutex<Memory>>,
+}
+
+#[async_trait]
+impl ChunkLoader for BrokenLoader {
+    async fn load(&mut self, chunk: &ChunkLoad, parts: &mut dyn ChunkParts) -> Result<Loaded, SinkError> {
+        let mut chunk = chunk.clone();
+        if self.how == Break::ForgetsNotes || self.dies {
+            let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+            memory.chunks += 1;
+            chunk.chunk.number = 1_000_000 + memory.chunks;
+        }
+        let mut loaded = self.inner.load(&chunk, parts).await?;
+        if self.how == Break::IgnoresRestarts && loaded == Loaded::Stale {
+            chunk.restart += 1;
+            loaded = self.inner.load(&chunk, parts).await?;
+        }
+        if self.dies { Err(SinkError::Transient("killed".to_owned())) } else { Ok(loaded) }
     }
 
     async fn close(&mut self) {

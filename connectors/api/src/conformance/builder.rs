@@ -252,6 +252,20 @@ impl Log {
     }
 }
 
+/// A part of a chunk: new rows of one table as a snapshot shows them that has what was committed before `at`.
+pub fn chunk_part(table: &Arc<TableSchema>, at: Lsn, rows: impl IntoIterator<Item = Vec<Value>>) -> Arc<SegmentBody> {
+    let placed = rows.into_iter().zip(1..).map(|(row, n)| Placed {
+        commit: at,
+        change: Lsn(n),
+        parts: Change::insert(table, row),
+    });
+    let mut body = body(&placed.collect::<Vec<_>>());
+    if body.tables.is_empty() {
+        body.tables.push(TableChanges { schema: Arc::clone(table), rows: record_batch(table, &[]) });
+    }
+    Arc::new(body)
+}
+
 /// Transaction index, change LSN, operation, values.
 type PlacedRow<'a> = (u32, Lsn, Op, &'a [Value]);
 

@@ -9,7 +9,7 @@ use super::{Break, Case, Change, EmptySource, Log, Shape, SinkUnderTest, TextRow
 use crate::{Applied, Batch, CommitFault, Faults, HangPoint, Sink, SinkError};
 
 /// A sink that does not answer for so long waits for something that never comes.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 const LARGE: i64 = 20_000;
 
 macro_rules! case {
@@ -17,6 +17,7 @@ macro_rules! case {
         Case { name: $name, breaks: Break::$breaks, run: |target| Box::pin($run(target)) }
     };
 }
+pub(super) use case;
 
 /// All cases. Each wants a target of its own.
 pub const CASES: &[Case] = &[
@@ -31,21 +32,21 @@ pub const CASES: &[Case] = &[
     case!("large batch", LosesRowsOfLargeBatches, large_batch),
 ];
 
-type Outcome = Result<(), String>;
+pub(super) type Outcome = Result<(), String>;
 
-fn make(target: &dyn SinkUnderTest) -> Box<dyn Sink> {
+pub(super) fn make(target: &dyn SinkUnderTest) -> Box<dyn Sink> {
     target.make(Faults::default(), Arc::new(EmptySource))
 }
 
 /// A sink under epoch 1 that stands at the log's start.
-async fn opened(target: &dyn SinkUnderTest, log: &Log) -> Result<Box<dyn Sink>, String> {
+pub(super) async fn opened(target: &dyn SinkUnderTest, log: &Log) -> Result<Box<dyn Sink>, String> {
     let mut sink = make(target);
     sink.open(Epoch(1)).await.map_err(|error| format!("the first open failed: {error}"))?;
     sink.start_at(log.start(), log.epoch).await.map_err(|error| format!("start_at failed: {error}"))?;
     Ok(sink)
 }
 
-async fn apply(sink: &mut dyn Sink, batch: &Batch) -> Outcome {
+pub(super) async fn apply(sink: &mut dyn Sink, batch: &Batch) -> Outcome {
     let applied = tokio::time::timeout(PATIENCE, sink.apply(batch)).await;
     let applied = applied.map_err(|_| "apply did not answer".to_owned())?;
     match applied.map_err(|error| format!("apply failed: {error}"))? {
@@ -58,13 +59,13 @@ async fn apply(sink: &mut dyn Sink, batch: &Batch) -> Outcome {
     }
 }
 
-fn expect_rows(found: Vec<TextRow>, expected: &[&[Option<&str>]]) -> Outcome {
+pub(super) fn expect_rows(found: Vec<TextRow>, expected: &[&[Option<&str>]]) -> Outcome {
     let expected: Vec<TextRow> =
         expected.iter().map(|row| row.iter().map(|value| value.map(str::to_owned)).collect()).collect();
     if found == expected { Ok(()) } else { Err(format!("expected rows {expected:?}, found {found:?}")) }
 }
 
-fn expect_position(found: Option<Position>, expected: Position) -> Outcome {
+pub(super) fn expect_position(found: Option<Position>, expected: Position) -> Outcome {
     if found == Some(expected) { Ok(()) } else { Err(format!("expected the sink at {expected:?}, found {found:?}")) }
 }
 

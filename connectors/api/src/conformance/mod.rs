@@ -1,6 +1,7 @@
 //! The suite that any sink must pass, and the builder of the batches that it uses.
 //!
-//! A sink's tests implement [`SinkUnderTest`] for a fresh, empty target and run every [`Case`]. They also run each case
+//! A sink's tests implement [`SinkUnderTest`] for a fresh, empty target and run every [`Case`] of [`CASES`], of [`LARGE_CASES`] when its
+//! transactions may be larger than memory, and of [`LOAD_CASES`] when it has [`crate::Sink::loads`]. They also run each case
 //! on [`Broken`], which breaks just the promise that the case is about: a case that passes there proves nothing.
 //!
 //! ```ignore
@@ -15,6 +16,9 @@
 mod broken;
 mod builder;
 mod cases;
+mod feeds;
+mod large_cases;
+mod load_cases;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -24,10 +28,13 @@ use async_trait::async_trait;
 use wallaby_model::{TableName, TableSchema};
 
 pub use broken::{Break, Broken};
-pub use builder::{Change, Log, Shape, Value};
+pub use builder::{Change, Log, Shape, Value, chunk_part};
 pub use cases::CASES;
+pub use feeds::{PartFeed, PortionFeed};
+pub use large_cases::LARGE_CASES;
+pub use load_cases::LOAD_CASES;
 
-use crate::{Faults, KeyValues, Sink, SinkError, SourceLookup, SourceRow};
+use crate::{ChunkLoader, Faults, KeyValues, Sink, SinkError, SourceLookup, SourceRow};
 
 /// A row as text, column by column in the order of the table's definition. `None` is NULL.
 pub type TextRow = Vec<Option<String>>;
@@ -37,6 +44,12 @@ pub type TextRow = Vec<Option<String>>;
 pub trait SinkUnderTest: Sync {
     /// A new, unopened sink of the same task on the same target.
     fn make(&self, faults: Faults, lookup: Arc<dyn SourceLookup>) -> Box<dyn Sink>;
+
+    /// A new loader for that sink; `None` for a sink that cannot be loaded.
+    fn make_loader(&self, faults: Faults) -> Option<Box<dyn ChunkLoader>> {
+        let _ = faults;
+        None
+    }
 
     /// All rows of a table as a reader sees them now, sorted, without columns of the sink's own.
     async fn rows(&self, table: &TableName) -> Vec<TextRow>;

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use wallaby_connector_api::conformance::{EmptySource, Log, SinkUnderTest, TextRow};
-use wallaby_connector_api::{Applied, Batch, Faults, Sink, SinkError, SinkFactory, SinkTask, SourceLookup};
+use wallaby_connector_api::{
+    Applied, Batch, ChunkLoader, Faults, Sink, SinkError, SinkFactory, SinkTask, SourceLookup,
+};
 use wallaby_model::flow::{PostgresSinkSpec, SecretRef, SinkMode};
 use wallaby_model::schema::quote_identifier;
 use wallaby_model::{Epoch, FlowId, SinkId, TableName, TaskId};
@@ -90,6 +92,11 @@ impl SinkUnderTest for Target {
     fn make(&self, faults: Faults, lookup: Arc<dyn SourceLookup>) -> Box<dyn Sink> {
         let factory = PostgresSinkFactory::new(self.config().with_faults(faults));
         factory.make(SinkTask { task: self.task.clone(), lookup })
+    }
+
+    fn make_loader(&self, faults: Faults) -> Option<Box<dyn ChunkLoader>> {
+        let factory = PostgresSinkFactory::new(self.config().with_faults(faults));
+        factory.make_loader(SinkTask { task: self.task.clone(), lookup: Arc::new(EmptySource) })
     }
 
     async fn rows(&self, table: &TableName) -> Vec<TextRow> {

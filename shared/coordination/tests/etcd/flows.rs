@@ -19,7 +19,7 @@ async fn a_flow_lives_and_goes() {
     assert!(matches!(coordination.create_flow(document("shop", &[])).await, Err(Error::FlowExists(_))));
     let none = Hold { position: None };
     let holds = coordination.holds(&flow.flow).await.unwrap();
-    assert_eq!(holds, BTreeMap::from([(sink_id("a"), none), (sink_id("b"), none)]));
+    assert_eq!(holds, BTreeMap::from([(reader("a"), none), (reader("b"), none)]));
     assert_eq!(coordination.flow(&flow.flow).await.unwrap(), flow);
 
     // Labels are no change of what is wanted.

@@ -27,7 +27,7 @@ async fn the_purge_point_follows_the_lowest_hold() {
     assert_eq!(capture.advance_purge_point(at(100)).await.unwrap(), PurgeOutcome::UpTo(at(50)));
     assert_eq!(capture.advance_purge_point(at(10)).await.unwrap(), PurgeOutcome::UpTo(at(50)), "never back");
     apply.advance_hold(&sink_id("a"), at(20)).await.unwrap();
-    assert_eq!(coordination.holds(&flow.flow).await.unwrap()[&sink_id("a")].position, Some(at(50)), "never back");
+    assert_eq!(coordination.holds(&flow.flow).await.unwrap()[&reader("a")].position, Some(at(50)), "never back");
 
     // A reader that comes later.
     let wanted = document("shop", &["a", "b", "c"]);

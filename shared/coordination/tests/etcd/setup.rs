@@ -8,7 +8,7 @@ use wallaby_coordination::{
     wall_clock_now,
 };
 use wallaby_model::flow::FlowDocument;
-use wallaby_model::{FlowId, Lsn, Position, SinkId, TaskId, WorkerId};
+use wallaby_model::{FlowId, Lsn, Position, Reader, SinkId, TaskId, WorkerId};
 use wallaby_testkit::{EtcdCluster, EtcdOptions, EtcdScope};
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -41,6 +41,11 @@ pub fn flow_id(name: &str) -> FlowId {
 
 pub fn sink_id(name: &str) -> SinkId {
     SinkId::new(name).unwrap()
+}
+
+/// The reader of a sink.
+pub fn reader(sink: &str) -> Reader {
+    Reader::Sink(sink_id(sink))
 }
 
 pub fn at(lsn: u64) -> Position {

@@ -2,8 +2,9 @@
 //! is held to the same rules as one from a file.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
-use super::{ByteSize, FlowDocument, HIDDEN, OnOverrun, PublicationSpec, SecretRef, SinkSpec, SnapshotMode};
+use super::{ByteSize, FlowDocument, HIDDEN, PublicationSpec, SecretRef, SinkSpec, SnapshotMode};
 
 /// Kept free in the log for fences, resumes and heartbeats when data has filled it.
 pub const LOG_RESERVE: ByteSize = ByteSize(16 << 20);
@@ -13,6 +14,9 @@ pub const LOG_MIN: ByteSize = ByteSize(32 << 20);
 
 /// Sinks of one flow; their holds are written in one etcd transaction, which has at most 128 operations.
 pub const MAX_SINKS: usize = 50;
+
+/// The shortest bound on holding a snapshot that can be set.
+pub const SNAPSHOT_MIN: Duration = Duration::from_secs(1);
 
 /// Labels of one flow.
 pub const MAX_LABELS: usize = 64;
@@ -64,11 +68,25 @@ impl FlowDocument {
             let message = format!("the publication `{}` of a flow cannot change: {remedy}", self.publication_name());
             found.push(problem("spec.source.postgres.publication", message));
         }
+        if was.snapshot != will.snapshot
+            && (was.snapshot, will.snapshot) != (SnapshotMode::Never, SnapshotMode::Initial)
+        {
+            let message =
+                "only `never` can become `initial`, which then loads every table: delete the flow and create it again";
+            found.push(problem("spec.source.postgres.snapshot", message));
+        }
+        if let (Some(was), Some(will)) = (literal_database(&was.dsn), literal_database(&will.dsn))
+            && was != will
+        {
+            let message = format!(
+                "another database at the source has other positions and rows: {remedy}. Another address or password of the same database is no problem"
+            );
+            found.push(problem("spec.source.postgres.dsn", message));
+        }
         for (index, sink) in next.spec.sinks.iter().enumerate() {
             let before = self.spec.sinks.iter().find(|before| before.name == sink.name);
             if before.is_some_and(|before| before.postgres.schema != sink.postgres.schema) {
-                let message =
-                    "the schema of a sink cannot change: give the sink a new name, it then starts at the log's end";
+                let message = "the schema of a sink cannot change: give the sink a new name, it is then a new sink";
                 found.push(problem(format!("spec.sinks[{index}].postgres.schema"), message));
             }
         }
@@ -100,15 +118,15 @@ impl FlowDocument {
                 format!("`{slot}` is not a slot name: use 1 to 63 lower-case letters, digits and underscores");
             found.push(problem(format!("{at}.slot.name"), message));
         }
-        if source.snapshot != SnapshotMode::Never {
-            let message = "not available yet: only `snapshot: never` for now (the first load of existing rows comes with a later version)";
-            found.push(problem(format!("{at}.snapshot"), message));
-        }
         if source.large_transaction_bytes.0 == 0 {
             found.push(problem(format!("{at}.largeTransactionBytes"), "must be more than 0"));
         }
         if source.safety.retained_wal_max.0 == 0 {
             found.push(problem(format!("{at}.safety.retainedWalMax"), "must be more than 0"));
+        }
+        if source.safety.snapshot_max.0 < SNAPSHOT_MIN {
+            let message = "too short to read anything: at least 1s, better some minutes";
+            found.push(problem(format!("{at}.safety.snapshotMax"), message));
         }
     }
 
@@ -154,16 +172,20 @@ impl FlowDocument {
 
 fn check_sink(sink: &SinkSpec, at: &str, found: &mut Vec<Problem>) {
     check_secret(&sink.postgres.dsn, &format!("{at}.postgres.dsn"), found);
-    if sink.on_overrun == OnOverrun::Detach {
-        let message =
-            "not available yet: only `onOverrun: backpressure` for now (a detached sink needs the first load)";
-        found.push(problem(format!("{at}.onOverrun"), message));
-    }
     let rest = sink.postgres.schema.replace("{{ .schema }}", "s");
     if rest.is_empty() || rest.len() > MAX_POSTGRES_NAME || rest.contains("{{") || rest.contains("}}") {
         let message = "must be a schema name of at most 63 bytes; only `{{ .schema }}` can stand in it";
         found.push(problem(format!("{at}.postgres.schema"), message));
     }
+}
+
+/// The database of a literal `postgres://` URL. What a reference names is seen by the workers only: a capture that meets
+/// another server than before stops and says so.
+fn literal_database(dsn: &SecretRef) -> Option<&str> {
+    let SecretRef::Value(text) = dsn else { return None };
+    let (_, rest) = text.split_once("://")?;
+    let (_, path) = rest.split_once('/')?;
+    path.split('?').next().filter(|name| !name.is_empty())
 }
 
 fn check_secret(secret: &SecretRef, at: &str, found: &mut Vec<Problem>) {
@@ -214,7 +236,8 @@ fn check_publication(publication: &PublicationSpec, at: &str, found: &mut Vec<Pr
     }
 }
 
-fn table_problem(table: &str) -> Option<String> {
+/// What is wrong with `schema.table` or `schema.*`, and what to write instead; none when nothing is.
+pub fn table_problem(table: &str) -> Option<String> {
     let Some((schema, name)) = table.split_once('.') else {
         return Some(format!("`{table}` has no schema: write `public.{table}` or the schema it is in"));
     };

@@ -162,19 +162,20 @@ static POSTGRES_SOURCE: Object = object(&[
     must(
         "snapshot",
         Shape::Choice(&[
-            not_yet("initial", "the first load of existing rows comes with a later version"),
+            pick("initial", "load, then follow; so are tables and sinks that are added later"),
             pick("never", "follow changes only: a table is ready when a sink first meets it"),
-            not_yet("only", "the first load of existing rows comes with a later version"),
+            pick("only", "load, then stop: no slot is made and no change is captured"),
         ]),
-        "Whether existing rows are loaded first.",
+        "Whether existing rows are loaded first. Of a flow that is there only `never` can become `initial`, which loads \
+         everything; nothing else can change.",
     ),
     may(
         "largeTransactionBytes",
         Shape::Size,
         "64Mi",
-        "A transaction with more bytes than this stops the capture with a condition that names it, until the bound is raised.",
+        "A transaction with more bytes than this goes to the side store, and the log only says where it belongs.",
     ),
-    may("safety", Shape::Object(&SAFETY), "all defaults", "How much WAL the slot may hold back."),
+    may("safety", Shape::Object(&SAFETY), "all defaults", "What may be done to the source."),
 ]);
 
 static SECRET: Object = Object {
@@ -220,11 +221,18 @@ static SAFETY: Object = object(&[
         "onExceeded",
         Shape::Choice(&[
             pick("alarm", "a condition and a metric"),
-            not_yet("pauseSnapshot", "there are no snapshots yet"),
-            not_yet("dropSlot", "dropping the slot needs the first load, which comes with a later version"),
+            pick("pauseSnapshot", "the same, and snapshot runs read nothing until the slot holds back less"),
+            not_yet("dropSlot", "a slot is never dropped under a flow"),
         ]),
         "alarm",
         "What then happens.",
+    ),
+    may(
+        "snapshotMax",
+        Shape::Span,
+        "30m",
+        "The longest that a run holds one snapshot at the source, because it keeps vacuum from removing dead rows. Past it \
+         another one is taken; what is read stays, except of tables without a key.",
     ),
 ]);
 
@@ -266,11 +274,11 @@ static SINK: Object = object(&[
     may(
         "onOverrun",
         Shape::Choice(&[
+            pick("detach", "this sink alone is cut off from the log and loads everything anew"),
             pick("backpressure", "the flow waits for the sink"),
-            not_yet("detach", "a detached sink needs the first load, which comes with a later version"),
         ]),
-        "backpressure",
-        "What happens when the sink needs more of the log than it can hold.",
+        "detach",
+        "What happens when the sink needs more than 75 % of the log's `maxBytes`.",
     ),
     may("paused", Shape::Bool, "false", "Stops this sink alone; the log holds what it still needs."),
 ]);

@@ -1,5 +1,6 @@
 //! Prints `docs/flow-file.md` from the table of fields. A test compares the committed page with this.
 
+use super::change::RULES;
 use super::fields::{Choice, DOCUMENT, Field, Object, Shape};
 
 /// The example that the page shows; the demo runs the same file.
@@ -25,11 +26,25 @@ A secret is given by reference and read by the worker that needs it: `{ env: NAM
 
 ";
 
+const CHANGES_HEAD: &str = "
+## What a change does
+
+`wallaby diff -f flow.yaml` shows what applying a file would do to each task of the flow, without doing it. Tasks that are not
+named go on as they are. A change is done as a whole or refused as a whole.
+
+| changed | what becomes of it |
+|---|---|
+";
+
 /// The whole page.
 pub fn flow_file_page() -> String {
     let mut page = format!("{HEAD}```yaml\n{}\n```\n\n## Keys\n\n", EXAMPLE.trim_end());
     page.push_str("| key | value | default | meaning |\n|---|---|---|---|\n");
     rows(&DOCUMENT, "", &mut page);
+    page.push_str(CHANGES_HEAD);
+    for (part, becomes) in RULES {
+        page.push_str(&format!("| {part} | {becomes} |\n"));
+    }
     page
 }
 

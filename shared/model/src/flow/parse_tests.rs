@@ -1,6 +1,8 @@
 //! Bad files and what is said about them.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
+use std::time::Duration;
+
 use super::super::*;
 use super::*;
 
@@ -64,16 +66,30 @@ fn a_misspelt_key_is_named_with_line_and_suggestion() {
 }
 
 #[test]
-fn what_is_not_built_says_so() {
-    for mode in ["initial", "only"] {
-        says(&with("never", mode), &["line 9", "not available yet", "only `never` for now"]);
+fn existing_rows_are_loaded_or_not() {
+    for (word, mode) in
+        [("initial", SnapshotMode::Initial), ("never", SnapshotMode::Never), ("only", SnapshotMode::Only)]
+    {
+        let flow = parse(&GOOD.replace("never", word), "flow.yaml").unwrap();
+        assert_eq!(flow.spec.source.postgres.snapshot, mode);
+        assert_eq!(flow.spec.source.postgres.safety.snapshot_max, Span(Duration::from_secs(1800)));
+        assert_eq!(flow.spec.sinks[0].on_overrun, OnOverrun::Detach);
     }
-    says(&with("wh } }", "wh } }\n      onOverrun: detach"), &["line 13", "not available yet", "only `backpressure`"]);
+    let bounds = "snapshot: never\n      safety: { snapshotMax: 90s, onExceeded: pauseSnapshot }";
+    let flow = parse(&GOOD.replace("snapshot: never", bounds), "flow.yaml").unwrap();
+    let safety = &flow.spec.source.postgres.safety;
+    assert_eq!((safety.snapshot_max.0.as_secs(), safety.on_exceeded), (90, OnExceeded::PauseSnapshot));
+    let too_short = "snapshot: never\n      safety: { snapshotMax: 10ms }";
+    says(&with("snapshot: never", too_short), &["line 10", "snapshotMax", "at least 1s"]);
+}
+
+#[test]
+fn what_is_not_built_says_so() {
     says(&with("wh } }", "wh }, mode: append }"), &["not available yet", "only `upsert`"]);
     says(&with("  sinks:", "  streams: []\n  sinks:"), &["line 10", "spec.streams: not available yet"]);
     says(&with("postgres: { dsn: { file: /run/secrets/wh } }", "objectStore: { url: x }"), &["not available yet"]);
     says(&with("snapshot: never", "snapshot: never\n      safety: { onExceeded: dropSlot }"), &["not available yet"]);
-    says(&with("never", "sometimes"), &["`sometimes` is not one of `never`"]);
+    says(&with("never", "sometimes"), &["`sometimes` is not one of `initial`, `never`, `only`"]);
 }
 
 #[test]
@@ -132,7 +148,7 @@ fn a_secret_is_never_repeated() {
 
 #[test]
 fn several_problems_come_at_once_in_the_order_of_lines() {
-    let text = GOOD.replace("name: shop", "name: Shop").replace("never", "initial").replace("- name", "- nam");
+    let text = GOOD.replace("name: shop", "name: Shop").replace("never", "sometimes").replace("- name", "- nam");
     let lines: Vec<String> = message_of(&text).lines().map(str::to_owned).collect();
     assert_eq!(lines.len(), 3, "{lines:?}");
     for (line, at) in lines.iter().zip(["line 3", "line 9", "line 11"]) {

@@ -1,0 +1,302 @@
+//! What a table has beyond columns and primary key: added after a first load to tables that this sink made, taken off again before
+//! another one where it would be in the way.
+//!
+//! Each is added outside of a transaction and unless it is there, so that a second try goes on where the first one died. Definitions
+//! come from the source's catalog and go out one statement at a time, in a protocol that takes one only.
+
+use std::time::Duration;
+
+use tokio_postgres::Client;
+use wallaby_connector_api::{ForeignKey, SinkError, SinkTask, TableExtra, TableIndex};
+use wallaby_model::run::TableStage;
+use wallaby_model::schema::{quote_identifier, quote_literal};
+use wallaby_model::{TableName, TaskId};
+
+use crate::checkpoint;
+use crate::config::PostgresSinkConfig;
+use crate::error::{Doing, PostgresError};
+use crate::marks::{self, Locking};
+use crate::session::{Session, connect_as};
+
+/// How an addition of ours is told from a person's.
+const OURS: &str = "made by WALlaby";
+/// How long an ALTER waits for its lock before a person is told the statement.
+const LOCK_TIMEOUT: &str = "SET lock_timeout = '5s'";
+const IDLE_MAX: Duration = Duration::from_secs(60);
+
+/// Foreign keys of, and to, a table: name, table, whether it is ours, definition, whether it would be in a TRUNCATE's way.
+const FOREIGN_KEYS: &str = "\
+    SELECT k.conname::text, n.nspname::text, c.relname::text, coalesce(obj_description(k.oid, 'pg_constraint') = $2, false), \
+        pg_get_constraintdef(k.oid), k.confrelid = t.oid AND k.conrelid <> t.oid \
+    FROM (SELECT to_regclass($1)::oid AS oid) t \
+        JOIN pg_constraint k ON k.contype = 'f' AND k.conparentid = 0 AND t.oid IN (k.confrelid, k.conrelid) \
+        JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
+    ORDER BY 2, 3, 1";
+
+/// Empties a table, inside of a transaction. Foreign keys of ours are taken off; returns the statements that make them again.
+pub(crate) async fn empty(client: &Client, table: &TableName) -> Result<Vec<String>, PostgresError> {
+    let doing = || format!("emptying {table} at the sink");
+    let rows = client.query(FOREIGN_KEYS, &[&table.quoted(), &OURS]).await.doing(doing)?;
+    let mut owed = Vec::new();
+    let mut in_the_way = Vec::new();
+    for row in &rows {
+        let owner = TableName::new(row.get::<_, String>(1), row.get::<_, String>(2)).quoted();
+        let name = quote_identifier(row.get(0));
+        let drop = format!("ALTER TABLE {owner} DROP CONSTRAINT {name}");
+        if row.get(3) {
+            client.batch_execute(&drop).await.doing(doing)?;
+            let definition: &str = row.get(4);
+            let comment = quote_literal(OURS);
+            owed.push(format!(
+                "ALTER TABLE {owner} ADD CONSTRAINT {name} {definition}; COMMENT ON CONSTRAINT {name} ON {owner} IS {comment}"
+            ));
+        } else if row.get(5) {
+            in_the_way.push(drop);
+        }
+    }
+    if !in_the_way.is_empty() {
+        return Err(PostgresError::Sink(SinkError::Configuration {
+            reason: format!("{table} at the sink is to be loaded anew, and foreign keys of other tables refer to it"),
+            remedy: format!(
+                "Run at the sink: {}; then wallaby resume, and make them again when the run is done",
+                in_the_way.join("; ")
+            ),
+        }));
+    }
+    client.batch_execute(&format!("TRUNCATE {}", table.quoted())).await.doing(doing)?;
+    Ok(owed)
+}
+
+/// Adds what the source's table has. Returns a sentence for each that could not be added.
+pub(crate) async fn finish(
+    config: &PostgresSinkConfig,
+    task: &SinkTask,
+    table: &TableName,
+) -> Result<Vec<String>, SinkError> {
+    let outcome = try_finish(config, task, table).await;
+    outcome.map_err(|error| match error.into_sink(config.role()) {
+        error @ SinkError::Transient(_) => error,
+        // Whatever it is, the rows are there: tried again until a person has mended it.
+        error => SinkError::Transient(error.to_string()),
+    })
+}
+
+async fn try_finish(
+    config: &PostgresSinkConfig,
+    task: &SinkTask,
+    table: &TableName,
+) -> Result<Vec<String>, PostgresError> {
+    let name = task.task.session_prefix().replacen("wallaby/", "wallaby-finish/", 1);
+    let session = connect_as(config, &name, IDLE_MAX).await?;
+    let client = &session.client;
+    if !checkpoint::exists(client, "wallaby.tables").await? {
+        return Ok(Vec::new());
+    }
+    // Two at once would take an index that the other one builds for a broken one.
+    let lock = format!("wallaby finish {} {}", task.task, table.quoted());
+    let locked = client.query_one("SELECT pg_try_advisory_lock(hashtextextended($1, 0))", &[&lock]).await;
+    if !locked.doing(|| "locking the additions to a table".to_owned())?.get::<_, bool>(0) {
+        let reason = format!("another session adds indexes and constraints to {table} at the sink");
+        return Err(SinkError::Transient(reason).into());
+    }
+    session.command(LOCK_TIMEOUT).await?;
+    let here = config.target_table(table);
+    let mut finish = Finish { session, config, task: &task.task, here, failed: Vec::new() };
+    finish.pay(table).await?;
+    let mark = marks::read(&finish.session.client, &task.task, table, Locking::None).await?;
+    if mark.is_some_and(|mark| mark.made_here) {
+        let extras = task.lookup.extras(table).await?;
+        for index in &extras.indexes {
+            finish.index(index).await?;
+        }
+        for constraint in &extras.constraints {
+            finish.constraint(constraint).await?;
+        }
+        for key in &extras.foreign_keys {
+            finish.foreign_key(key).await?;
+        }
+        for default in &extras.defaults {
+            finish.default(default).await?;
+        }
+    }
+    Ok(finish.failed)
+}
+
+/// The additions to one table.
+struct Finish<'a> {
+    session: Session,
+    config: &'a PostgresSinkConfig,
+    task: &'a TaskId,
+    /// The table at the sink.
+    here: TableName,
+    /// What could not be added.
+    failed: Vec<String>,
+}
+
+impl Finish<'_> {
+    /// Runs one statement; false, with a sentence, when the server refuses it.
+    async fn run(&mut self, what: &str, statement: &str) -> Result<bool, PostgresError> {
+        tracing::info!(table = %self.here, statement, "adding to a table that was loaded");
+        match self.session.client.execute(statement, &[]).await {
+            Ok(_) => Ok(true),
+            Err(source) => {
+                let refused =
+                    source.as_db_error().filter(|db| !["08", "57", "53", "58"].contains(&&db.code().code()[..2]));
+                let Some(refused) = refused else {
+                    return Err(PostgresError::Sql { doing: format!("adding {what} to {}", self.here), source });
+                };
+                let code = refused.code().code();
+                // Class 23 quotes values.
+                let why = if code.starts_with("23") { "rows of the sink violate it" } else { refused.message() };
+                self.failed.push(format!(
+                    "{what} could not be added to {} at the sink ({why}, SQLSTATE {code}); when that is mended, run: {statement}",
+                    self.here
+                ));
+                Ok(false)
+            }
+        }
+    }
+
+    /// Makes foreign keys again that were taken off when the table was emptied.
+    async fn pay(&mut self, table: &TableName) -> Result<(), PostgresError> {
+        let doing = || format!("making foreign keys of {table} again");
+        let client = &self.session.client;
+        let query =
+            "SELECT unnest(owed) FROM wallaby.tables WHERE task = $1 AND source_schema = $2 AND source_table = $3";
+        let task = self.task.to_string();
+        let rows = client.query(query, &[&task, &table.schema, &table.name]).await.doing(doing)?;
+        let owed: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+        for statements in owed {
+            let client = &self.session.client;
+            match client.batch_execute(&statements).await {
+                Ok(()) => {}
+                Err(error) if error.code().is_some_and(|code| code.code() == "42710") => {}
+                Err(source) if source.as_db_error().is_some() && !source.is_closed() => {
+                    let code = source.code().map_or("", |code| code.code());
+                    self.failed.push(format!(
+                        "A foreign key that was taken off for the load could not be made again (SQLSTATE {code}); when that is \
+                         mended, run at the sink: {statements}"
+                    ));
+                    continue;
+                }
+                Err(source) => return Err(PostgresError::Sql { doing: doing(), source }),
+            }
+            let paid = "UPDATE wallaby.tables SET owed = array_remove(owed, $4) \
+                WHERE task = $1 AND source_schema = $2 AND source_table = $3";
+            client.execute(paid, &[&task, &table.schema, &table.name, &statements]).await.doing(doing)?;
+        }
+        Ok(())
+    }
+
+    async fn index(&mut self, index: &TableIndex) -> Result<(), PostgresError> {
+        let (name, what) = (quote_identifier(&index.name), format!("index {:?}", index.name));
+        let client = &self.session.client;
+        let query = "SELECT coalesce(i.indrelid = to_regclass($1), false), coalesce(i.indisvalid, false) FROM pg_class c \
+            JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_index i ON i.indexrelid = c.oid \
+            WHERE n.nspname = $2 AND c.relname = $3";
+        let found = client.query_opt(query, &[&self.here.quoted(), &self.here.schema, &index.name]).await;
+        let found = found.doing(|| format!("looking for {what}"))?;
+        let unique = if index.is_unique { "UNIQUE " } else { "" };
+        let statement = format!("CREATE {unique}INDEX CONCURRENTLY {name} ON {} {}", self.here.quoted(), index.using);
+        if let Some(found) = found {
+            let (is_of_table, is_valid): (bool, bool) = (found.get(0), found.get(1));
+            if is_of_table && is_valid {
+                return Ok(());
+            }
+            if !is_of_table {
+                self.failed.push(format!(
+                    "{what} could not be added to {} at the sink: another object has its name; under another name, run: {statement}",
+                    self.here
+                ));
+                return Ok(());
+            }
+            // Left behind by one that died.
+            let drop = format!("DROP INDEX CONCURRENTLY {}.{name}", quote_identifier(&self.here.schema));
+            if !self.run(&what, &drop).await? {
+                return Ok(());
+            }
+        }
+        // It waits for every older transaction, of which one may be a large one of ours.
+        self.session.command("SET lock_timeout = 0").await?;
+        self.run(&what, &statement).await?;
+        self.session.command(LOCK_TIMEOUT).await
+    }
+
+    async fn has_constraint(&self, name: &str) -> Result<bool, PostgresError> {
+        let query = "SELECT FROM pg_constraint WHERE conrelid = to_regclass($1) AND conname = $2";
+        let found = self.session.client.query_opt(query, &[&self.here.quoted(), &name]).await;
+        Ok(found.doing(|| format!("looking for constraint {name:?}"))?.is_some())
+    }
+
+    /// Adds a constraint. With `check_later`, without holding others up while the rows are looked at.
+    async fn add_constraint(&mut self, name: &str, definition: &str, check_later: bool) -> Result<bool, PostgresError> {
+        if self.has_constraint(name).await? {
+            return Ok(false);
+        }
+        let (what, quoted, table) = (format!("constraint {name:?}"), quote_identifier(name), self.here.quoted());
+        let add = format!("ALTER TABLE {table} ADD CONSTRAINT {quoted} {definition}");
+        if !check_later {
+            return self.run(&what, &add).await;
+        }
+        if !self.run(&what, &format!("{add} NOT VALID")).await? {
+            return Ok(false);
+        }
+        let is_valid = self.run(&what, &format!("ALTER TABLE {table} VALIDATE CONSTRAINT {quoted}")).await?;
+        if !is_valid {
+            let drop = format!("ALTER TABLE {table} DROP CONSTRAINT {quoted}");
+            self.session.command(&drop).await?;
+        }
+        Ok(is_valid)
+    }
+
+    async fn constraint(&mut self, constraint: &TableExtra) -> Result<(), PostgresError> {
+        let definition = constraint.definition.as_str();
+        let check_later = definition.starts_with("CHECK") && !definition.ends_with("NOT VALID");
+        self.add_constraint(&constraint.name, definition, check_later).await?;
+        Ok(())
+    }
+
+    /// Checked at the end of each transaction: within a batch the tables' rows come in no order.
+    async fn foreign_key(&mut self, key: &ForeignKey) -> Result<(), PostgresError> {
+        let there = self.config.target_table(&key.references);
+        let columns = |names: &[String]| names.iter().map(|name| quote_identifier(name)).collect::<Vec<_>>().join(", ");
+        let definition = format!(
+            "FOREIGN KEY ({}) REFERENCES {} ({}) DEFERRABLE INITIALLY DEFERRED",
+            columns(&key.columns),
+            there.quoted(),
+            columns(&key.referenced)
+        );
+        let mark = marks::read(&self.session.client, self.task, &key.references, Locking::None).await?;
+        if mark.and_then(|mark| mark.stage) != Some(TableStage::Ready) {
+            self.failed.push(format!(
+                "Foreign key {:?} was not added to {}: {} was not loaded by this sink",
+                key.name, self.here, key.references
+            ));
+            return Ok(());
+        }
+        if self.add_constraint(&key.name, &definition, true).await? {
+            let comment = format!(
+                "COMMENT ON CONSTRAINT {} ON {} IS {}",
+                quote_identifier(&key.name),
+                self.here.quoted(),
+                quote_literal(OURS)
+            );
+            self.session.command(&comment).await?;
+        }
+        Ok(())
+    }
+
+    async fn default(&mut self, default: &TableExtra) -> Result<(), PostgresError> {
+        let query =
+            "SELECT atthasdef FROM pg_attribute WHERE attrelid = to_regclass($1) AND attname = $2 AND NOT attisdropped";
+        let found = self.session.client.query_opt(query, &[&self.here.quoted(), &default.name]).await;
+        let found = found.doing(|| format!("looking for the default of {:?}", default.name))?;
+        // A column that is not here comes with its own change.
+        if found.is_some_and(|row| !row.get::<_, bool>(0)) {
+            let (column, table) = (quote_identifier(&default.name), self.here.quoted());
+            let statement = format!("ALTER TABLE {table} ALTER COLUMN {column} SET DEFAULT {}", default.definition);
+            self.run(&format!("the default of column {:?}", default.name), &statement).await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,229 @@
+//! The first load's part of the sink: a state for each table, and the hand-over from its copy to the main stream.
+//!
+//! Every change of a mark happens under the lock on the task's checkpoint row, so an owner that was replaced changes nothing.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use wallaby_connector_api::{Batch, Portions, SinkError, TableLoads, TableMark};
+use wallaby_model::run::TableStage;
+use wallaby_model::{ChunkId, Position, RunId, TableName, TableSchema};
+
+use crate::catalog::{DDL_LOCK_TIMEOUT, fit, lock_timeout, read_existing};
+use crate::checkpoint;
+use crate::error::{Doing, PostgresError};
+use crate::extras;
+use crate::large::{narrowed, only};
+use crate::marks::{self, Kept, Locking};
+use crate::metrics::LOG_ROWS;
+use crate::schema::Extra;
+use crate::session::not_open;
+use crate::sink::PostgresSink;
+use crate::transaction::{Moves, Open};
+
+/// How long emptying a table waits for loads of it that are under way: longer than the server keeps one that is frozen.
+const LOADS_END_WITHIN: &str = "40s";
+
+/// A change of marks.
+enum Change<'a> {
+    Prepare { run: RunId, restart: u32, shape: &'a Arc<TableSchema> },
+    Mark { tables: &'a [TableName], stage: TableStage, position: Position },
+    Forget(RunId),
+    StartAnew,
+}
+
+impl PostgresSink {
+    /// Makes a change in a transaction of its own, under the task's epoch.
+    async fn guarded(&mut self, change: Change<'_>) -> Result<(), SinkError> {
+        let outcome = self.guarded_transaction(change).await;
+        outcome.map_err(|error| self.write_failed(error))
+    }
+
+    async fn guarded_transaction(&mut self, change: Change<'_>) -> Result<(), PostgresError> {
+        let mut open = self.open.take().ok_or_else(not_open)?;
+        let mark = open.session.mark();
+        let outcome = match open.begin_guarded(&self.task).await {
+            Ok(()) => self.change(&mut open, &change).await,
+            Err(error) => Err(error),
+        };
+        let outcome = match outcome {
+            Ok(()) => {
+                open.session.suffer(self.config.faults.before_commit.as_ref()).await;
+                open.session.client.batch_execute("COMMIT").await.doing(|| "committing at the sink".to_owned())
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            open.taken_back(&error, mark).await?;
+            return Err(error);
+        }
+        open.session.transaction_ended().await?;
+        // The table may have been made or widened.
+        open.targets.clear();
+        if let Change::StartAnew = change {
+            open.position = None;
+        }
+        self.open = Some(open);
+        Ok(())
+    }
+
+    async fn change(&self, open: &mut Open, change: &Change<'_>) -> Result<(), PostgresError> {
+        let (client, task) = (&open.session.client, &self.task.task);
+        match change {
+            Change::Prepare { run, restart, shape } => self.prepare_table(open, *run, *restart, shape).await,
+            Change::Mark { tables, stage, position } => {
+                let main = checkpoint::position(client, task).await?;
+                // In one order for all, so that two who lock several never wait for each other.
+                let mut tables = tables.to_vec();
+                tables.sort_unstable();
+                for table in &tables {
+                    let kept = marks::read(client, task, table, Locking::Update).await?;
+                    if is_to_move(table, kept.as_ref(), main, *stage, *position)? {
+                        marks::put_stage(client, task, table, *stage, *position).await?;
+                    }
+                }
+                Ok(())
+            }
+            Change::Forget(run) => marks::forget(client, task, *run).await,
+            Change::StartAnew => marks::start_anew(client, task).await,
+        }
+    }
+
+    async fn prepare_table(
+        &self,
+        open: &mut Open,
+        run: RunId,
+        restart: u32,
+        shape: &Arc<TableSchema>,
+    ) -> Result<(), PostgresError> {
+        let (client, task, table) = (&open.session.client, &self.task.task, &shape.table);
+        lock_timeout(client, LOADS_END_WITHIN).await?;
+        let kept = marks::read(client, task, table, Locking::Update).await?;
+        lock_timeout(client, "0").await?;
+        if kept.as_ref().is_some_and(|kept| is_prepared(kept, run, restart)) {
+            return Ok(());
+        }
+        let here = self.config.target_table(table);
+        let is_new = read_existing(client, &here).await?.is_none();
+        fit(client, shape, &here, Position::ZERO, &self.name, Extra::Refused).await?;
+        let mut owed = Vec::new();
+        if !is_new {
+            lock_timeout(client, DDL_LOCK_TIMEOUT).await?;
+            owed = extras::empty(client, &here).await?;
+            lock_timeout(client, "0").await?;
+        }
+        let made_here = is_new || kept.is_some_and(|kept| kept.made_here);
+        marks::put_copying(client, task, table, (run, restart), made_here, &owed).await
+    }
+
+    /// The parts of a batch that are of these tables.
+    fn replayed(&mut self, tables: &[TableName], batch: &Batch) -> Batch {
+        let filter = only(tables);
+        Batch { parts: batch.parts.iter().map(|part| narrowed(part, &filter)).collect(), ..batch.clone() }
+    }
+}
+
+/// Whether a mark says already what a `prepare` would make it say.
+fn is_prepared(kept: &Kept, run: RunId, restart: u32) -> bool {
+    match kept.stage {
+        None => false,
+        Some(_) if kept.run != run => kept.run > run,
+        // The main stream has it: what the run would void now, it has handed over.
+        Some(TableStage::Ready | TableStage::Gone) => true,
+        Some(TableStage::Copying | TableStage::CatchingUp) => kept.restart >= restart,
+    }
+}
+
+/// Whether a mark has to be moved; an error when it must not be.
+fn is_to_move(
+    table: &TableName,
+    kept: Option<&Kept>,
+    main: Option<Position>,
+    stage: TableStage,
+    position: Position,
+) -> Result<bool, SinkError> {
+    let found = kept.and_then(|kept| kept.stage);
+    let elsewhere = |found: Position| Err(SinkError::Position { expected: position, found });
+    match (found, stage) {
+        (None, TableStage::Gone) => Ok(false),
+        (Some(found), wanted) if found == wanted => Ok(false),
+        (Some(_), TableStage::Gone) => Ok(true),
+        (Some(TableStage::Copying), TableStage::CatchingUp) => Ok(true),
+        // Past that already.
+        (Some(TableStage::Ready), TableStage::CatchingUp) => Ok(false),
+        (Some(TableStage::Copying), TableStage::Ready) => match main {
+            // Rows that the main stream left out meanwhile would be missing.
+            Some(main) => elsewhere(main),
+            None => Ok(true),
+        },
+        (Some(TableStage::CatchingUp), TableStage::Ready) => match (kept.and_then(|kept| kept.position), main) {
+            (Some(mark), _) if mark != position => elsewhere(mark),
+            (_, Some(main)) if main != position => elsewhere(main),
+            (Some(_), Some(_)) => Ok(true),
+            _ => Err(SinkError::Transient(format!("{table} cannot be handed over: the sink has no position yet"))),
+        },
+        (found, wanted) => Err(SinkError::Transient(format!(
+            "{table} cannot become {wanted:?} at the sink: it is {}",
+            found.map_or_else(|| "not prepared".to_owned(), |found| format!("{found:?}"))
+        ))),
+    }
+}
+
+#[async_trait]
+impl TableLoads for PostgresSink {
+    async fn marks(&mut self) -> Result<Vec<TableMark>, SinkError> {
+        let open = self.open.as_ref().ok_or_else(not_open)?;
+        let marks = marks::read_all(&open.session.client, &self.task.task).await;
+        marks.map_err(|error| self.failed(error))
+    }
+
+    async fn prepare(&mut self, run: RunId, restart: u32, shape: &Arc<TableSchema>) -> Result<(), SinkError> {
+        self.guarded(Change::Prepare { run, restart, shape }).await
+    }
+
+    async fn loaded(&mut self, run: RunId) -> Result<Vec<ChunkId>, SinkError> {
+        let open = self.open.as_ref().ok_or_else(not_open)?;
+        let loaded = marks::loaded(&open.session.client, &self.task.task, run).await;
+        loaded.map_err(|error| self.failed(error))
+    }
+
+    async fn mark(&mut self, tables: &[TableName], stage: TableStage, position: Position) -> Result<(), SinkError> {
+        self.guarded(Change::Mark { tables, stage, position }).await
+    }
+
+    async fn replay(&mut self, tables: &[TableName], batch: &Batch) -> Result<(), SinkError> {
+        let batch = self.replayed(tables, batch);
+        if let Err(error) = self.apply_fitting(&batch, Moves::Marks(tables)).await {
+            return Err(self.write_failed(error));
+        }
+        self.count(LOG_ROWS, batch.rows() as u64);
+        Ok(())
+    }
+
+    async fn replay_large(
+        &mut self,
+        tables: &[TableName],
+        from: Position,
+        portions: &mut dyn Portions,
+    ) -> Result<(), SinkError> {
+        match self.large(from, portions, Moves::Marks(tables)).await {
+            Ok(done) => {
+                self.count(LOG_ROWS, done.log_rows as u64);
+                Ok(())
+            }
+            Err(error) => Err(self.write_failed(error)),
+        }
+    }
+
+    async fn finish(&mut self, table: &TableName) -> Result<Vec<String>, SinkError> {
+        extras::finish(&self.config, &self.task, table).await
+    }
+
+    async fn forget(&mut self, run: RunId) -> Result<(), SinkError> {
+        self.guarded(Change::Forget(run)).await
+    }
+
+    async fn start_anew(&mut self) -> Result<(), SinkError> {
+        self.guarded(Change::StartAnew).await
+    }
+}

@@ -1,0 +1,102 @@
+//! Which tasks a flow should have: its capture and its sinks, and what its snapshot runs need now.
+
+use wallaby_coordination::FlowEntry;
+use wallaby_model::flow::{OnExceeded, SnapshotMode};
+use wallaby_model::run::RunWish;
+use wallaby_model::{ChunkId, RunId, SinkId, TaskId, TaskKind};
+
+use crate::runs::RunView;
+use crate::view::View;
+
+const FIRST_CHUNK: ChunkId = ChunkId { table: 0, restart: 0, number: 0 };
+const LAST_CHUNK: ChunkId = ChunkId { table: u32::MAX, restart: u32::MAX, number: u32::MAX };
+
+impl View {
+    /// All tasks that a flow should have now.
+    pub fn wanted_tasks(&self, entry: &FlowEntry) -> Vec<TaskId> {
+        let mut tasks = self.standing_tasks(entry);
+        if entry.record.deleting_since.is_none() && !entry.record.document.spec.paused {
+            for (run, view) in self.runs(&entry.flow) {
+                self.add_tasks_of_run(entry, run, view, &mut tasks);
+            }
+        }
+        tasks
+    }
+
+    /// The tasks that a flow has as long as it runs, the capture first: none of a paused one, only the capture of one that is
+    /// being deleted (its owner removes what the flow made), and that only once the runs' owners are gone: their slots go with
+    /// their sessions.
+    pub fn standing_tasks(&self, entry: &FlowEntry) -> Vec<TaskId> {
+        let spec = &entry.record.document.spec;
+        let capture = TaskId::capture(&entry.flow);
+        if entry.record.deleting_since.is_some() {
+            let run_goes_on = self.runs(&entry.flow).any(|(run, _)| self.is_owned(&run_task(entry, run)));
+            return if run_goes_on { Vec::new() } else { vec![capture] };
+        }
+        if spec.paused {
+            return Vec::new();
+        }
+        let loads_only = spec.source.postgres.snapshot == SnapshotMode::Only;
+        // With `only`, sinks are needed as long as something is loaded into them.
+        let is_needed = |sink: &SinkId| {
+            let of_sink = |view: &RunView| view.spec().is_some_and(|spec| spec.loads_into(sink));
+            !loads_only || self.runs(&entry.flow).any(|(_, view)| view.is_open() && of_sink(view))
+        };
+        // A sink that is cut off has nothing to do until its run is made.
+        let is_cut_off =
+            |sink: &SinkId| self.detached(&entry.flow, sink).is_some_and(|detached| detached.run.is_none());
+        let sinks = spec.sinks.iter().filter(|sink| !sink.paused).map(|sink| &sink.name);
+        let sinks = sinks.filter(|sink| is_needed(sink) && !is_cut_off(sink));
+        let capture = (!loads_only).then_some(capture);
+        capture.into_iter().chain(sinks.map(|sink| TaskId::apply(&entry.flow, sink))).collect()
+    }
+
+    /// The run that this one waits for: one made before it that is not over and loads the same tables, or first brings a sink
+    /// of this one to life.
+    pub fn waits_for_run(&self, entry: &FlowEntry, run: RunId) -> Option<RunId> {
+        let spec = self.run(&entry.flow, run)?.spec()?;
+        let earlier = self.runs(&entry.flow).take_while(|(other, _)| *other < run);
+        let mut open = earlier.filter(|(_, view)| view.is_open());
+        open.find(|(_, view)| view.spec().is_some_and(|earlier| spec.waits_for(earlier))).map(|(other, _)| other)
+    }
+
+    /// Whether reading pauses because the slot holds back too much WAL.
+    pub fn pauses_for_the_slot(&self, entry: &FlowEntry) -> bool {
+        let safety = &entry.record.document.spec.source.postgres.safety;
+        let retained = self.task(&TaskId::capture(&entry.flow)).status.and_then(|s| s.progress.retained_wal_bytes);
+        safety.on_exceeded == OnExceeded::PauseSnapshot
+            && retained.is_some_and(|retained| retained > safety.retained_wal_max.0)
+    }
+
+    /// Chunks of a run that a worker reads now.
+    pub fn chunks_reading(&self, entry: &FlowEntry, run: RunId) -> usize {
+        let of = |chunk| TaskId { flow: entry.flow.clone(), kind: TaskKind::Chunk(run, chunk) };
+        self.tasks_between(of(FIRST_CHUNK)..=of(LAST_CHUNK)).filter(|(_, task)| task.lock.is_some()).count()
+    }
+
+    fn add_tasks_of_run(&self, entry: &FlowEntry, run: RunId, view: &RunView, tasks: &mut Vec<TaskId>) {
+        let Some(spec) = view.spec().filter(|_| view.is_open()) else { return };
+        // One that was cancelled while it waits is ended by its owner, as any other.
+        if spec.wish != RunWish::Cancel && self.waits_for_run(entry, run).is_some() {
+            return;
+        }
+        // A paused run keeps its owner, without a session at the source: loads go on, and somebody must see it end.
+        tasks.push(run_task(entry, run));
+        let of = |kind| TaskId { flow: entry.flow.clone(), kind };
+        if view.may_read() && !self.pauses_for_the_slot(entry) {
+            let readers = usize::try_from(spec.readers.max(1)).unwrap_or(usize::MAX);
+            let chunk_tasks = view.pending().map(|chunk| of(TaskKind::Chunk(run, chunk)));
+            let reading = self.chunks_reading(entry, run);
+            let free = readers.saturating_sub(reading);
+            tasks.extend(chunk_tasks.filter(|task| !self.is_owned(task)).take(free));
+        }
+        let sinks = entry.record.document.spec.sinks.iter().filter(|sink| !sink.paused);
+        for sink in sinks.map(|sink| &sink.name) {
+            tasks.extend(view.loads(sink).into_iter().map(|chunk| of(TaskKind::Load(sink.clone(), run, chunk))));
+        }
+    }
+}
+
+fn run_task(entry: &FlowEntry, run: RunId) -> TaskId {
+    TaskId { flow: entry.flow.clone(), kind: TaskKind::Run(run) }
+}

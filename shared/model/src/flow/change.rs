@@ -1,0 +1,333 @@
+//! What a change of a flow's specification does: to each of its tasks, and to the rows that are there already. Pure, and used
+//! by whoever shows it (`wallaby diff`) and by whoever does it (the flow store), so that they cannot disagree.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use crate::condition::Timestamp;
+use crate::flow::{FlowDocument, FlowSpec, HIDDEN, Problem, PublicationSpec, SinkSpec, SnapshotMode};
+use crate::ids::SinkId;
+use crate::run::{RunReason, RunSpec, RunWish, covers};
+
+/// One key of the flow file that differs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldChange {
+    /// Where, as in `spec.sinks[warehouse].paused`.
+    pub path: String,
+    /// What it was, as JSON; none when it was not there. Secrets are hidden.
+    pub before: Option<String>,
+    /// What it becomes, as JSON; none when it is taken away.
+    pub after: Option<String>,
+}
+
+/// What becomes of a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// It is made.
+    Created,
+    /// Its owner closes its connections and begins again where it was: about a second.
+    Restarts,
+    /// It is ended, with what belongs to it.
+    Removed,
+    /// It stops, and keeps where it was.
+    Paused,
+    /// It goes on where it was.
+    Resumed,
+}
+
+impl Effect {
+    /// One word for programs.
+    pub fn word(self) -> &'static str {
+        match self {
+            Effect::Created => "CREATED",
+            Effect::Restarts => "RESTARTS",
+            Effect::Removed => "REMOVED",
+            Effect::Paused => "PAUSED",
+            Effect::Resumed => "RESUMED",
+        }
+    }
+}
+
+/// What becomes of one task, or of a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChangeEffect {
+    /// `capture`, `sink warehouse`, `run`.
+    pub subject: String,
+    /// What becomes of it.
+    pub effect: Effect,
+    /// The same as a sentence, with the reason.
+    pub message: String,
+}
+
+/// What a change of a flow does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FlowChange {
+    /// The keys that differ.
+    pub changes: Vec<FieldChange>,
+    /// What becomes of each task; tasks that go on as they are are not listed.
+    pub effects: Vec<ChangeEffect>,
+    /// What a flow that is there cannot take, and what to do instead. The change is refused when there is any.
+    pub refused: Vec<Problem>,
+}
+
+/// What making `after`, or changing `before` into it, does.
+pub fn flow_change(before: Option<&FlowDocument>, after: &FlowDocument) -> FlowChange {
+    let refused = before.map(|before| before.refused_changes(after)).unwrap_or_default();
+    let mut effects = effects_on_tasks(before.map(|before| &before.spec), &after.spec);
+    let runs = planned_runs(before.map(|before| &before.spec), &after.spec, Timestamp(0));
+    effects.extend(runs.iter().map(|run| effect("run", Effect::Created, run_text(run))));
+    FlowChange { changes: field_changes(before, after), effects, refused }
+}
+
+fn effect(subject: impl Into<String>, effect: Effect, message: impl Into<String>) -> ChangeEffect {
+    ChangeEffect { subject: subject.into(), effect, message: message.into() }
+}
+
+fn run_text(run: &RunSpec) -> String {
+    let mut tables = if run.tables.is_empty() { "every captured table".to_owned() } else { run.tables.join(", ") };
+    if !run.exclude.is_empty() {
+        tables = format!("{tables} without {}", run.exclude.join(", "));
+    }
+    let sinks: Vec<&str> = run.sinks.iter().map(SinkId::as_str).collect();
+    let sinks = if sinks.is_empty() { "every sink".to_owned() } else { sinks.join(", ") };
+    let why = match run.reason {
+        RunReason::FirstLoad => "the flow is loaded for the first time",
+        RunReason::TablesAdded => "tables are added",
+        RunReason::Asked => "it is asked for",
+        RunReason::SinkAnew => "the sink is new",
+    };
+    format!("a snapshot run loads {tables} into {sinks}: {why}")
+}
+
+fn effects_on_tasks(before: Option<&FlowSpec>, after: &FlowSpec) -> Vec<ChangeEffect> {
+    let mut effects = Vec::new();
+    let captures = |spec: &FlowSpec| spec.source.postgres.snapshot != SnapshotMode::Only;
+    let Some(before) = before else {
+        if captures(after) {
+            effects.push(effect(
+                "capture",
+                Effect::Created,
+                "slot, publication and log are made, and changes are captured",
+            ));
+        }
+        let made = |sink: &SinkSpec| effect(sink_subject(sink), Effect::Created, "it follows the flow");
+        effects.extend(after.sinks.iter().map(made));
+        return effects;
+    };
+    let source_changes = before.source != after.source;
+    let restarts = match (source_changes, before.log != after.log) {
+        (true, true) => Some("the source's and the log's settings change"),
+        (true, false) => Some("the source's settings change"),
+        (false, true) => Some("the log's settings change"),
+        (false, false) => None,
+    };
+    if captures(after) {
+        effects.extend(fate("capture", before.paused, after.paused, restarts));
+    }
+    for sink in &after.sinks {
+        let Some(old) = before.sinks.iter().find(|old| old.name == sink.name) else {
+            let message = match after.source.postgres.snapshot {
+                SnapshotMode::Never => "it starts at the log's end: rows that are there already are not loaded",
+                _ => "it is loaded, then follows the flow",
+            };
+            effects.push(effect(sink_subject(sink), Effect::Created, message));
+            continue;
+        };
+        let settings = |sink: &SinkSpec| SinkSpec { paused: false, ..sink.clone() };
+        let restarts = match (settings(old) != settings(sink), source_changes) {
+            (true, _) => Some("its settings change"),
+            (false, true) => Some("the source's settings change, and it reads rows again by key there"),
+            (false, false) => None,
+        };
+        effects.extend(fate(&sink_subject(sink), before.paused || old.paused, after.paused || sink.paused, restarts));
+    }
+    for sink in before.sinks.iter().filter(|old| !after.sinks.iter().any(|sink| sink.name == old.name)) {
+        let message = "its task ends and the log keeps nothing for it any more; its rows stay where they are";
+        effects.push(effect(sink_subject(sink), Effect::Removed, message));
+    }
+    effects
+}
+
+fn sink_subject(sink: &SinkSpec) -> String {
+    format!("sink {}", sink.name)
+}
+
+/// What becomes of a task that is there before and after.
+fn fate(subject: &str, was_paused: bool, is_paused: bool, restarts: Option<&str>) -> Option<ChangeEffect> {
+    match (was_paused, is_paused, restarts) {
+        (false, true, _) => Some(effect(subject, Effect::Paused, "it stops and keeps where it was")),
+        (true, false, _) => Some(effect(subject, Effect::Resumed, "it goes on where it was")),
+        // Nobody runs it: it finds the settings when it goes on.
+        (true, true, _) | (false, false, None) => None,
+        (false, false, Some(why)) => Some(effect(
+            subject,
+            Effect::Restarts,
+            format!("it begins again where it was, within about a second: {why}"),
+        )),
+    }
+}
+
+/// The keys that differ, in order. Sinks are told apart by their names, not by their order.
+fn field_changes(before: Option<&FlowDocument>, after: &FlowDocument) -> Vec<FieldChange> {
+    let before = before.map(leaves).unwrap_or_default();
+    let after = leaves(after);
+    let paths: std::collections::BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+    let shown = |path: &str, value: Option<&Value>| {
+        value.map(|value| if path.ends_with(".dsn.value") { HIDDEN.to_owned() } else { value.to_string() })
+    };
+    let differs = |path: &&String| before.get(*path) != after.get(*path);
+    let change = |path: &String| FieldChange {
+        path: path.clone(),
+        before: shown(path, before.get(path)),
+        after: shown(path, after.get(path)),
+    };
+    paths.into_iter().filter(differs).map(change).collect()
+}
+
+fn leaves(document: &FlowDocument) -> BTreeMap<String, Value> {
+    let mut found = BTreeMap::new();
+    // A document is made of texts, numbers and maps of them: it always has a JSON form.
+    let value = serde_json::to_value(document).unwrap_or_default();
+    for part in ["metadata", "spec"] {
+        collect(part.to_owned(), &value[part], &mut found);
+    }
+    found
+}
+
+fn collect(path: String, value: &Value, found: &mut BTreeMap<String, Value>) {
+    match value {
+        Value::Object(map) => map.iter().for_each(|(key, value)| collect(format!("{path}.{key}"), value, found)),
+        Value::Array(sinks) if path == "spec.sinks" => {
+            for sink in sinks {
+                let name = sink["name"].as_str().unwrap_or_default();
+                collect(format!("{path}[{name}]"), sink, found);
+            }
+        }
+        leaf => drop(found.insert(path, leaf.clone())),
+    }
+}
+
+/// What changing a part of the flow file does, for the docs. A test holds each row against [`flow_change`].
+pub const RULES: &[(&str, &str)] = &[
+    ("`metadata.labels`", "nothing: no task looks at them"),
+    ("`spec.paused`", "every task stops and keeps where it was, or goes on there; the slot holds WAL back meanwhile"),
+    ("`spec.source` (dsn, safety, largeTransactionBytes)", "capture and sinks restart where they were"),
+    (
+        "`spec.source.postgres.dsn`: another database or server",
+        "refused where it can be seen (a literal URL); else the capture stops and says so: delete the flow and create it again",
+    ),
+    (
+        "`spec.source.postgres.slot`, `.publication.name`, `.publication.create`",
+        "refused: delete the flow and create it again",
+    ),
+    (
+        "`spec.source.postgres.publication`: tables added (or no longer excluded)",
+        "capture and sinks restart; with `snapshot: initial` or `only` a run loads the new tables into the sinks that are there, while the others go on",
+    ),
+    (
+        "`spec.source.postgres.publication`: tables removed (or excluded)",
+        "capture and sinks restart; the tables' changes are captured no longer, their rows stay at the sinks",
+    ),
+    (
+        "`spec.source.postgres.snapshot`: `never` to `initial`",
+        "capture and sinks restart; a run loads every table anew",
+    ),
+    ("`spec.source.postgres.snapshot`: any other change", "refused: delete the flow and create it again"),
+    ("`spec.log`", "the capture restarts; sinks go on"),
+    (
+        "`spec.sinks`: one added",
+        "its task is made; with `snapshot: initial` or `only` a run loads everything into it, else it starts at the log's end",
+    ),
+    ("`spec.sinks`: one removed", "its task ends, and its hold on the log goes; its rows stay"),
+    ("`spec.sinks[].paused`", "this sink stops and keeps where it was, or goes on there; the log holds what it needs"),
+    ("`spec.sinks[].postgres.schema`", "refused: give the sink a new name, it is then a new sink"),
+    ("`spec.sinks[]`: anything else", "this sink restarts where it was; nobody else notices"),
+];
+
+/// Chunks that are read at a time when nobody says.
+pub const READERS: u32 = 4;
+
+/// The runs that a change makes: the first load of a new flow, or of one that was told `never` before; a sink that is new;
+/// tables that are new. None with `snapshot: never`.
+pub fn planned_runs(before: Option<&FlowSpec>, after: &FlowSpec, now: Timestamp) -> Vec<RunSpec> {
+    if after.source.postgres.snapshot == SnapshotMode::Never {
+        return Vec::new();
+    }
+    let publication = &after.source.postgres.publication;
+    let Some(before) = before else {
+        let tables = publication.tables.clone();
+        return vec![RunSpec { tables, exclude: publication.exclude.clone(), ..run(RunReason::FirstLoad, now) }];
+    };
+    if before.source.postgres.snapshot == SnapshotMode::Never {
+        // Tables without a mark at a sink were taken until now, and wait for a run from here on: one for all.
+        let tables = publication.tables.clone();
+        return vec![RunSpec { tables, exclude: publication.exclude.clone(), ..run(RunReason::FirstLoad, now) }];
+    }
+    let old = &before.source.postgres.publication;
+    let is_old = |sink: &&SinkId| before.sinks.iter().any(|known| known.name == **sink);
+    let (kept, fresh): (Vec<&SinkId>, Vec<&SinkId>) = after.sinks.iter().map(|sink| &sink.name).partition(is_old);
+    let mut runs = Vec::new();
+    let (tables, exclude) = added_tables(old, publication);
+    if !tables.is_empty() && !kept.is_empty() {
+        let sinks = if fresh.is_empty() { Vec::new() } else { kept.into_iter().cloned().collect() };
+        runs.push(RunSpec { tables, exclude, sinks, ..run(RunReason::TablesAdded, now) });
+    }
+    runs.extend(fresh.into_iter().map(|sink| sink_anew(sink, now)));
+    runs
+}
+
+/// The run that loads everything into one sink.
+pub fn sink_anew(sink: &SinkId, now: Timestamp) -> RunSpec {
+    RunSpec { sinks: vec![sink.clone()], ..run(RunReason::SinkAnew, now) }
+}
+
+fn run(reason: RunReason, created_at: Timestamp) -> RunSpec {
+    RunSpec {
+        reason,
+        tables: Vec::new(),
+        exclude: Vec::new(),
+        sinks: Vec::new(),
+        wish: RunWish::Go,
+        rows_per_second: None,
+        readers: READERS,
+        created_at,
+    }
+}
+
+/// The tables that are captured after a change and were not before, as patterns, and what to leave out of them: what was
+/// captured already, and what is excluded.
+pub fn added_tables(before: &PublicationSpec, after: &PublicationSpec) -> (Vec<String>, Vec<String>) {
+    let inside = |publication: &PublicationSpec, table: &str| {
+        let has = |patterns: &[String]| patterns.iter().any(|pattern| covers(pattern, table));
+        has(&publication.tables) && !has(&publication.exclude)
+    };
+    let is_new = |table: &&String| !before.tables.iter().any(|known| covers(known, table));
+    let mut tables: Vec<String> = after.tables.iter().filter(is_new).cloned().collect();
+    // Excluded before, and no longer: by name, because the `schema.*` that has it is not new.
+    let readmitted =
+        before.exclude.iter().filter(|table| inside(after, table) && !tables.iter().any(|t| covers(t, table)));
+    let readmitted: Vec<String> = readmitted.cloned().collect();
+    // A table that was named and excluded, or is named now and was excluded from its schema.
+    let named = after.tables.iter().filter(|table| !inside(before, table) && !tables.contains(table));
+    let named: Vec<String> = named.filter(|table| !table.ends_with(".*") && inside(after, table)).cloned().collect();
+    tables.extend(readmitted);
+    for table in named {
+        if !tables.contains(&table) {
+            tables.push(table);
+        }
+    }
+    let is_part = |table: &&String| tables.iter().any(|pattern| pattern != *table && covers(pattern, table));
+    let captured = before.tables.iter().filter(is_part).filter(|table| inside(before, table));
+    let mut exclude: Vec<String> = captured.cloned().collect();
+    for table in after.exclude.iter().filter(is_part) {
+        if !exclude.contains(table) {
+            exclude.push(table.clone());
+        }
+    }
+    (tables, exclude)
+}
+
+#[cfg(test)]
+#[path = "change_tests.rs"]
+mod tests;
