@@ -9,6 +9,7 @@ pub mod drain;
 pub mod get;
 pub mod pause;
 pub mod status;
+pub mod verify;
 
 use std::future::Future;
 use std::io::Read;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Change, Coordination, Entry, FlowRecord, Key, Revision, WatchEvent};
-use wallaby_model::flow::{FlowDocument, LogSpec, PostgresSourceSpec, SinkSpec};
+use wallaby_model::flow::{FlowDocument, LogSpec, PostgresSourceSpec, SecretRef, SinkSpec};
 use wallaby_model::{FlowId, TaskId, TaskKind};
 
 /// A flow's record and the revision that wrote it.
@@ -40,6 +40,8 @@ pub enum Demand {
     Apply(Box<ApplyDemand>),
     /// The flow is being deleted: remove the slot, the publication and the log.
     Remove(Box<CaptureDemand>),
+    /// Compare the source with a sink.
+    Verify(Box<VerifyDemand>),
     /// Nothing: paused, gone, or the sink is not part of the flow any more.
     Nothing,
 }
@@ -68,6 +70,17 @@ pub struct ApplyDemand {
     pub publication: String,
 }
 
+/// The part of a flow that a comparison acts on. Which sink it is says the operation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VerifyDemand {
+    /// How to connect to the source.
+    pub dsn: SecretRef,
+    /// The publication's name: it says which tables, columns and rows are sent.
+    pub publication: String,
+    /// The sinks.
+    pub sinks: Vec<SinkSpec>,
+}
+
 /// What `flow` asks of `task`.
 pub fn demand(flow: Option<&Flow>, task: &TaskId) -> Demand {
     let Some(flow) = flow else { return Demand::Nothing };
@@ -91,7 +104,12 @@ pub fn demand(flow: Option<&Flow>, task: &TaskId) -> Demand {
             }
             _ => Demand::Nothing,
         },
-        TaskKind::Run(_) | TaskKind::Chunk(..) | TaskKind::Load(..) | TaskKind::Verify(_) => Demand::Nothing,
+        TaskKind::Verify(_) => Demand::Verify(Box::new(VerifyDemand {
+            dsn: source.dsn.clone(),
+            publication: document.publication_name(),
+            sinks: document.spec.sinks.clone(),
+        })),
+        TaskKind::Run(_) | TaskKind::Chunk(..) | TaskKind::Load(..) => Demand::Nothing,
     }
 }
 

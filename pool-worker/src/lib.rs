@@ -6,6 +6,7 @@
 //! | `task` | one owned task, its watchdog, its end |
 //! | `capture` | the source's side: fence, resume, stream, stage, confirm, purge |
 //! | `apply` | a sink's side: open, read, cut into batches, apply |
+//! | `verify` | compares the source with a sink, once |
 //! | `flows` | what the flows ask of each task |
 //!
 //! What decides is pure and tested by itself: `apply/assemble.rs`, `pulse.rs`, `backoff.rs`, `flows.rs::demand`.
@@ -24,6 +25,7 @@ mod secret;
 mod shared;
 mod status;
 mod task;
+mod verify;
 pub mod worker;
 
 /// Describes every metric of the worker and of what it is made of.

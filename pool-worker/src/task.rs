@@ -13,7 +13,7 @@ use crate::flows::{Demand, Flows, demand};
 use crate::pulse::{Pulse, SILENCE_MAX};
 use crate::shared::Shared;
 use crate::status::{StatusBoard, WRITE_EVERY};
-use crate::{apply, capture, metrics};
+use crate::{apply, capture, metrics, verify};
 
 /// What a task is given.
 pub struct TaskContext {
@@ -165,7 +165,8 @@ async fn run(context: Arc<TaskContext>) -> TaskEnd {
     match &context.task.kind {
         TaskKind::Capture => capture::run(&context).await,
         TaskKind::Apply(_) => apply::run(&context).await,
-        TaskKind::Run(_) | TaskKind::Chunk(..) | TaskKind::Load(..) | TaskKind::Verify(_) => TaskEnd::Released(None),
+        TaskKind::Verify(_) => verify::run(&context).await,
+        TaskKind::Run(_) | TaskKind::Chunk(..) | TaskKind::Load(..) => TaskEnd::Released(None),
     }
 }
 

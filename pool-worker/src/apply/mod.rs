@@ -31,7 +31,7 @@ pub(crate) struct Applied {
 pub async fn run(context: &TaskContext) -> TaskEnd {
     match &context.demand {
         Demand::Apply(demand) => apply(context, demand).await,
-        Demand::Capture(_) | Demand::Remove(_) | Demand::Nothing => TaskEnd::Released(None),
+        Demand::Capture(_) | Demand::Remove(_) | Demand::Verify(_) | Demand::Nothing => TaskEnd::Released(None),
     }
 }
 

@@ -48,7 +48,7 @@ pub async fn run(context: &TaskContext) -> TaskEnd {
     match &context.demand {
         Demand::Capture(demand) => capture(context, demand).await,
         Demand::Remove(demand) => remove::run(context, demand).await,
-        Demand::Apply(_) | Demand::Nothing => TaskEnd::Released(None),
+        Demand::Apply(_) | Demand::Verify(_) | Demand::Nothing => TaskEnd::Released(None),
     }
 }
 

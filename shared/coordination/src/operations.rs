@@ -86,7 +86,10 @@ impl Coordination {
             let kept = self.operations(&flow.flow).await?;
             let open = kept.iter().filter(|known| !known.is_over()).count();
             if open >= OPEN_MAX {
-                return Err(refused(format!("{open} operations of flow {} are not over: wait, or cancel some", flow.flow)));
+                return Err(refused(format!(
+                    "{open} operations of flow {} are not over: wait, or cancel some",
+                    flow.flow
+                )));
             }
             let number = kept.last().map_or(1, |last| last.number.saturating_add(1));
             let key = self.keys().text(&Key::OperationSpec(flow.flow.clone(), number));

@@ -83,7 +83,7 @@ fn timed_out(progress: &VerifyProgress) -> VerifyError {
             shown(position),
         ),
         _ => format!(
-            "the time is over with {tables_done} of {tables_total} tables compared, at {table:?}: give more with --timeout, or name tables with --tables"
+            "the time is over with {tables_done} of {tables_total} tables compared, at {table:?}: give more with --within, or name tables with --tables"
         ),
     })
 }
