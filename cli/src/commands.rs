@@ -4,10 +4,12 @@ pub mod apply;
 pub mod completion;
 pub mod delete;
 pub mod describe;
+pub mod diff;
 pub mod doctor;
 pub mod drain;
 pub mod get;
 pub mod pause;
+pub mod snapshot;
 pub mod status;
 pub mod verify;
 

@@ -58,6 +58,8 @@ async fn dispatch(cli: &Cli) -> Result<(), Failure> {
     let global = &cli.global;
     match &cli.command {
         Command::Apply(options) => commands::apply::run(global, options).await,
+        Command::Diff(options) => commands::diff::run(global, options).await,
+        Command::Snapshot(command) => commands::snapshot::run(global, command).await,
         Command::Get(options) => commands::get::run(global, options).await,
         Command::Describe(options) => commands::describe::run(global, options).await,
         Command::Delete(options) => commands::delete::run(global, options).await,

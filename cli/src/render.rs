@@ -98,6 +98,7 @@ fn flow_status_value(flow: &v1::Flow) -> Value {
         "capture": capture,
         "tasks": status.tasks.iter().map(task_value).collect::<Vec<_>>(),
         "sinks": status.sinks.iter().map(sink_value).collect::<Vec<_>>(),
+        "snapshots": status.snapshots.iter().map(snapshot_value).collect::<Vec<_>>(),
     })
 }
 
@@ -154,9 +155,95 @@ pub fn worker_value(worker: &v1::Worker) -> Value {
     })
 }
 
-/// The last part of a resource name; `flow/sink` for a sink.
+/// A snapshot run as it is.
+pub fn snapshot_value(snapshot: &v1::Snapshot) -> Value {
+    let spec = snapshot.spec.clone().unwrap_or_default();
+    let progress = snapshot.progress.clone().unwrap_or_default();
+    let table = |table: &v1::SnapshotTable| {
+        json!({
+            "table": table.table,
+            "relations": table.relations,
+            "chunksTotal": table.chunks_total,
+            "chunksDone": table.chunks_done,
+            "rowsDone": table.rows_done,
+            "rowsEstimate": table.rows_estimate,
+            "restarts": table.restarts,
+            "gone": table.gone,
+        })
+    };
+    let sink = |sink: &v1::SnapshotSink| {
+        json!({
+            "sink": sink.sink,
+            "chunksLoaded": sink.chunks_loaded,
+            "rowsLoaded": sink.rows_loaded,
+            "tablesCopying": sink.tables_copying,
+            "tablesCatchingUp": sink.tables_catching_up,
+            "tablesReady": sink.tables_ready,
+            "done": sink.done,
+        })
+    };
+    json!({
+        "name": snapshot.name,
+        "state": snapshot_state_word(snapshot.state),
+        "reason": snapshot_reason_word(snapshot.reason),
+        "message": snapshot.message,
+        "created": snapshot.create_time.map(|time| time.to_string()),
+        "updated": snapshot.update_time.map(|time| time.to_string()),
+        "worker": snapshot.worker,
+        "spec": {
+            "tables": spec.tables,
+            "exclude": spec.exclude,
+            "sinks": spec.sinks,
+            "rowsPerSecond": spec.rows_per_second,
+            "readers": spec.readers,
+        },
+        "chunksTotal": progress.chunks_total,
+        "chunksDone": progress.chunks_done,
+        "chunksReading": progress.chunks_reading,
+        "rowsDone": progress.rows_done,
+        "rowsEstimate": progress.rows_estimate,
+        "bytesDone": progress.bytes_done,
+        "rowsPerSecond": progress.rows_per_second,
+        "remainingSeconds": progress.remaining.map(seconds),
+        "generation": progress.generation,
+        "snapshotAgeSeconds": progress.snapshot_age.map(seconds),
+        "consistentPoint": progress.consistent_point,
+        "tables": snapshot.tables.iter().map(table).collect::<Vec<_>>(),
+        "sinks": snapshot.sinks.iter().map(sink).collect::<Vec<_>>(),
+    })
+}
+
+/// Where a run stands, in one word.
+pub fn snapshot_state_word(state: i32) -> &'static str {
+    match v1::SnapshotState::try_from(state) {
+        Ok(v1::SnapshotState::Planning) => "Planning",
+        Ok(v1::SnapshotState::Reading) => "Reading",
+        Ok(v1::SnapshotState::Loading) => "Loading",
+        Ok(v1::SnapshotState::Done) => "Done",
+        Ok(v1::SnapshotState::Cancelled) => "Cancelled",
+        Ok(v1::SnapshotState::Paused) => "Paused",
+        Ok(v1::SnapshotState::Cancelling) => "Cancelling",
+        _ => "Unknown",
+    }
+}
+
+/// Why a run exists, in one word.
+pub fn snapshot_reason_word(reason: i32) -> &'static str {
+    match v1::SnapshotReason::try_from(reason) {
+        Ok(v1::SnapshotReason::FirstLoad) => "FirstLoad",
+        Ok(v1::SnapshotReason::TablesAdded) => "TablesAdded",
+        Ok(v1::SnapshotReason::Asked) => "Asked",
+        Ok(v1::SnapshotReason::SinkAnew) => "SinkAnew",
+        _ => "Unknown",
+    }
+}
+
+/// The last part of a resource name; `flow/sink` for a sink, `flow/run` for a snapshot run.
 pub fn short(name: &str) -> String {
-    match wallaby_model::api::parse_sink_name(name) {
+    if let Some((flow, run)) = api::parse_snapshot_name(name) {
+        return format!("{flow}/{run}");
+    }
+    match api::parse_sink_name(name) {
         Some((flow, sink)) => format!("{flow}/{sink}"),
         None => name.rsplit('/').next().unwrap_or(name).to_owned(),
     }
@@ -171,6 +258,7 @@ pub fn phase_word(phase: i32) -> &'static str {
         Ok(v1::Phase::Paused) => "Paused",
         Ok(v1::Phase::Blocked) => "Blocked",
         Ok(v1::Phase::Deleting) => "Deleting",
+        Ok(v1::Phase::Snapshotting) => "Snapshotting",
         _ => "Unknown",
     }
 }
@@ -258,6 +346,7 @@ mod tests {
             ("3 ms".into(), "2.5 s".into(), "5 min".into())
         );
         assert_eq!(short("flows/a/sinks/b"), "a/b");
+        assert_eq!(short("flows/a/snapshots/3"), "a/3");
         assert_eq!(short("workers/w"), "w");
     }
 

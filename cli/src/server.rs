@@ -7,6 +7,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use wallaby_proto::v1::flow_service_client::FlowServiceClient;
 use wallaby_proto::v1::operation_service_client::OperationServiceClient;
 use wallaby_proto::v1::sink_service_client::SinkServiceClient;
+use wallaby_proto::v1::snapshot_service_client::SnapshotServiceClient;
 use wallaby_proto::v1::verify_service_client::VerifyServiceClient;
 use wallaby_proto::v1::worker_service_client::WorkerServiceClient;
 
@@ -50,6 +51,11 @@ impl Server {
     /// Sinks.
     pub fn sinks(&self) -> SinkServiceClient<Channel> {
         SinkServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_BYTES_MAX)
+    }
+
+    /// Snapshot runs.
+    pub fn snapshots(&self) -> SnapshotServiceClient<Channel> {
+        SnapshotServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_BYTES_MAX)
     }
 
     /// Workers.

@@ -154,6 +154,65 @@ async fn a_flow_lives_through_the_command() {
 }
 
 #[tokio::test]
+async fn a_diff_shows_what_an_apply_would_do_and_does_nothing() {
+    let place = Place::create("diff").await;
+    let shell = &place.shell;
+    let first = shell.run_with(&["diff", "-f", "-"], FLOW).await;
+    first.is(3, &["flow shop would be created", "capture", "CREATED", "sink warehouse"]);
+    shell.run(&["get", "flows"]).await.is(0, &["no flows"]);
+    shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["created"]);
+    shell.run_with(&["diff", "-f", "-"], FLOW).await.is(0, &["flow shop is as the file says"]);
+
+    let loads = FLOW.replace("never", "initial");
+    let said = ["snapshot: \"never\" -> \"initial\"", "capture", "RESTARTS", "run", "a snapshot run loads public.*"];
+    shell.run_with(&["diff", "-f", "-"], &loads).await.is(3, &said);
+    let renamed = FLOW.replace("snapshot: never", "snapshot: never\n      slot: { name: other }");
+    shell.run_with(&["diff", "-f", "-"], &renamed).await.is(3, &["cannot be updated so", "refused", "create it again"]);
+    shell.run_with(&["apply", "-f", "-"], &renamed).await.is(1, &["[FIELD_IMMUTABLE]"]);
+    let json = shell.run_with(&["diff", "-f", "-", "-o", "json"], &loads).await.is(3, &[]);
+    let value: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!((&value[0]["exists"], &value[0]["effects"][0]["effect"]), (&true.into(), &"RESTARTS".into()));
+
+    // Paused by hand: the file does not speak of it, so nothing would change.
+    shell.run(&["pause", "shop"]).await.is(0, &[]);
+    shell.run_with(&["diff", "-f", "-"], FLOW).await.is(0, &["as the file says", "stays paused"]);
+}
+
+#[tokio::test]
+async fn snapshot_runs_are_started_shown_and_cancelled() {
+    let place = Place::create("snapshots").await;
+    let shell = &place.shell;
+    let apply = shell.run_with(&["apply", "-f", "-"], &FLOW.replace("never", "initial")).await;
+    apply.is(0, &["created"]);
+    shell.run(&["snapshot", "list"]).await.is(0, &["shop/1", "Planning", "FirstLoad"]);
+    shell.run(&["snapshot", "get", "shop"]).await.is(0, &["snapshot shop/1", "no worker is alive", "shop/warehouse"]);
+    shell.run(&["status"]).await.is(0, &["<- snapshot shop/1"]);
+    shell.run(&["describe", "shop"]).await.is(0, &["SnapshotComplete", "run 1: 0 of 0 chunks are read"]);
+    let overlap = shell.run(&["snapshot", "start", "shop", "public.orders"]).await;
+    overlap
+        .is(1, &["run 1 of flow shop is not over", "(public.orders)", "[SNAPSHOT_OVERLAPS]", "snapshot cancel shop 1"]);
+    shell.run(&["snapshot", "start", "shop", "crm.x"]).await.is(2, &["does not capture `crm.x`"]);
+    shell.run(&["snapshot", "start", "shop", "orders"]).await.is(2, &["has no schema"]);
+    shell.run(&["snapshot", "start", "shop", "--sinks", "nobody"]).await.is(1, &["[SINK_NOT_FOUND]"]);
+    shell.run(&["snapshot", "start", "nothing"]).await.is(1, &["[FLOW_NOT_FOUND]"]);
+    shell.run(&["snapshot", "start", "shop", "--readers", "0"]).await.is(2, &["--readers"]);
+    shell.run(&["snapshot", "pause", "shop"]).await.is(0, &["shop/1 paused"]);
+    shell.run(&["snapshot", "get", "shop/1"]).await.is(0, &["Paused", "wallaby snapshot resume shop 1"]);
+    shell.run(&["snapshot", "resume", "shop", "1"]).await.is(0, &["resumed"]);
+    let waited = shell.run(&["snapshot", "get", "shop", "--wait", "--timeout", "300ms"]).await;
+    waited.is(6, &["not done", "it goes on by itself"]);
+    shell.run(&["snapshot", "cancel", "shop"]).await.is(0, &["is being cancelled"]);
+    shell.run(&["snapshot", "resume", "shop", "1"]).await.is(1, &["[SNAPSHOT_OVER]"]);
+    let start =
+        ["snapshot", "start", "shop", "public.orders", "--sinks", "warehouse", "--rows-per-second", "5", "-o", "json"];
+    let json = shell.run(&start).await.is(0, &[]);
+    let value: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!((&value["name"], &value["spec"]["rowsPerSecond"]), (&"flows/shop/snapshots/2".into(), &5.into()));
+    shell.run(&["snapshot", "get", "shop", "9"]).await.is(1, &["[SNAPSHOT_NOT_FOUND]"]);
+    shell.run(&["snapshot", "get", "shop", "x"]).await.is(2, &["is not the number of a snapshot run"]);
+}
+
+#[tokio::test]
 async fn an_invalid_file_is_named_with_its_line() {
     // Not one of these needs a controller.
     let shell = Shell::at("127.0.0.1:1");
@@ -161,9 +220,9 @@ async fn an_invalid_file_is_named_with_its_line() {
     let said = ["standard input: line 9", "unknown key `snapshots`", "did you mean `snapshot`?"];
     shell.run_with(&["apply", "-f", "-"], &misspelt).await.is(2, &said);
     let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), FLOW.replace("never", "initial")).unwrap();
+    std::fs::write(file.path(), FLOW.replace("never", "sometimes")).unwrap();
     let path = file.path().to_str().unwrap();
-    shell.run(&["apply", "-f", path]).await.is(2, &[path, "line 9", "not available yet", "only `never`"]);
+    shell.run(&["apply", "-f", path]).await.is(2, &[path, "line 9", "`sometimes` is not one of"]);
     shell.run(&["apply", "-f", "/nowhere.yaml"]).await.is(2, &["cannot read /nowhere.yaml"]);
     shell.run_with(&["apply", "-f", "-", "-f", path], FLOW).await.is(2, &[]);
     shell.run(&["describe", "Not-A-Name"]).await.is(2, &["is not a valid flow name"]);
@@ -188,7 +247,7 @@ async fn help_and_completion_need_nobody() {
     shell.run(&["--help"]).await.is(0, &["Examples:", "Exit codes:", "apply", "doctor"]);
     shell.run(&["status", "--help"]).await.is(0, &["--watch", "wallaby status shop --watch"]);
     for name in ["bash", "zsh", "fish"] {
-        shell.run(&["completion", name]).await.is(0, &["wallaby", "drain"]);
+        shell.run(&["completion", name]).await.is(0, &["wallaby", "drain", "snapshot", "diff"]);
     }
 }
 

@@ -209,8 +209,8 @@ fn a_literal_secret_is_never_shown() {
 #[test]
 fn a_flow_that_this_version_cannot_act_upon_is_blocked() {
     let mut world = World::running();
-    world.record.document.spec.source.postgres.snapshot = wallaby_model::flow::SnapshotMode::Initial;
+    world.record.document.spec.source.postgres.publication.tables.clear();
     let flow = world.shown();
     assert_eq!(phase_of(&flow), v1::Phase::Blocked);
-    assert!(condition(&flow, "Accepted").message.contains("snapshot"));
+    assert!(condition(&flow, "Accepted").message.contains("publication"));
 }

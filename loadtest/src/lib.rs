@@ -13,6 +13,7 @@ pub mod compare;
 mod connection;
 pub mod demo;
 mod error;
+pub mod first_load;
 pub mod measure;
 pub mod shop;
 pub mod system;

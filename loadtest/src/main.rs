@@ -6,6 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use wallaby_loadtest::first_load::FirstLoadOptions;
+use wallaby_loadtest::first_load::add_table::AddTableOptions;
 use wallaby_loadtest::measure::bench::{Bench, BenchOptions};
 use wallaby_loadtest::measure::figures::{Figures, Run, Skipped};
 use wallaby_loadtest::measure::parts::{self, Part};
@@ -26,6 +28,10 @@ struct Arguments {
 enum Task {
     /// Runs every measurement and writes figures.json and figures.md.
     Run(RunArguments),
+    /// Loads existing rows while transactions go on, workers are killed and the sink restarts; compares every row.
+    FirstLoad(FirstLoadArguments),
+    /// Adds a table to a live flow of ten and plots how far the others fall behind.
+    AddTable(AddTableArguments),
     /// One part of the path, run by `run` in a process of its own.
     #[command(hide = true)]
     Part {
@@ -62,6 +68,53 @@ struct RunArguments {
     quick: bool,
 }
 
+#[derive(Debug, clap::Args)]
+struct FirstLoadArguments {
+    /// Rows that are there before the flow is made.
+    #[arg(long, default_value_t = 5_000_000)]
+    rows: u64,
+    /// Transactions a second while they are loaded.
+    #[arg(long, default_value_t = 1_000)]
+    per_second: u32,
+    /// How often a worker that reads a chunk is killed.
+    #[arg(long, default_value_t = 2)]
+    kills: u32,
+    /// Leaves the sink's Postgres alone.
+    #[arg(long)]
+    no_restart: bool,
+    /// NATS servers: 1 or 3.
+    #[arg(long, default_value_t = 3)]
+    nodes: usize,
+    /// Decides what the transactions do.
+    #[arg(long, default_value_t = 7)]
+    seed: u64,
+    /// Where wallaby-controller and wallaby-worker are; beside this program when absent.
+    #[arg(long)]
+    programs: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+struct AddTableArguments {
+    /// Rows of the table that is added.
+    #[arg(long, default_value_t = 1_000_000)]
+    rows: u64,
+    /// Transactions a second on it.
+    #[arg(long, default_value_t = 200)]
+    per_second: u32,
+    /// Seconds that the lag is watched before and after.
+    #[arg(long, default_value_t = 10)]
+    calm_seconds: u64,
+    /// NATS servers: 1 or 3.
+    #[arg(long, default_value_t = 1)]
+    nodes: usize,
+    /// Where the plot goes.
+    #[arg(long, default_value = "target/loadtest/add-table.svg")]
+    plot: PathBuf,
+    /// Where wallaby-controller and wallaby-worker are; beside this program when absent.
+    #[arg(long)]
+    programs: Option<PathBuf>,
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let runtime = match &arguments.command {
@@ -96,7 +149,56 @@ async fn perform(task: Task) -> anyhow::Result<()> {
     match task {
         Task::Part { part } => parts::run(part).await,
         Task::Run(arguments) => measure(arguments).await,
+        Task::FirstLoad(arguments) => first_load(arguments).await,
+        Task::AddTable(arguments) => add_table(arguments).await,
     }
+}
+
+async fn first_load(arguments: FirstLoadArguments) -> anyhow::Result<()> {
+    let programs = Programs::find(arguments.programs.as_deref())?;
+    let folder = Folder::temporary("first-load")?;
+    let options = FirstLoadOptions {
+        rows: arguments.rows,
+        per_second: arguments.per_second,
+        kills: arguments.kills,
+        restart_sink: !arguments.no_restart,
+        nodes: arguments.nodes,
+        seed: arguments.seed,
+    };
+    let outcome =
+        wallaby_loadtest::first_load::run(&options, &programs, folder.path(), |line| println!("{line}")).await?;
+    println!("{outcome}");
+    anyhow::ensure!(outcome.comparison.is_equal(), "source and target differ");
+    anyhow::ensure!(outcome.watched.rewritten == 0, "chunks that were done were read again");
+    anyhow::ensure!(outcome.watched.readers.len() >= 2, "only one worker read");
+    Ok(())
+}
+
+async fn add_table(arguments: AddTableArguments) -> anyhow::Result<()> {
+    let programs = Programs::find(arguments.programs.as_deref())?;
+    let folder = Folder::temporary("add-table")?;
+    let options = AddTableOptions {
+        rows: arguments.rows,
+        per_second: arguments.per_second,
+        calm: Duration::from_secs(arguments.calm_seconds),
+        nodes: arguments.nodes,
+    };
+    let outcome = wallaby_loadtest::first_load::add_table::run(&options, &programs, folder.path()).await?;
+    let plot = &arguments.plot;
+    if let Some(parent) = plot.parent() {
+        std::fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
+    }
+    std::fs::write(plot, outcome.plot()).with_context(|| format!("writing {}", plot.display()))?;
+    println!(
+        "the other ten tables: at most {:.0} ms behind before, {:.0} ms while the table was added ({:.1} s); plot in {}\n{}",
+        outcome.calm_max_ms(),
+        outcome.run_max_ms(),
+        outcome.done_s - outcome.added_s,
+        plot.display(),
+        outcome.comparison
+    );
+    anyhow::ensure!(outcome.comparison.is_equal(), "source and target differ");
+    Ok(())
 }
 
 async fn measure(arguments: RunArguments) -> anyhow::Result<()> {

@@ -35,7 +35,7 @@ pub const SCHEMA: &str = "CREATE TABLE public.typ (
 /// Numbers begin here, so that all have the same length.
 pub(crate) const FIRST_ID: u64 = 1_000_000;
 /// A row by its number `n`. Lengths as text: 7 6 12 2 6 4 1 7 29 26 36 35 = 171; with 8 bytes of message and 5 per column 239.
-const ROW: &str = "n, 100000 + n % 900000, 'SKU-' || lpad((n % 100000000)::text, 8, '0'), 10 + n % 90, (10000 + n % 90000) / 100.0, \
+pub(crate) const ROW: &str = "n, 100000 + n % 900000, 'SKU-' || lpad((n % 100000000)::text, 8, '0'), 10 + n % 90, (10000 + n % 90000) / 100.0, \
      (10 + n % 89) / 100.0 + 0.001 * (n % 9 + 1) - 0.001 * (n % 9 + 1), n % 3 = 0, \
      (ARRAY['shipped', 'ordered', 'pending'])[1 + n % 3], \
      timestamptz '2026-01-01 00:00:00.123456+00' + make_interval(secs => n % 30000000), \

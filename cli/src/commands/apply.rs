@@ -93,7 +93,7 @@ async fn apply_one(server: &Server, flow: &ParsedFlow) -> Result<Applied, Failur
     Err(Failure::Failed(format!("flow {name} was changed by others {ATTEMPTS_MAX} times while applying; try again")))
 }
 
-async fn find(server: &Server, name: &FlowId) -> Result<Option<v1::Flow>, Failure> {
+pub(super) async fn find(server: &Server, name: &FlowId) -> Result<Option<v1::Flow>, Failure> {
     let request = server.request(v1::GetFlowRequest { name: api::flow_name(name) });
     match server.flows().get_flow(request).await {
         Ok(answer) => Ok(answer.into_inner().flow),
@@ -103,7 +103,7 @@ async fn find(server: &Server, name: &FlowId) -> Result<Option<v1::Flow>, Failur
 }
 
 /// What was paused by hand stays paused unless the file says otherwise: a changed label must not start a flow.
-fn keep_pauses(flow: &ParsedFlow, current: &v1::Flow, wanted: &mut v1::Flow) -> Vec<String> {
+pub(super) fn keep_pauses(flow: &ParsedFlow, current: &v1::Flow, wanted: &mut v1::Flow) -> Vec<String> {
     let (Some(current), Some(wanted)) = (&current.spec, &mut wanted.spec) else { return Vec::new() };
     let name = &flow.document.metadata.name;
     let mut notes = Vec::new();

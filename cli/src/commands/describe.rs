@@ -64,6 +64,10 @@ fn flow_text(flow: &v1::Flow) -> String {
         line("rows", format!("{} since the owner took the task", capture.rows_total));
     }
     text.push_str(&conditions_text(&status.conditions));
+    for snapshot in &status.snapshots {
+        text.push('\n');
+        text.push_str(&super::snapshot::describe(snapshot));
+    }
     text.push_str("\ntasks\n");
     text.push_str(&tasks_text(&status.tasks));
     for sink in &status.sinks {

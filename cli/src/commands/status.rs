@@ -237,6 +237,20 @@ impl Board {
                 epoch_text(&task),
                 note(&task),
             ]);
+            for snapshot in &status.snapshots {
+                let progress = snapshot.progress.clone().unwrap_or_default();
+                table.row([
+                    format!("  <- snapshot {}", short(&snapshot.name)),
+                    render::snapshot_state_word(snapshot.state).to_owned(),
+                    format!("{:.0}", progress.rows_per_second),
+                    span_text(progress.remaining),
+                    format!("{}/{} chunks", progress.chunks_done, progress.chunks_total),
+                    or_dash(&progress.consistent_point),
+                    or_dash(&snapshot.worker),
+                    "-".to_owned(),
+                    cut(&snapshot.message),
+                ]);
+            }
             for sink in &status.sinks {
                 let task = sink.task.clone().unwrap_or_default();
                 let progress = sink.progress.as_ref();
@@ -278,6 +292,19 @@ impl Board {
                 or_dash(&task.worker),
                 epoch_text(&task),
             ));
+            for snapshot in &status.snapshots {
+                let progress = snapshot.progress.clone().unwrap_or_default();
+                text.push_str(&format!(
+                    "snapshot={} state={} chunks={}/{} rows={} rows_per_second={:.0} left={}\n",
+                    short(&snapshot.name),
+                    render::snapshot_state_word(snapshot.state),
+                    progress.chunks_done,
+                    progress.chunks_total,
+                    progress.rows_done,
+                    progress.rows_per_second,
+                    span_text(progress.remaining).replace(' ', ""),
+                ));
+            }
             for sink in &status.sinks {
                 let task = sink.task.clone().unwrap_or_default();
                 let progress = sink.progress.clone().unwrap_or_default();
@@ -318,9 +345,14 @@ fn epoch_text(task: &v1::Task) -> String {
 
 fn note(task: &v1::Task) -> String {
     let text = if task.waits_for.is_empty() { &task.last_error } else { &task.waits_for };
+    cut(text)
+}
+
+/// The beginning of a text that is too long for a table.
+fn cut(text: &str) -> String {
     match text.char_indices().nth(60) {
-        Some((cut, _)) => format!("{}…", &text[..cut]),
-        None => text.clone(),
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
     }
 }
 

@@ -9,7 +9,9 @@ use async_trait::async_trait;
 use tokio::sync::Mutex;
 use tokio_postgres::SimpleQueryMessage;
 use tokio_postgres::types::Type;
-use wallaby_connector_api::{KeyValues, SinkError, SourceLookup, SourceRow};
+use wallaby_connector_api::{
+    ForeignKey, KeyValues, SinkError, SourceLookup, SourceRow, TableExtra, TableExtras, TableIndex,
+};
 use wallaby_model::schema::{quote_identifier, quote_literal};
 use wallaby_model::{ReplicaIdentity, TableName, TableSchema};
 
@@ -43,6 +45,17 @@ impl Lookup {
         *slot = Some(control);
         metrics::lookup();
         row
+    }
+
+    async fn read_extras(&self, table: &TableName) -> Result<TableExtras, SourceError> {
+        let mut slot = self.control.lock().await;
+        let control = match slot.take() {
+            Some(control) if !control.is_closed() => control,
+            _ => connect_control(&self.config).await?,
+        };
+        let extras = extras_over(&control, table).await;
+        *slot = Some(control);
+        extras
     }
 
     async fn read_over(
@@ -140,16 +153,96 @@ async fn current_shape(
     }))
 }
 
+/// Indexes that are no constraint's. The definition is cut where the table's name ends, which is built the way Postgres builds it:
+/// what does not begin like that is not ours to take apart.
+const INDEXES_SQL: &str = "
+SELECT i.relname::text, x.indisunique, substr(d.definition, length(d.beginning) + 1)
+FROM pg_catalog.pg_class c
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_catalog.pg_index x ON x.indrelid = c.oid
+JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
+CROSS JOIN LATERAL (
+  SELECT pg_get_indexdef(i.oid) AS definition,
+         format('CREATE %sINDEX %I ON %s%I.%I ', CASE WHEN x.indisunique THEN 'UNIQUE ' ELSE '' END, i.relname,
+                CASE WHEN i.relkind = 'I' THEN 'ONLY ' ELSE '' END, n.nspname, c.relname) AS beginning) d
+WHERE n.nspname = $1 AND c.relname = $2 AND x.indisvalid AND x.indislive AND NOT x.indisprimary
+  AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint k WHERE k.conindid = i.oid AND k.contype IN ('p', 'u', 'x'))
+  AND starts_with(d.definition, d.beginning)
+ORDER BY 1";
+
+const CONSTRAINTS_SQL: &str = "
+SELECT k.conname::text, pg_get_constraintdef(k.oid)
+FROM pg_catalog.pg_constraint k
+JOIN pg_catalog.pg_class c ON c.oid = k.conrelid
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = $1 AND c.relname = $2 AND k.contype IN ('c', 'u', 'x')
+ORDER BY k.contype = 'c', 1";
+
+const FOREIGN_KEYS_SQL: &str = "
+SELECT k.conname::text, rn.nspname::text, r.relname::text,
+       (SELECT array_agg(a.attname::text ORDER BY u.n) FROM unnest(k.conkey) WITH ORDINALITY u(attnum, n)
+        JOIN pg_catalog.pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.attnum),
+       (SELECT array_agg(a.attname::text ORDER BY u.n) FROM unnest(k.confkey) WITH ORDINALITY u(attnum, n)
+        JOIN pg_catalog.pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.attnum)
+FROM pg_catalog.pg_constraint k
+JOIN pg_catalog.pg_class c ON c.oid = k.conrelid
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_catalog.pg_class r ON r.oid = k.confrelid
+JOIN pg_catalog.pg_namespace rn ON rn.oid = r.relnamespace
+WHERE n.nspname = $1 AND c.relname = $2 AND k.contype = 'f' AND k.convalidated
+ORDER BY 1";
+
+const DEFAULTS_SQL: &str = "
+SELECT a.attname::text, pg_get_expr(d.adbin, d.adrelid)
+FROM pg_catalog.pg_attrdef d
+JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
+JOIN pg_catalog.pg_class c ON c.oid = d.adrelid
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = $1 AND c.relname = $2 AND a.attgenerated = '' AND NOT a.attisdropped
+ORDER BY a.attnum";
+
+async fn extras_over(control: &Control, table: &TableName) -> Result<TableExtras, SourceError> {
+    let during = || format!("reading indexes and constraints of {table}");
+    let arguments: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 2] =
+        [(&table.schema, Type::TEXT), (&table.name, Type::TEXT)];
+    let mut rows = Vec::new();
+    for sql in [INDEXES_SQL, CONSTRAINTS_SQL, FOREIGN_KEYS_SQL, DEFAULTS_SQL] {
+        let found = control.query_typed(sql, &arguments).await;
+        rows.push(found.map_err(|error| SourceError::from_client(during(), &error))?);
+    }
+    let [indexes, constraints, foreign_keys, defaults] = rows.as_slice() else { return Ok(TableExtras::default()) };
+    let extra = |row: &tokio_postgres::Row| TableExtra { name: row.get(0), definition: row.get(1) };
+    let index = |row: &tokio_postgres::Row| TableIndex { name: row.get(0), is_unique: row.get(1), using: row.get(2) };
+    let foreign_key = |row: &tokio_postgres::Row| ForeignKey {
+        name: row.get(0),
+        columns: row.get(3),
+        references: TableName::new(row.get::<_, String>(1), row.get::<_, String>(2)),
+        referenced: row.get(4),
+    };
+    Ok(TableExtras {
+        indexes: indexes.iter().map(index).collect(),
+        constraints: constraints.iter().map(extra).collect(),
+        foreign_keys: foreign_keys.iter().map(foreign_key).collect(),
+        defaults: defaults.iter().map(extra).collect(),
+    })
+}
+
+/// In a sink's terms; `what` as in "a row".
+fn for_a_sink(error: &SourceError, what: &str) -> SinkError {
+    if error.is_transient() {
+        return SinkError::Transient(error.to_string());
+    }
+    let remedy = error.remedy().unwrap_or_default();
+    SinkError::Configuration { reason: format!("the source cannot be asked for {what}: {error}"), remedy }
+}
+
 #[async_trait]
 impl SourceLookup for Lookup {
     async fn row_by_key(&self, table: &Arc<TableSchema>, key: &KeyValues) -> Result<SourceRow, SinkError> {
-        self.read(table, key).await.map_err(|error| {
-            if error.is_transient() {
-                SinkError::Transient(error.to_string())
-            } else {
-                let remedy = error.remedy().unwrap_or_default();
-                SinkError::Configuration { reason: format!("the source cannot be asked for a row: {error}"), remedy }
-            }
-        })
+        self.read(table, key).await.map_err(|error| for_a_sink(&error, "a row"))
+    }
+
+    async fn extras(&self, table: &TableName) -> Result<TableExtras, SinkError> {
+        self.read_extras(table).await.map_err(|error| for_a_sink(&error, "indexes and constraints"))
     }
 }

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use wallaby_coordination::{Election, FlowEntry, FlowStatus, wall_clock_now};
 use wallaby_model::condition::Timestamp;
 use wallaby_model::offer::Offer;
+use wallaby_model::run::{RunReason, RunSpec, RunWish};
 use wallaby_model::{FlowId, PoolId, RunId, SinkId, TaskId, TaskKind};
 
 use super::core::{Scheduler, Situation};
@@ -192,6 +193,20 @@ impl State {
         }
     }
 
+    /// A sink that was cut off again while it was loaded anew needs nothing of that run any more.
+    async fn cancel_older_loads(&self, entry: &FlowEntry, sink: &SinkId) {
+        let is_of_sink = |spec: &RunSpec| spec.reason == RunReason::SinkAnew && spec.sinks == [sink.clone()];
+        let older: Vec<RunId> = self.parts.etcd.view.with(|view| {
+            let open = view.runs(&entry.flow).filter(|(_, run)| run.is_open());
+            open.filter(|(_, run)| run.spec().is_some_and(is_of_sink)).map(|(run, _)| run).collect()
+        });
+        for run in older {
+            if let Err(error) = self.parts.etcd.coordination.set_run_wish(&entry.flow, run, RunWish::Cancel).await {
+                tracing::debug!(flow = %entry.flow, %run, %error, "the older run was not cancelled");
+            }
+        }
+    }
+
     async fn look_after_runs(&self) {
         let coordination = &self.parts.etcd.coordination;
         let (leftovers, cut_off) = self.parts.etcd.view.with(chores);
@@ -209,6 +224,7 @@ impl State {
                     continue;
                 }
             };
+            self.cancel_older_loads(&entry, &sink).await;
             match coordination.reattach_sink(&entry, &sink, start).await {
                 Ok(run) => tracing::info!(%flow, %sink, %run, "the sink was detached and loads everything anew"),
                 Err(error) => tracing::debug!(%flow, %sink, %error, "not reattached; it is tried again"),

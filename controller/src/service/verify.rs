@@ -2,7 +2,6 @@
 
 use tonic::{Request, Response, Status};
 use wallaby_coordination::{FlowEntry, wall_clock_now};
-use wallaby_model::api;
 use wallaby_model::verify::{OperationSpec, SHOW_DEFAULT, SHOW_MAX, TIMEOUT_DEFAULT_SECONDS, VerifySpec};
 use wallaby_proto::v1;
 use wallaby_proto::v1::verify_service_server::VerifyService;

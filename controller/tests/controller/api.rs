@@ -153,7 +153,7 @@ async fn a_sink_that_is_added_starts_at_the_logs_end_and_one_that_is_removed_tak
     assert_eq!(holds.len(), 2, "{holds:?}");
     running.flows.clone().update_flow(update(&document("grow"))).await.unwrap();
     let holds = coordination.holds(&grown.metadata.name).await.unwrap();
-    assert_eq!(holds.keys().map(|sink| sink.as_str()).collect::<Vec<_>>(), ["warehouse"]);
+    assert_eq!(holds.keys().map(ToString::to_string).collect::<Vec<_>>(), ["warehouse"]);
 }
 
 #[tokio::test]

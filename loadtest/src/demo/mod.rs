@@ -29,6 +29,10 @@ const TAKEOVER_PATIENCE: Duration = Duration::from_secs(60);
 const CATCH_UP_PATIENCE: Duration = Duration::from_secs(120);
 /// Connections of the shop: each commit waits for a disk, so a few of them make the rate.
 const WRITERS: u32 = 8;
+/// Rows that the shop has before WALlaby comes: they are loaded first.
+const ROWS_BEFORE: u64 = 30_000;
+/// How long the first load may take.
+const LOAD_PATIENCE: Duration = Duration::from_secs(180);
 /// How often the table is refreshed.
 const REFRESH: Duration = Duration::from_millis(1_000);
 
@@ -99,8 +103,10 @@ pub async fn run(options: &DemoOptions) -> anyhow::Result<Told> {
 }
 
 async fn tell(options: &DemoOptions, stage: &mut Stage, document: &FlowDocument) -> anyhow::Result<Outcome> {
-    apply_flow(stage, options, document).await?;
+    fill_shop(stage, options).await?;
     let load = start_load(stage, options).await?;
+    apply_flow(stage, options, document).await?;
+    watch_first_load(stage, &load).await?;
     watch_rows_flow(stage, &load, options.flow_for).await?;
     let takeover = kill_and_take_over(stage, &load).await?;
     watch_rows_flow(stage, &load, options.flow_for).await?;
@@ -141,10 +147,41 @@ async fn apply_flow(stage: &mut Stage, options: &DemoOptions, document: &FlowDoc
     let ready = || async {
         let flow = stage.api.get().await?;
         ensure!(api::is_true(&flow, "Capturing"), "the flow does not capture yet: {}", api::complaints(&flow));
-        ensure!(api::applied(&flow) > Lsn::ZERO, "the sink has no position yet: {}", api::complaints(&flow));
         Ok(())
     };
     until("the flow to capture", START_PATIENCE, alive, ready).await
+}
+
+/// What the shop has before WALlaby comes.
+async fn fill_shop(stage: &mut Stage, options: &DemoOptions) -> anyhow::Result<()> {
+    let dsn = stage.servers.source_dsn();
+    let seed = options.seed.wrapping_add(1_000_000);
+    let load = Load::start(LoadOptions { dsn, seed, rows_per_second: None, writers: WRITERS }).await?;
+    let alive = || check_alive(&stage.servers, &stage.wallaby);
+    let filled = || async {
+        let rows = load.progress().rows;
+        ensure!(rows >= ROWS_BEFORE, "{rows} of {ROWS_BEFORE} rows are there");
+        Ok(())
+    };
+    until("the shop to have some rows", LOAD_PATIENCE, alive, filled).await?;
+    let done = load.stop().await?;
+    stage.board.say(&format!("The shop has {} rows already.", done.rows));
+    Ok(())
+}
+
+/// Shows the table until the rows that were there are loaded and the sink follows the log, while new ones flow.
+async fn watch_first_load(stage: &mut Stage, load: &Load) -> anyhow::Result<()> {
+    let began = Instant::now();
+    loop {
+        refresh(stage, Some(load)).await?;
+        let flow = stage.api.get().await?;
+        if api::is_true(&flow, "SnapshotComplete") && api::applied(&flow) > Lsn::ZERO {
+            let seconds = began.elapsed().as_secs_f64();
+            stage.board.say(&format!("\nThe rows that were there are loaded after {seconds:.1} s.\n"));
+            return Ok(());
+        }
+        ensure!(began.elapsed() < LOAD_PATIENCE, "the first load does not end: {}", api::complaints(&flow));
+    }
 }
 
 async fn start_load(stage: &mut Stage, options: &DemoOptions) -> anyhow::Result<Load> {

@@ -44,6 +44,16 @@ impl FlowApi {
         made.map(drop).map_err(|status| refused(&status)).context("applying the flow")
     }
 
+    /// Changes the flow to what a document says.
+    ///
+    /// # Errors
+    /// When the controller refuses: it says what and where.
+    pub async fn update(&self, document: &FlowDocument) -> anyhow::Result<()> {
+        let request = v1::UpdateFlowRequest { flow: Some(wallaby_model::api::flow_to_message(document)) };
+        let made = self.flows.clone().update_flow(request).await;
+        made.map(drop).map_err(|status| refused(&status)).context("changing the flow")
+    }
+
     /// Lets one sink go on, or stops it.
     ///
     /// # Errors

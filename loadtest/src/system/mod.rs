@@ -160,13 +160,28 @@ impl Wallaby {
         let listen = format!("127.0.0.1:{}", api.port());
         let spec = ProcessSpec::new("controller", &programs.controller, folder).args(["--listen", &listen]);
         let controller = spawn(servers, spec)?;
-        let mut workers = Vec::new();
+        let mut wallaby = Wallaby { controller, api, workers: Vec::new() };
         for name in names {
-            let ttl = format!("{}s", LEASE_TTL.as_secs());
-            let spec = ProcessSpec::new(*name, &programs.worker, folder).args(["--name", name, "--lease-ttl", &ttl]);
-            workers.push(((*name).to_owned(), spawn(servers, spec)?));
+            wallaby.add_worker(servers, programs, folder, name)?;
         }
-        Ok(Wallaby { controller, api, workers })
+        Ok(wallaby)
+    }
+
+    /// Starts one more worker under a name that no other had. Does not wait until it is ready.
+    ///
+    /// # Errors
+    /// When the process cannot be started.
+    pub fn add_worker(
+        &mut self,
+        servers: &Servers,
+        programs: &Programs,
+        folder: &Path,
+        name: &str,
+    ) -> anyhow::Result<()> {
+        let ttl = format!("{}s", LEASE_TTL.as_secs());
+        let spec = ProcessSpec::new(name, &programs.worker, folder).args(["--name", name, "--lease-ttl", &ttl]);
+        self.workers.push((name.to_owned(), spawn(servers, spec)?));
+        Ok(())
     }
 
     /// Where the API answers.

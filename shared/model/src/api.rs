@@ -8,9 +8,9 @@ use std::time::Duration;
 use wallaby_proto::v1;
 
 use crate::flow::{
-    API_VERSION, ByteSize, Durability, Failover, FlowDocument, FlowSpec, LogSpec, Metadata, OnExceeded, OnOverrun,
-    PostgresSinkSpec, PostgresSourceSpec, Problem, PublicationSpec, Replicas, SafetySpec, SecretRef, SinkMode,
-    SinkSpec, SlotSpec, SnapshotMode, SourceSpec, Span,
+    API_VERSION, ByteSize, Durability, Failover, FlowDocument, FlowSpec, JetStreamSideSpec, LogSpec, Metadata,
+    ObjectSideSpec, OnExceeded, OnOverrun, PostgresSinkSpec, PostgresSourceSpec, Problem, PublicationSpec, Replicas,
+    SafetySpec, SecretRef, SideStoreSpec, SinkMode, SinkSpec, SlotSpec, SnapshotMode, SourceSpec, Span,
 };
 use crate::ids::{FlowId, RunId, SinkId, WorkerId};
 use crate::record::Codec;
@@ -129,6 +129,38 @@ fn log_to_message(log: &LogSpec) -> v1::LogSpec {
             Codec::Lz4 => v1::Codec::Lz4,
         }
         .into(),
+        side_store: Some(side_store_to_message(&log.side_store)),
+    }
+}
+
+fn side_store_to_message(side: &SideStoreSpec) -> v1::SideStore {
+    let bytes = |size: &Option<ByteSize>| size.map(|size| size.0);
+    let kind = match side {
+        SideStoreSpec::Jetstream(spec) => v1::side_store::Kind::Jetstream(v1::JetStreamSide {
+            transactions_max: bytes(&spec.transactions_max),
+            chunks_max: bytes(&spec.chunks_max),
+        }),
+        SideStoreSpec::ObjectStore(spec) => v1::side_store::Kind::ObjectStore(v1::ObjectStoreSide {
+            url: spec.url.clone(),
+            transactions_max: bytes(&spec.transactions_max),
+            chunks_max: bytes(&spec.chunks_max),
+        }),
+    };
+    v1::SideStore { kind: Some(kind) }
+}
+
+fn side_store_from_message(side: &v1::SideStore) -> SideStoreSpec {
+    match &side.kind {
+        None => SideStoreSpec::default(),
+        Some(v1::side_store::Kind::Jetstream(spec)) => SideStoreSpec::Jetstream(JetStreamSideSpec {
+            transactions_max: spec.transactions_max.map(ByteSize),
+            chunks_max: spec.chunks_max.map(ByteSize),
+        }),
+        Some(v1::side_store::Kind::ObjectStore(spec)) => SideStoreSpec::ObjectStore(ObjectSideSpec {
+            url: spec.url.clone(),
+            transactions_max: spec.transactions_max.map(ByteSize),
+            chunks_max: spec.chunks_max.map(ByteSize),
+        }),
     }
 }
 
@@ -326,6 +358,7 @@ impl Reader {
             replay_window: replay_window?,
             durability: Durability::Auto,
             codec: codec?,
+            side_store: log.side_store.as_ref().map(side_store_from_message).unwrap_or_default(),
         })
     }
 

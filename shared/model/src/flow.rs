@@ -261,6 +261,8 @@ pub struct LogSpec {
     pub durability: Durability,
     /// How segments are packed.
     pub codec: crate::record::Codec,
+    /// Where parts of large transactions and of the first load are kept.
+    pub side_store: SideStoreSpec,
 }
 
 impl Default for LogSpec {
@@ -271,8 +273,71 @@ impl Default for LogSpec {
             replay_window: Span(Duration::from_secs(3600)),
             durability: Durability::Auto,
             codec: crate::record::Codec::Lz4,
+            side_store: SideStoreSpec::default(),
         }
     }
+}
+
+impl LogSpec {
+    /// The most bytes of large transactions in the side store.
+    pub fn side_transactions_max(&self) -> ByteSize {
+        let given = match &self.side_store {
+            SideStoreSpec::Jetstream(spec) => spec.transactions_max,
+            SideStoreSpec::ObjectStore(spec) => spec.transactions_max,
+        };
+        given.unwrap_or(self.max_bytes)
+    }
+
+    /// The most bytes of a load's chunks in the side store.
+    pub fn side_chunks_max(&self) -> ByteSize {
+        let given = match &self.side_store {
+            SideStoreSpec::Jetstream(spec) => spec.chunks_max,
+            SideStoreSpec::ObjectStore(spec) => spec.chunks_max,
+        };
+        given.unwrap_or(self.max_bytes)
+    }
+}
+
+/// Where the side store is. Exactly one kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum SideStoreSpec {
+    /// In streams beside the log, on the log's servers.
+    Jetstream(JetStreamSideSpec),
+    /// In an object store that all workers reach.
+    ObjectStore(ObjectSideSpec),
+}
+
+impl Default for SideStoreSpec {
+    fn default() -> Self {
+        SideStoreSpec::Jetstream(JetStreamSideSpec::default())
+    }
+}
+
+/// A side store in JetStream.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct JetStreamSideSpec {
+    /// Bytes for large transactions; as many as the log's when absent. Reserved when the first one comes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transactions_max: Option<ByteSize>,
+    /// Bytes for a load's chunks; as many as the log's when absent. Reserved while a load runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chunks_max: Option<ByteSize>,
+}
+
+/// A side store in an object store. Credentials come from the workers' environment, never from here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ObjectSideSpec {
+    /// `s3://<bucket>[/<prefix>]`, or `file:///<folder>` that all workers share.
+    pub url: String,
+    /// Bytes for large transactions; as many as the log's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transactions_max: Option<ByteSize>,
+    /// Bytes for a load's chunks; as many as the log's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunks_max: Option<ByteSize>,
 }
 
 /// The number of copies of the log.

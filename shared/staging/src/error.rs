@@ -1,6 +1,6 @@
 //! What can go wrong with a log, in words that a person can act on.
 
-use wallaby_model::{Epoch, FlowId, Position};
+use wallaby_model::{Epoch, FlowId, Lsn, Position};
 
 use crate::record::RecordError;
 
@@ -31,6 +31,58 @@ pub enum StagingError {
         used: u64,
         /// The quota.
         max: u64,
+    },
+    /// The servers cannot reserve a shelf of the side store. Like a full one: what cannot stand there goes another way.
+    #[error(
+        "the NATS servers cannot reserve {max_bytes} bytes on {replicas} server(s) for {stream} ({reason}); lower {key}, or raise max_file_store of the servers or the account's limit"
+    )]
+    SideNoRoom {
+        /// The stream.
+        stream: String,
+        /// The quota.
+        max_bytes: u64,
+        /// The copies that were asked for.
+        replicas: usize,
+        /// The key of the flow file that sets the quota.
+        key: &'static str,
+        /// What the server said.
+        reason: String,
+    },
+    /// A shelf that was not made, or is gone.
+    #[error(
+        "{shelf} of the side store does not exist: it is made when it is first needed; if it was there, what stood in it is lost"
+    )]
+    SideMissing {
+        /// The stream or folder.
+        shelf: String,
+    },
+    /// A stream of a shelf's name is there, and it is none of ours.
+    #[error(
+        "stream {stream} exists, but it cannot serve as a side store: {what}; delete the stream, or give the flow another name"
+    )]
+    NotASide {
+        /// The stream.
+        stream: String,
+        /// Which setting does not fit.
+        what: String,
+    },
+    /// The side store's place cannot be used as the flow file says it: a mistake of whoever wrote it.
+    #[error("the side store of flow {flow} cannot be opened at {place}: {reason}")]
+    SidePlace {
+        /// The flow.
+        flow: FlowId,
+        /// The URL, without credentials.
+        place: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// A manifest's body that cannot be read: a mistake of the caller.
+    #[error("the manifest of the transaction at {commit} names no attempt: {reason}")]
+    NotAManifest {
+        /// The transaction.
+        commit: Lsn,
+        /// Why.
+        reason: String,
     },
     /// A server with the bug in the sequence check that fencing rests on.
     #[error(
@@ -216,6 +268,11 @@ impl StagingError {
     /// Whether another try of the same call can succeed without anybody doing anything.
     pub fn is_transient(&self) -> bool {
         matches!(self, StagingError::Unavailable { .. } | StagingError::Connect { .. })
+    }
+
+    /// Whether a shelf of the side store has no room for this flow: the transaction goes as segments into the log, chunks wait.
+    pub fn is_side_full(&self) -> bool {
+        matches!(self, StagingError::SideFull { .. } | StagingError::SideNoRoom { .. })
     }
 
     /// Whether this owner lost the log to another one: it gives up its lock, and nobody needs to be told.

@@ -47,7 +47,12 @@ pub use record::{Incarnation, Staged};
 pub use retention::{Purged, Retention, TailClaims, TailVerdict, judge_tail};
 pub use rule::ReaderState;
 pub use segment_cache::{SegmentCache, SegmentKey};
-pub use side::{Shelf, ShelfUsage, SideGroup, SideKey, SideStore};
+#[cfg(feature = "object-store")]
+pub use side::ObjectSide;
+pub use side::{
+    JetStreamSide, PutBudget, Puts, Quotas, Shelf, ShelfUsage, SideGroup, SideKey, SideStore, Sweep, open_side, sweep,
+    sweep_transactions,
+};
 pub use sync::{SyncPolicy, SyncReport, SyncSource, sync_policy};
 pub use tail::Tail;
 pub use takeover::Takeover;

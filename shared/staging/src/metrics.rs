@@ -3,6 +3,8 @@
 use metrics::{Unit, counter, describe_counter, describe_histogram, histogram};
 use wallaby_model::FlowId;
 
+use crate::side::Shelf;
+
 const APPENDED_SEGMENTS: &str = "wallaby_log_appended_records_total";
 const APPENDED_BYTES: &str = "wallaby_log_appended_bytes_total";
 const ACK_SECONDS: &str = "wallaby_log_append_ack_seconds";
@@ -20,6 +22,8 @@ const DROPPED: &str = "wallaby_log_read_dropped_total";
 const RECOVERIES: &str = "wallaby_log_reader_recoveries_total";
 const REWOUND: &str = "wallaby_log_rewinds_seen_total";
 const GAPS: &str = "wallaby_log_gaps_total";
+const SIDE_DAMAGED: &str = "wallaby_side_damaged_objects_total";
+const SIDE_FULL: &str = "wallaby_side_full_total";
 const PURGED: &str = "wallaby_log_purged_records_total";
 
 /// Tells the recorder what each name means. Once per process, after a recorder is installed.
@@ -45,6 +49,12 @@ pub fn describe() {
     describe_counter!(RECOVERIES, Unit::Count, "Times that a reader made its consumer anew");
     describe_counter!(REWOUND, Unit::Count, "Rewinds after a lost tail that lay before a reader's end");
     describe_counter!(GAPS, Unit::Count, "Readers that stopped at a gap");
+    describe_counter!(
+        SIDE_DAMAGED,
+        Unit::Count,
+        "Reads of the side store that met a damaged or half-written object, by shelf: transactions, chunks"
+    );
+    describe_counter!(SIDE_FULL, Unit::Count, "Puts that a full side store refused, by shelf: transactions, chunks");
     describe_counter!(PURGED, Unit::Count, "Records that a purge removed");
 }
 
@@ -139,6 +149,21 @@ pub(crate) fn fenced(flow: &FlowId) {
 
 pub(crate) fn purged(flow: &FlowId, records: u64) {
     counter!(PURGED, "flow" => label(flow)).increment(records);
+}
+
+fn shelf_label(shelf: Shelf) -> &'static str {
+    match shelf {
+        Shelf::Transactions => "transactions",
+        Shelf::Chunks => "chunks",
+    }
+}
+
+pub(crate) fn side_damaged(flow: &FlowId, shelf: Shelf) {
+    counter!(SIDE_DAMAGED, "flow" => label(flow), "shelf" => shelf_label(shelf)).increment(1);
+}
+
+pub(crate) fn side_full(flow: &FlowId, shelf: Shelf) {
+    counter!(SIDE_FULL, "flow" => label(flow), "shelf" => shelf_label(shelf)).increment(1);
 }
 
 /// The series of one reader.

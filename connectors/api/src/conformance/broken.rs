@@ -260,7 +260,7 @@ impl Portions for EveryOther<'_> {
     async fn next(&mut self) -> Result<Portion, SinkError> {
         self.given += 1;
         match self.inner.next().await? {
-            Portion::Rows(_) if self.given % 2 == 0 => Ok(Portion::Rows(Vec::new())),
+            Portion::Rows(_) if self.given.is_multiple_of(2) => Ok(Portion::Rows(Vec::new())),
             portion => Ok(portion),
         }
     }

@@ -9,9 +9,7 @@ use wallaby_model::{ChunkId, ColumnType, Epoch, Position, RunId, TableName, Tabl
 use super::builder::chunk_part;
 use super::cases::{Outcome, PATIENCE, apply, case, expect_rows, opened};
 use super::{Break, Case, Change, EmptySource, Log, PartFeed, Shape, SinkUnderTest, Value};
-use crate::{
-    Batch, BatchPart, ChunkLoad, CommitFault, Faults, HangPoint, Loaded, Sink, SinkError, TableFilter, TableLoads,
-};
+use crate::{Batch, BatchPart, ChunkLoad, CommitFault, Faults, Loaded, Sink, SinkError, TableFilter, TableLoads};
 
 const RUN: RunId = RunId(1);
 
@@ -266,7 +264,7 @@ async fn hand_over(target: &dyn SinkUnderTest) -> Outcome {
     apply(sink.as_mut(), &filtered(batch.clone(), without)).await?;
     // The main stream is ahead of the mark: at neither position they can meet.
     for position in [start, batch.to] {
-        let marked = loads(sink.as_mut())?.mark(&[items.table.clone()], TableStage::Ready, position).await;
+        let marked = loads(sink.as_mut())?.mark(std::slice::from_ref(&items.table), TableStage::Ready, position).await;
         if !matches!(marked, Err(SinkError::Position { .. })) {
             return Err(format!("a table was handed over at {position:?}, where it does not stand: {marked:?}"));
         }

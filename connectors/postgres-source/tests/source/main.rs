@@ -3,6 +3,7 @@
 
 mod capture;
 mod connect;
+mod extras;
 mod faults;
 mod fixtures;
 mod kit;

@@ -11,5 +11,6 @@ mod lost_answers;
 mod paced;
 mod proxy;
 mod restores;
+mod runs;
 mod setup;
 mod watches;

@@ -4,13 +4,16 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::{ByteSize, FlowDocument, HIDDEN, PublicationSpec, SecretRef, SinkSpec, SnapshotMode};
+use super::{ByteSize, FlowDocument, HIDDEN, PublicationSpec, SecretRef, SideStoreSpec, SinkSpec, SnapshotMode};
 
 /// Kept free in the log for fences, resumes and heartbeats when data has filled it.
 pub const LOG_RESERVE: ByteSize = ByteSize(16 << 20);
 
 /// The smallest log: the reserve and as much for data.
 pub const LOG_MIN: ByteSize = ByteSize(32 << 20);
+
+/// The smallest quota of the side store: a part.
+pub const SIDE_MIN: ByteSize = ByteSize(1 << 20);
 
 /// Sinks of one flow; their holds are written in one etcd transaction, which has at most 128 operations.
 pub const MAX_SINKS: usize = 50;
@@ -50,6 +53,7 @@ impl FlowDocument {
         self.check_labels(&mut found);
         self.check_source(&mut found);
         self.check_log(&mut found);
+        self.check_side_store(&mut found);
         self.check_sinks(&mut found);
         found
     }
@@ -83,6 +87,7 @@ impl FlowDocument {
             );
             found.push(problem("spec.source.postgres.dsn", message));
         }
+        found.extend(self.refused_side_store(next));
         for (index, sink) in next.spec.sinks.iter().enumerate() {
             let before = self.spec.sinks.iter().find(|before| before.name == sink.name);
             if before.is_some_and(|before| before.postgres.schema != sink.postgres.schema) {
@@ -91,6 +96,37 @@ impl FlowDocument {
             }
         }
         found
+    }
+
+    fn refused_side_store(&self, next: &FlowDocument) -> Option<Problem> {
+        let place = |document: &FlowDocument| match &document.spec.log.side_store {
+            SideStoreSpec::Jetstream(_) => None,
+            SideStoreSpec::ObjectStore(spec) => Some(spec.url.clone()),
+        };
+        let message = "the side store of a flow cannot move, because the log refers to what stands there: delete the flow and \
+                       create it again";
+        (place(self) != place(next)).then(|| problem("spec.log.sideStore", message))
+    }
+
+    fn check_side_store(&self, found: &mut Vec<Problem>) {
+        let at = match &self.spec.log.side_store {
+            SideStoreSpec::Jetstream(_) => "spec.log.sideStore.jetstream",
+            SideStoreSpec::ObjectStore(spec) => {
+                if let Some(message) = side_url_problem(&spec.url) {
+                    found.push(problem("spec.log.sideStore.objectStore.url", message));
+                }
+                "spec.log.sideStore.objectStore"
+            }
+        };
+        let quotas = [
+            ("transactionsMax", self.spec.log.side_transactions_max()),
+            ("chunksMax", self.spec.log.side_chunks_max()),
+        ];
+        for (key, quota) in quotas {
+            if quota < SIDE_MIN {
+                found.push(problem(format!("{at}.{key}"), format!("{quota} is too small: at least {SIDE_MIN}")));
+            }
+        }
     }
 
     fn check_labels(&self, found: &mut Vec<Problem>) {
@@ -186,6 +222,29 @@ fn literal_database(dsn: &SecretRef) -> Option<&str> {
     let (_, rest) = text.split_once("://")?;
     let (_, path) = rest.split_once('/')?;
     path.split('?').next().filter(|name| !name.is_empty())
+}
+
+/// Says what is wrong with the place of a side store. It is shown, so nothing secret may stand in it.
+fn side_url_problem(url: &str) -> Option<&'static str> {
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return Some("must be `s3://<bucket>[/<prefix>]` or `file:///<folder>`");
+    };
+    if rest.contains(['?', '#', '@']) || rest.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        return Some(
+            "must have no user, password, query or space: credentials come from the workers' environment (AWS_…)",
+        );
+    }
+    if rest.split('/').any(|part| part == "." || part == "..") || rest.trim_end_matches('/').contains("//") {
+        return Some("must have no `.`, `..` or empty part in its path");
+    }
+    match scheme {
+        "s3" if rest.is_empty() || rest.starts_with('/') => Some("names no bucket: write `s3://<bucket>[/<prefix>]`"),
+        "file" if !rest.starts_with('/') || rest.len() < 2 => {
+            Some("names no absolute folder: write `file:///<folder>`, a folder that all workers share")
+        }
+        "s3" | "file" => None,
+        _ => Some("must begin with `s3://` or `file:///`"),
+    }
 }
 
 fn check_secret(secret: &SecretRef, at: &str, found: &mut Vec<Problem>) {

@@ -265,6 +265,47 @@ static LOG: Object = object(&[
         "lz4",
         "How segments are packed.",
     ),
+    may(
+        "sideStore",
+        Shape::Object(&SIDE_STORE),
+        "`jetstream` with all defaults",
+        "Where parts of large transactions and of the first load are kept. Cannot move.",
+    ),
+]);
+
+static SIDE_STORE: Object = Object {
+    fields: &[
+        may("jetstream", Shape::Object(&SIDE_JETSTREAM), "", "In streams beside the log, on the log's servers."),
+        may("objectStore", Shape::Object(&SIDE_OBJECTS), "", "In an object store that all workers reach."),
+    ],
+    one_of: true,
+    secret: false,
+};
+
+static SIDE_JETSTREAM: Object = object(&[
+    may(
+        "transactionsMax",
+        Shape::Size,
+        "as `maxBytes`",
+        "Bytes for large transactions, reserved when the first one comes. One that does not fit goes into the log.",
+    ),
+    may(
+        "chunksMax",
+        Shape::Size,
+        "as `maxBytes`",
+        "Bytes for the chunks of a load, reserved while a load runs. Reading pauses when they are used up.",
+    ),
+]);
+
+static SIDE_OBJECTS: Object = object(&[
+    must(
+        "url",
+        Shape::Text,
+        "`s3://<bucket>[/<prefix>]`, or `file:///<folder>` that all workers share. Credentials come from the workers' \
+         environment (`AWS_…`).",
+    ),
+    may("transactionsMax", Shape::Size, "as `maxBytes`", "Bytes for large transactions."),
+    may("chunksMax", Shape::Size, "as `maxBytes`", "Bytes for the chunks of a load."),
 ]);
 
 static SINK: Object = object(&[

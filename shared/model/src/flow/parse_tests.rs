@@ -225,8 +225,49 @@ fn the_table_of_fields_agrees_with_the_types() {
     source.slot.name = Some("s".into());
     source.publication.name = Some("p".into());
     source.publication.exclude.push("public.x".into());
-    let full = serde_json::to_value(&flow).unwrap();
-    keys_agree(&full, &fields::DOCUMENT, "");
+    let size = Some(ByteSize(1 << 30));
+    for side in [
+        SideStoreSpec::Jetstream(JetStreamSideSpec { transactions_max: size, chunks_max: size }),
+        SideStoreSpec::ObjectStore(ObjectSideSpec { url: "s3://b/p".into(), transactions_max: size, chunks_max: size }),
+    ] {
+        flow.spec.log.side_store = side;
+        let full = serde_json::to_value(&flow).unwrap();
+        keys_agree(&full, &fields::DOCUMENT, "");
+    }
+}
+
+#[test]
+fn the_side_store_is_read_checked_and_printed() {
+    let log = |side: &str| format!("  log: {{ maxBytes: 128Mi, sideStore: {side} }}\n  sinks:");
+    let read = |side: &str| parse(&GOOD.replace("  sinks:", &log(side)), "-").unwrap();
+    let flow = read("{ jetstream: { chunksMax: 2Gi } }");
+    assert_eq!(flow.spec.log.side_chunks_max(), ByteSize(2 << 30));
+    assert_eq!(flow.spec.log.side_transactions_max(), ByteSize(128 << 20), "as many as the log's");
+    let objects = read("{ objectStore: { url: 's3://b/wallaby', transactionsMax: 1Gi } }");
+    for flow in [&flow, &objects] {
+        assert_eq!(&parse(&flow.to_yaml().unwrap(), "-").unwrap(), flow);
+        #[cfg(feature = "api")]
+        assert_eq!(&crate::api::flow_from_message(&crate::api::flow_to_message(flow)).unwrap(), flow);
+    }
+    let refused = |side: &str| with("  sinks:", &log(side));
+    says(&refused("{ jetstream: {}, objectStore: { url: 's3://b' } }"), &["sideStore"]);
+    says(&refused("{ jetstream: { chunksMax: 1k } }"), &["jetstream.chunksMax", "at least 1Mi"]);
+    says(&refused("{ objectStore: {} }"), &["`url` is missing"]);
+    for (url, what) in [
+        ("s3://k:s@b", "no user, password"),
+        ("s3://b?x=1", "no user, password, query"),
+        ("s3:///b", "names no bucket"),
+        ("file://b", "no absolute folder"),
+        ("file:///a/../b", "`..`"),
+        ("gs://b", "must begin with `s3://`"),
+        ("/a", "must be `s3://"),
+    ] {
+        says(&refused(&format!("{{ objectStore: {{ url: '{url}' }} }}")), &["objectStore.url", what]);
+    }
+    // What the log refers to stands there.
+    assert_eq!(flow.refused_changes(&objects)[0].path, "spec.log.sideStore");
+    let larger = read("{ objectStore: { url: 's3://b/wallaby', transactionsMax: 2Gi } }");
+    assert_eq!(objects.refused_changes(&larger), []);
 }
 
 fn defaults_agree(value: &serde_json::Value, object: &'static fields::Object, path: &str) {

@@ -1,0 +1,316 @@
+//! The first load at a real database: the hazards of overlapping loads, mixed generations, and what is added after it.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+
+mod target;
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use target::{Target, apply, query, rows};
+use tokio::sync::Notify;
+use wallaby_connector_api::conformance::{Change, Log, PartFeed, Shape, SinkUnderTest, Value, chunk_part};
+use wallaby_connector_api::{
+    Batch, BatchPart, ChunkLoad, ChunkParts, Faults, ForeignKey, KeyValues, Loaded, SinkError, SourceLookup, SourceRow,
+    TableExtra, TableExtras, TableFilter, TableIndex,
+};
+use wallaby_model::run::TableStage;
+use wallaby_model::{ChunkId, ColumnType, Epoch, RunId, SegmentBody, TableName, TableSchema};
+use wallaby_testkit::eventually;
+
+const RUN: RunId = RunId(1);
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn items() -> Arc<TableSchema> {
+    let shape = Shape::new("items").key("id", ColumnType::Int4).column("n", ColumnType::Int4);
+    shape.column("big", ColumnType::Text).build()
+}
+
+fn events() -> Arc<TableSchema> {
+    Shape::new("events").column("n", ColumnType::Int4).build()
+}
+
+fn item(id: i64, n: i64, big: impl Into<Value>) -> Vec<Value> {
+    vec![id.into(), n.into(), big.into()]
+}
+
+fn chunk(table: &TableSchema, number: u32, restart: u32, is_one_generation: bool) -> ChunkLoad {
+    let chunk = ChunkId { table: 0, restart, number };
+    ChunkLoad { run: RUN, chunk, table: table.table.clone(), restart, is_one_generation }
+}
+
+async fn load(target: &Target, chunk: &ChunkLoad, parts: &mut dyn ChunkParts) -> Result<Loaded, SinkError> {
+    target.make_loader(Faults::default()).unwrap().load(chunk, parts).await
+}
+
+/// Gives its parts out once it is allowed to.
+struct Held {
+    asked: Arc<Notify>,
+    release: Arc<Notify>,
+    inner: PartFeed,
+    is_released: bool,
+}
+
+impl Held {
+    fn new(inner: PartFeed) -> (Held, Arc<Notify>, Arc<Notify>) {
+        let (asked, release) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let held = Held { asked: Arc::clone(&asked), release: Arc::clone(&release), inner, is_released: false };
+        (held, asked, release)
+    }
+}
+
+#[async_trait]
+impl ChunkParts for Held {
+    async fn next(&mut self) -> Result<Option<Arc<SegmentBody>>, SinkError> {
+        if !self.is_released {
+            self.asked.notify_one();
+            self.release.notified().await;
+            self.is_released = true;
+        }
+        self.inner.next().await
+    }
+}
+
+/// A backend of ours waits for a lock.
+async fn somebody_waits(target: &Target) {
+    let waiting =
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+    eventually(LIMIT, "somebody waits for a lock", async || {
+        if query(&target.database, waiting).await == rows(&[&["0"]]) { Err("nobody") } else { Ok(()) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h23_two_attempts_at_one_chunk_overlap() {
+    let target = Arc::new(Target::fresh("h23").await);
+    let (log, events) = (Log::new(), events());
+    let mut sink = target.sink();
+    sink.open(Epoch(1)).await.unwrap();
+    sink.loads().unwrap().prepare(RUN, 0, &events).await.unwrap();
+    let part = || PartFeed::new([chunk_part(&events, log.start().commit, (0..100).map(|n| vec![Value::Int(n)]))]);
+    let (mut held, asked, release) = Held::new(part());
+    let first = tokio::spawn({
+        let (target, chunk) = (Arc::clone(&target), chunk(&events, 0, 0, true));
+        async move { load(&target, &chunk, &mut held).await }
+    });
+    asked.notified().await;
+    let second = tokio::spawn({
+        let (target, chunk, mut part) = (Arc::clone(&target), chunk(&events, 0, 0, true), part());
+        async move { load(&target, &chunk, &mut part).await }
+    });
+    somebody_waits(&target).await;
+    release.notify_one();
+    assert_eq!(first.await.unwrap().unwrap(), Loaded::Now { rows: 100 });
+    assert_eq!(second.await.unwrap().unwrap(), Loaded::Before);
+    assert_eq!(target.rows(&events.table).await.len(), 100);
+}
+
+/// The table is started again while a load of its last start is in mid-transaction.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h23_an_older_load_does_not_commit_into_the_emptied_table() {
+    let target = Arc::new(Target::fresh("h23_restart").await);
+    let (log, events) = (Log::new(), events());
+    let mut sink = target.sink();
+    sink.open(Epoch(1)).await.unwrap();
+    sink.loads().unwrap().prepare(RUN, 0, &events).await.unwrap();
+    let part = PartFeed::new([chunk_part(&events, log.start().commit, [vec![Value::Int(1)]])]);
+    let (mut held, asked, release) = Held::new(part.clone());
+    let old = tokio::spawn({
+        let (target, chunk) = (Arc::clone(&target), chunk(&events, 0, 0, true));
+        async move { load(&target, &chunk, &mut held).await }
+    });
+    asked.notified().await;
+    let prepared = tokio::spawn({
+        let events = Arc::clone(&events);
+        async move {
+            let prepared = sink.loads().unwrap().prepare(RUN, 1, &events).await;
+            (sink, prepared)
+        }
+    });
+    // Either it waits for the load, or it is through and must not be undone by it.
+    let waiting =
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+    eventually(LIMIT, "the restart waits or is through", async || {
+        let waits = query(&target.database, waiting).await != rows(&[&["0"]]);
+        if waits || prepared.is_finished() { Ok(()) } else { Err("neither") }
+    })
+    .await;
+    release.notify_one();
+    old.await.unwrap().unwrap();
+    let (mut sink, prepared) = prepared.await.unwrap();
+    prepared.unwrap();
+    assert!(target.rows(&events.table).await.is_empty(), "a row of the old start is in the table");
+    assert!(sink.loads().unwrap().loaded(RUN).await.unwrap().is_empty());
+    assert_eq!(load(&target, &chunk(&events, 0, 0, true), &mut part.clone()).await.unwrap(), Loaded::Stale);
+    assert_eq!(load(&target, &chunk(&events, 0, 1, true), &mut part.clone()).await.unwrap(), Loaded::Now { rows: 1 });
+}
+
+/// The source as it is now: one row.
+struct OneRow(SegmentBody);
+
+#[async_trait]
+impl SourceLookup for OneRow {
+    async fn row_by_key(&self, _: &Arc<TableSchema>, key: &KeyValues) -> Result<SourceRow, SinkError> {
+        Ok((key[0].as_deref() == Some("70")).then(|| self.0.clone()))
+    }
+}
+
+/// A row moves between two snapshots so that neither has it, and its large value is in no change.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h02_chunks_of_two_generations_converge() {
+    let target = Target::fresh("h02").await;
+    let (mut log, items) = (Log::new(), items());
+    let now = SegmentBody::clone(&chunk_part(&items, log.start().commit, [item(70, 8, "big 7")]));
+    let mut sink = target.opened_with(&log, Arc::new(OneRow(now))).await;
+    let start = log.start();
+    sink.loads().unwrap().prepare(RUN, 0, &items).await.unwrap();
+    let mut first = PartFeed::new([chunk_part(&items, start.commit, [item(1, 1, "a"), item(2, 2, "b")])]);
+    assert_eq!(load(&target, &chunk(&items, 0, 0, false), &mut first).await.unwrap(), Loaded::Now { rows: 2 });
+    log.transaction([
+        Change::update_key(&items, item(7, 0, Value::Null), item(70, 7, Value::Unchanged)),
+        Change::update(&items, item(2, 20, Value::Unchanged)),
+        Change::update_key(&items, item(1, 0, Value::Null), item(10, 1, Value::Unchanged)),
+    ]);
+    log.transaction([Change::update(&items, item(70, 8, Value::Unchanged))]);
+    let batch = log.batch();
+    // The second chunk is of a later snapshot: it has a row again that the first one has under its old key, and one that it has too.
+    let mut second = PartFeed::new([chunk_part(&items, batch.to.commit, [item(10, 1, "a"), item(2, 20, "b")])]);
+    assert_eq!(load(&target, &chunk(&items, 1, 0, false), &mut second).await.unwrap(), Loaded::Now { rows: 2 });
+    let tables = [items.table.clone()];
+    let loads = sink.loads().unwrap();
+    loads.mark(&tables, TableStage::CatchingUp, start).await.unwrap();
+    loads.replay(&tables, &batch).await.unwrap();
+    let expected = rows(&[&["10", "1", "a"], &["2", "20", "b"], &["70", "8", "big 7"]]);
+    assert_eq!(target.rows(&items.table).await, expected);
+}
+
+/// Rows come and go between C and P; whatever P is, there is no ghost and no row twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h08_no_ghost_around_the_hand_over() {
+    for handed_over_after in 1..=4 {
+        let target = Target::fresh("h08").await;
+        let (mut log, items, events) = (Log::new(), items(), events());
+        let mut sink = target.opened(&log).await;
+        let (start, tables) = (log.start(), [items.table.clone(), events.table.clone()]);
+        for (index, table) in [&items, &events].into_iter().enumerate() {
+            sink.loads().unwrap().prepare(RUN, 0, table).await.unwrap();
+            let row = if index == 0 { item(1, 1, "a") } else { vec![Value::Int(1)] };
+            let mut chunk = chunk(table, 0, 0, true);
+            chunk.chunk.table = index as u32;
+            load(&target, &chunk, &mut PartFeed::new([chunk_part(table, start.commit, [row])])).await.unwrap();
+        }
+        let mut batches = Vec::new();
+        for n in 2..=5 {
+            log.transaction([
+                Change::insert(&items, item(n, n, "b")),
+                Change::insert(&events, [n.into()]),
+                Change::delete(&items, item(n - 1, 0, Value::Null)),
+            ]);
+            batches.push(log.batch());
+        }
+        sink.loads().unwrap().mark(&tables, TableStage::CatchingUp, start).await.unwrap();
+        let left_out: HashSet<TableName> = tables.iter().cloned().collect();
+        let filter = Arc::new(TableFilter { others: true, left_out, ..TableFilter::default() });
+        let (before, after) = batches.split_at(handed_over_after);
+        for batch in before {
+            let parts = batch.parts.iter().cloned();
+            let parts = parts.map(|part| BatchPart { tables: Some(Arc::clone(&filter)), ..part }).collect();
+            apply(&mut sink, &Batch { parts, ..batch.clone() }).await;
+        }
+        for batch in before {
+            sink.loads().unwrap().replay(&tables, batch).await.unwrap();
+        }
+        let at = before.last().unwrap().to;
+        sink.loads().unwrap().mark(&tables, TableStage::Ready, at).await.unwrap();
+        for batch in after {
+            apply(&mut sink, batch).await;
+        }
+        assert_eq!(target.rows(&items.table).await, rows(&[&["5", "5", "b"]]), "P after {handed_over_after}");
+        let expected = rows(&[&["1"], &["2"], &["3"], &["4"], &["5"]]);
+        assert_eq!(target.rows(&events.table).await, expected, "P after {handed_over_after}");
+    }
+}
+
+/// What the source has beside the rows.
+struct WithExtras;
+
+#[async_trait]
+impl SourceLookup for WithExtras {
+    async fn row_by_key(&self, _: &Arc<TableSchema>, _: &KeyValues) -> Result<SourceRow, SinkError> {
+        Ok(None)
+    }
+
+    async fn extras(&self, table: &TableName) -> Result<TableExtras, SinkError> {
+        let extra = |name: &str, definition: &str| TableExtra { name: name.into(), definition: definition.into() };
+        let using =
+            |name: &str, is_unique, using: &str| TableIndex { name: name.into(), is_unique, using: using.into() };
+        if table.name != "items" {
+            return Ok(TableExtras::default());
+        }
+        Ok(TableExtras {
+            indexes: vec![
+                using("items_n", false, "USING btree (n)"),
+                using("items_big", true, "USING btree (lower(big)) WHERE (n > 0)"),
+                using("items_odd", false, "USING nosuch (n)"),
+            ],
+            constraints: vec![extra("items_n_check", "CHECK ((n >= 0))"), extra("items_big_key", "UNIQUE (big)")],
+            foreign_keys: vec![ForeignKey {
+                name: "items_parent".into(),
+                columns: vec!["n".into()],
+                references: TableName::new("public", "parents"),
+                referenced: vec!["id".into()],
+            }],
+            defaults: vec![extra("n", "7"), extra("big", "nextval('nosuch'::regclass)")],
+        })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn extras_are_added_once_and_foreign_keys_come_back_after_another_load() {
+    let target = Target::fresh("extras").await;
+    let (log, items) = (Log::new(), items());
+    let parents = Shape::new("parents").key("id", ColumnType::Int4).build();
+    let mut sink = target.make(Faults::default(), Arc::new(WithExtras));
+    sink.open(Epoch(1)).await.unwrap();
+    for (table, row) in [(&parents, vec![Value::Int(1)]), (&items, item(1, 1, "a"))] {
+        sink.loads().unwrap().prepare(RUN, 0, table).await.unwrap();
+        let mut chunk = chunk(table, 0, 0, true);
+        chunk.chunk.table = u32::from(table.table.name == "items");
+        load(&target, &chunk, &mut PartFeed::new([chunk_part(table, log.start().commit, [row])])).await.unwrap();
+        sink.loads().unwrap().mark(&[table.table.clone()], TableStage::Ready, log.start()).await.unwrap();
+    }
+    let sentences = sink.loads().unwrap().finish(&items.table).await.unwrap();
+    assert_eq!(sentences.len(), 2, "{sentences:?}");
+    assert!(sentences[0].contains("items_odd") && sentences[0].contains("CREATE INDEX CONCURRENTLY"), "{sentences:?}");
+    assert!(sentences[1].contains("nosuch") && sentences[1].contains("SET DEFAULT"), "{sentences:?}");
+    let found = "SELECT count(*) FROM pg_class WHERE relname IN ('items_n', 'items_big', 'items_big_key') AND relkind = 'i' \
+        UNION ALL SELECT count(*) FROM pg_constraint WHERE conname IN ('items_n_check', 'items_big_key', 'items_parent') AND convalidated \
+        UNION ALL SELECT count(*) FROM pg_attrdef WHERE adrelid = 'items'::regclass";
+    let all = rows(&[&["3"], &["3"], &["1"]]);
+    assert_eq!(query(&target.database, found).await, all);
+    // A second try, by a sink that was not opened, changes nothing.
+    let mut beside = target.make(Faults::default(), Arc::new(WithExtras));
+    assert_eq!(beside.loads().unwrap().finish(&items.table).await.unwrap().len(), 2);
+    assert_eq!(query(&target.database, found).await, all);
+    // The table that is referred to is loaded anew, alone.
+    sink.loads().unwrap().prepare(RunId(2), 0, &parents).await.unwrap();
+    let foreign_keys = "SELECT conname::text FROM pg_constraint WHERE contype = 'f'";
+    assert!(query(&target.database, foreign_keys).await.is_empty());
+    target.sql("INSERT INTO parents VALUES (1)").await;
+    assert!(beside.loads().unwrap().finish(&parents.table).await.unwrap().is_empty());
+    assert_eq!(query(&target.database, foreign_keys).await, rows(&[&["items_parent"]]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_persons_foreign_key_in_the_way_is_named() {
+    let target = Target::fresh("fk_in_the_way").await;
+    target.sql("CREATE TABLE items (id int PRIMARY KEY, n int, big text)").await;
+    target.sql("CREATE TABLE lines (item int CONSTRAINT of_item REFERENCES items)").await;
+    let mut sink = target.sink();
+    sink.open(Epoch(1)).await.unwrap();
+    let prepared = sink.loads().unwrap().prepare(RUN, 0, &items()).await;
+    let Err(SinkError::Configuration { remedy, .. }) = prepared else { panic!("{prepared:?}") };
+    assert!(remedy.contains(r#"ALTER TABLE "public"."lines" DROP CONSTRAINT "of_item""#), "{remedy}");
+}

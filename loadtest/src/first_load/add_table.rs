@@ -1,0 +1,231 @@
+//! A table is added to a live flow of ten: how far the other tables fall behind meanwhile.
+//!
+//! A row with the time is written into each of the ten tables all the time; the lag of the sink is how old the newest of them is
+//! there. It is plotted over the time of the run, with the moment of the hand-over.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use wallaby_coordination::{Coordination, Key};
+use wallaby_model::run::{RunPlan, RunState};
+use wallaby_model::{FlowId, RunId};
+use wallaby_stack::{NatsOptions, PostgresOptions};
+
+use crate::first_load::churn::{Churn, ChurnOptions};
+use crate::system::api::{self, FlowApi};
+use crate::system::{self, Programs, Servers, ServersOptions, Wallaby, check_alive, until};
+use crate::{Comparison, compare, typ};
+
+const FLOW: &str = "tables";
+const TABLES: usize = 10;
+const PATIENCE: Duration = Duration::from_secs(1800);
+const BEAT_EVERY: Duration = Duration::from_millis(20);
+const SAMPLE_EVERY: Duration = Duration::from_millis(20);
+
+/// How large it is.
+#[derive(Debug, Clone)]
+pub struct AddTableOptions {
+    /// Rows of the table that is added.
+    pub rows: u64,
+    /// Transactions a second on it while it is loaded.
+    pub per_second: u32,
+    /// How long the lag is watched before the table is added, and after its run.
+    pub calm: Duration,
+    /// NATS servers.
+    pub nodes: usize,
+}
+
+/// The lag of the ten tables over time.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// Seconds since the beginning, lag in milliseconds.
+    pub samples: Vec<(f64, f64)>,
+    /// When the table was added, in seconds since the beginning.
+    pub added_s: f64,
+    /// When the run was over.
+    pub done_s: f64,
+    /// Every table, row by row.
+    pub comparison: Comparison,
+}
+
+impl Outcome {
+    /// The largest lag before the table was added.
+    pub fn calm_max_ms(&self) -> f64 {
+        self.max_of(0.0, self.added_s)
+    }
+
+    /// The largest lag during the run.
+    pub fn run_max_ms(&self) -> f64 {
+        self.max_of(self.added_s, self.done_s + 1.0)
+    }
+
+    fn max_of(&self, from: f64, to: f64) -> f64 {
+        let inside = self.samples.iter().filter(|(at, _)| *at >= from && *at <= to);
+        inside.map(|(_, lag)| *lag).fold(0.0, f64::max)
+    }
+
+    /// The plot, as SVG.
+    pub fn plot(&self) -> String {
+        let (width, height) = (900.0, 300.0);
+        let end = self.samples.last().map_or(1.0, |(at, _)| at.max(1.0));
+        let top = self.samples.iter().map(|(_, lag)| *lag).fold(100.0, f64::max);
+        let (x, y) =
+            (|at: f64| 50.0 + at / end * (width - 60.0), |lag: f64| height - 30.0 - lag / top * (height - 50.0));
+        let points: Vec<String> =
+            self.samples.iter().map(|(at, lag)| format!("{:.1},{:.1}", x(*at), y(*lag))).collect();
+        let mut svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" font-family=\"sans-serif\" font-size=\"12\">\
+             <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\
+             <polyline fill=\"none\" stroke=\"#2563eb\" points=\"{}\"/>",
+            points.join(" ")
+        );
+        for (at, what) in [(self.added_s, "table added"), (self.done_s, "run done")] {
+            // Writing to a String cannot fail.
+            let _ = write!(
+                svg,
+                "<line x1=\"{0:.1}\" x2=\"{0:.1}\" y1=\"15\" y2=\"{1}\" stroke=\"#999\" stroke-dasharray=\"4\"/>\
+                 <text x=\"{0:.1}\" y=\"12\">{what} {at:.1} s</text>",
+                x(at),
+                height - 30.0
+            );
+        }
+        let _ = write!(
+            svg,
+            "<text x=\"2\" y=\"{:.0}\">{top:.0} ms</text><text x=\"2\" y=\"{}\">0 ms</text><text x=\"{:.0}\" y=\"{}\">{end:.0} s</text></svg>",
+            y(top) + 4.0,
+            height - 30.0,
+            width - 40.0,
+            height - 10.0
+        );
+        svg
+    }
+}
+
+fn flow_file(with_typ: bool) -> String {
+    let mut tables: Vec<String> = (0..TABLES).map(|n| format!("public.beat{n}")).collect();
+    if with_typ {
+        tables.push(typ::TABLE.to_owned());
+    }
+    format!(
+        "apiVersion: wallaby/v1\nkind: Flow\nmetadata: {{ name: {FLOW} }}\nspec:\n  source:\n    postgres:\n      dsn: {{ env: SHOP_DSN }}\n      \
+         publication: {{ create: true, tables: [{}] }}\n      snapshot: initial\n  log: {{ maxBytes: 4Gi }}\n  sinks:\n    \
+         - name: warehouse\n      postgres: {{ dsn: {{ env: WAREHOUSE_DSN }} }}\n",
+        tables.join(", ")
+    )
+}
+
+/// Runs it from an empty folder to the comparison.
+///
+/// # Errors
+/// When something dies that should not, or does not happen in time.
+pub async fn run(options: &AddTableOptions, programs: &Programs, folder: &Path) -> anyhow::Result<Outcome> {
+    let nats = NatsOptions { nodes: options.nodes, ..NatsOptions::default() };
+    let servers = Servers::start(folder, &ServersOptions { postgres: PostgresOptions::default(), nats }).await?;
+    let source = servers.source.connect(system::SOURCE_DATABASE).await?;
+    for n in 0..TABLES {
+        let sql = format!("CREATE TABLE beat{n} (id bigserial PRIMARY KEY, at timestamptz NOT NULL)");
+        source.batch_execute(&sql).await.context("making the ten tables")?;
+    }
+    typ::create_schema(&source).await?;
+    typ::fill(&source, 0, options.rows, 10_000).await?;
+    let wallaby = Wallaby::start(&servers, programs, folder, &["worker-1", "worker-2"])?;
+    let outcome = watch(options, &servers, &wallaby, source).await;
+    outcome.map_err(|error| anyhow::anyhow!("{error:#}{}", wallaby.last_words()))
+}
+
+async fn watch(
+    options: &AddTableOptions,
+    servers: &Servers,
+    wallaby: &Wallaby,
+    source: Client,
+) -> anyhow::Result<Outcome> {
+    let alive = || check_alive(servers, wallaby);
+    let flow = FlowId::new(FLOW)?;
+    let api = FlowApi::new(&wallaby.endpoint(), flow.clone())?;
+    until("the controller's API", PATIENCE, alive, || api.is_up()).await?;
+    api.create(&wallaby_model::flow::parse(&flow_file(false), "the flow of ten")?).await?;
+    let complete = || async {
+        let flow = api.get().await?;
+        ensure!(api::is_true(&flow, "SnapshotComplete"), "not loaded yet: {}", api::complaints(&flow));
+        Ok(())
+    };
+    until("the ten tables to be loaded", PATIENCE, alive, complete).await?;
+    let churn = Churn::start(ChurnOptions {
+        dsn: servers.source_dsn(),
+        per_second: options.per_second,
+        rows: options.rows,
+        connections: 2,
+        seed: 1,
+    })
+    .await?;
+    let begun = Instant::now();
+    let stop = CancellationToken::new();
+    let beats = AbortOnDropHandle::new(tokio::spawn(beat(source, stop.clone())));
+    let target = servers.target.connect(system::TARGET_DATABASE).await?;
+    let samples = tokio::spawn(sample(target, stop.clone(), begun));
+    tokio::time::sleep(options.calm).await;
+    let added_s = begun.elapsed().as_secs_f64();
+    api.update(&wallaby_model::flow::parse(&flow_file(true), "the flow of eleven")?).await?;
+    let endpoints = servers.etcd.endpoints();
+    let coordination = Coordination::connect(&endpoints, wallaby_coordination::Options::default()).await?;
+    let second = Key::RunPlan(flow, RunId(2));
+    let done = || async {
+        let plan = coordination.get(&second).await?.context("no second run yet")?.decode::<RunPlan>()?;
+        ensure!(plan.state == RunState::Done, "the run is {:?}: {}", plan.state, plan.message);
+        Ok(())
+    };
+    until("the added table to be loaded", PATIENCE, alive, done).await?;
+    let done_s = begun.elapsed().as_secs_f64();
+    tokio::time::sleep(options.calm).await;
+    churn.stop().await?;
+    stop.cancel();
+    let samples = samples.await??;
+    beats.await??;
+    let source = servers.source.connect(system::SOURCE_DATABASE).await?;
+    let row = source.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await?;
+    let end: wallaby_model::Lsn = row.try_get::<_, String>(0)?.parse()?;
+    let applied = || async {
+        let flow = api.get().await?;
+        ensure!(api::applied(&flow) >= end, "the sink is behind: {}", api::complaints(&flow));
+        Ok(())
+    };
+    until("the sink to have it all", PATIENCE, alive, applied).await?;
+    let names: Vec<String> = (0..TABLES).map(|n| format!("public.beat{n}")).chain([typ::TABLE.to_owned()]).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let comparison = compare(&servers.source_dsn(), &servers.target_dsn(), &names).await?;
+    Ok(Outcome { samples, added_s, done_s, comparison })
+}
+
+async fn beat(source: Client, stop: CancellationToken) -> anyhow::Result<()> {
+    for n in (0..TABLES).cycle() {
+        if stop.is_cancelled() {
+            return Ok(());
+        }
+        source.batch_execute(&format!("INSERT INTO beat{n} (at) VALUES (clock_timestamp())")).await?;
+        tokio::time::sleep(BEAT_EVERY).await;
+    }
+    Ok(())
+}
+
+/// How old the newest beat at the sink is. Both servers have one clock.
+async fn sample(target: Client, stop: CancellationToken, begun: Instant) -> anyhow::Result<Vec<(f64, f64)>> {
+    let newest: Vec<String> = (0..TABLES).map(|n| format!("SELECT max(at) AS at FROM beat{n}")).collect();
+    let sql = format!(
+        "SELECT (extract(epoch FROM clock_timestamp() - max(at)) * 1000)::float8 FROM ({}) beats",
+        newest.join(" UNION ALL ")
+    );
+    let mut samples = Vec::new();
+    while !stop.is_cancelled() {
+        let row = target.query_one(&sql, &[]).await.context("reading the newest beat")?;
+        if let Some(lag) = row.get::<_, Option<f64>>(0) {
+            samples.push((begun.elapsed().as_secs_f64(), lag));
+        }
+        tokio::time::sleep(SAMPLE_EVERY).await;
+    }
+    Ok(samples)
+}

@@ -1,0 +1,336 @@
+//! Runs, their holds, their chunks; sinks that are cut off and come back.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use rand::Rng;
+use rand::rngs::StdRng;
+use wallaby_coordination::{ChunkOutcome, Coordination, DetachOutcome, Error, FlowEntry, Hold, PurgeOutcome};
+use wallaby_model::flow::SnapshotMode;
+use wallaby_model::flow::change::sink_anew;
+use wallaby_model::run::{ChunkDone, ChunkLoaded, RunPlan, RunReason, RunSpec, RunState, RunWish, SinkRun};
+use wallaby_model::{ChunkId, Epoch, Lsn, Reader, RunId, TaskId, TaskKind, WorkerId};
+use wallaby_testkit::Seeded;
+
+use crate::setup::*;
+
+const CHUNK: ChunkId = ChunkId { table: 0, restart: 0, number: 0 };
+
+fn asked(tables: &[&str], sinks: &[&str]) -> RunSpec {
+    let spec = sink_anew(&sink_id("a"), wallaby_coordination::wall_clock_now());
+    RunSpec {
+        reason: RunReason::Asked,
+        tables: tables.iter().map(|&table| table.to_owned()).collect(),
+        sinks: sinks.iter().map(|sink| sink_id(sink)).collect(),
+        ..spec
+    }
+}
+
+fn of(flow: &FlowEntry, kind: TaskKind) -> TaskId {
+    TaskId { flow: flow.flow.clone(), kind }
+}
+
+fn done(attempt: u64, parts: u32) -> ChunkDone {
+    ChunkDone {
+        attempt: Epoch(attempt),
+        consistent_point: Lsn(100),
+        parts,
+        rows: 10,
+        bytes: 100,
+        checksum: attempt,
+        worker: WorkerId::new("w1").unwrap(),
+        took_ms: 5,
+    }
+}
+
+fn over() -> RunPlan {
+    RunPlan { state: RunState::Done, ..RunPlan::default() }
+}
+
+async fn loading(coordination: &Coordination, sinks: &[&str]) -> FlowEntry {
+    let mut document = document("shop", sinks);
+    document.spec.source.postgres.snapshot = SnapshotMode::Initial;
+    coordination.create_flow(document).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_flow_that_loads_makes_its_runs_in_the_transaction_that_changes_it() {
+    let (_scope, coordination) = shared("runs").await;
+    let never = coordination.create_flow(document("never", &["a"])).await.unwrap();
+    assert!(coordination.runs(&never.flow).await.unwrap().is_empty());
+
+    let flow = loading(&coordination, &["a"]).await;
+    let runs = coordination.runs(&flow.flow).await.unwrap();
+    assert_eq!(runs.len(), 1);
+    assert_eq!((runs[0].run, runs[0].spec.reason, runs[0].is_over()), (RunId(1), RunReason::FirstLoad, false));
+
+    let mut grown = flow.record.document.clone();
+    grown.spec.sinks.push(document("x", &["b"]).spec.sinks[0].clone());
+    grown.spec.source.postgres.publication.tables.push("crm.*".into());
+    let refused = coordination.update_flow(&flow, grown.clone(), &BTreeMap::new()).await;
+    assert!(matches!(refused, Err(Error::HoldMissing { .. })));
+    assert_eq!(coordination.runs(&flow.flow).await.unwrap().len(), 1, "all or nothing");
+    let starts = BTreeMap::from([(sink_id("b"), Some(at(5)))]);
+    let flow = coordination.update_flow(&flow, grown, &starts).await.unwrap();
+    let runs = coordination.runs(&flow.flow).await.unwrap();
+    let reasons: Vec<RunReason> = runs.iter().map(|run| run.spec.reason).collect();
+    assert_eq!(reasons, [RunReason::FirstLoad, RunReason::TablesAdded, RunReason::SinkAnew]);
+    assert_eq!(runs[1].spec.sinks, [sink_id("a")]);
+
+    let deleting = coordination.mark_flow_deleting(&flow).await.unwrap();
+    let refused = coordination.create_run(&deleting, asked(&[], &[])).await;
+    assert!(matches!(refused, Err(Error::FlowDeleting(_))));
+    coordination.remove_flow(&deleting).await.unwrap();
+    assert!(coordination.list(&coordination.keys().flow(&flow.flow)).await.unwrap().is_empty());
+    assert!(matches!(coordination.run(&flow.flow, RunId(1)).await, Err(Error::RunNotFound { .. })));
+}
+
+#[tokio::test]
+async fn a_run_goes_its_way_and_leaves_only_what_is_worth_keeping() {
+    let (_scope, coordination) = shared("run").await;
+    let flow = loading(&coordination, &["a"]).await;
+    let name = &flow.flow;
+    let session = worker(&coordination, "w1", lease(10, true)).await;
+    let owner = take(&session, &of(&flow, TaskKind::Run(RunId(1))), flow.revision).await;
+    owner.put_plan(RunId(1), &RunPlan::default()).await.unwrap();
+    assert!(matches!(owner.put_plan(RunId(7), &RunPlan::default()).await, Err(Error::RunNotFound { .. })));
+    assert!(matches!(owner.finish_run(RunId(1), &RunPlan::default()).await, Err(Error::Refused { .. })));
+    assert!(!coordination.clear_run(name, RunId(1)).await.unwrap(), "it is not over");
+
+    // More chunks than one transaction has operations, each with its task's keys.
+    for number in 0..130 {
+        let chunk = ChunkId { number, ..CHUNK };
+        let reader = take(&session, &of(&flow, TaskKind::Chunk(RunId(1), chunk)), flow.revision).await;
+        assert_eq!(reader.put_chunk_done(RunId(1), chunk, &done(1, 1)).await.unwrap(), ChunkOutcome::Ours);
+        match number {
+            0 => drop(reader.fix_epoch(None).await.unwrap()),
+            _ => reader.complete().await.unwrap(),
+        }
+    }
+    let loader = take(&session, &of(&flow, TaskKind::Load(sink_id("a"), RunId(1), CHUNK)), flow.revision).await;
+    let loaded = ChunkLoaded { rows: 10, worker: WorkerId::new("w1").unwrap() };
+    loader.put_loaded(RunId(1), &sink_id("a"), CHUNK, &loaded).await.unwrap();
+    loader.fix_epoch(None).await.unwrap();
+    loader.complete().await.unwrap();
+    assert!(coordination.list(&coordination.keys().task(loader.task())).await.unwrap().is_empty());
+    let apply = take(&session, &TaskId::apply(name, &sink_id("a")), flow.revision).await;
+    apply.put_sink_run(RunId(1), &sink_id("a"), &SinkRun { is_done: true, ..SinkRun::default() }).await.unwrap();
+    assert_eq!(coordination.run_chunks(name, RunId(1)).await.unwrap().len(), 130);
+    assert_eq!(coordination.run_loaded(name, RunId(1), &sink_id("a")).await.unwrap().len(), 1);
+
+    owner.put_hold(RunId(1), Some(at(5))).await.unwrap();
+    owner.finish_run(RunId(1), &over()).await.unwrap();
+    assert!(!coordination.holds(name).await.unwrap().contains_key(&Reader::Run(RunId(1))), "its hold went with it");
+    assert!(coordination.clear_run(name, RunId(1)).await.unwrap());
+    assert!(coordination.clear_run(name, RunId(1)).await.unwrap(), "twice is no harm");
+    let keys = coordination.keys();
+    for prefix in [keys.chunks(name, RunId(1)), keys.loaded(name, RunId(1)), keys.chunk_tasks(name, RunId(1))] {
+        assert!(coordination.list(&prefix).await.unwrap().is_empty(), "{prefix}");
+    }
+    let kept = coordination.run(name, RunId(1)).await.unwrap();
+    assert_eq!(kept.plan.unwrap().totals.map(|totals| (totals.chunks, totals.rows)), Some((130, 1300)));
+    assert!(coordination.sink_run(name, RunId(1), &sink_id("a")).await.unwrap().unwrap().is_done);
+
+    // Ten of those that are over stay; numbers are not given again.
+    for number in 2..=13 {
+        let run = coordination.create_run(&flow, asked(&[], &[])).await.unwrap().run;
+        assert_eq!(run, RunId(number));
+        let owner = take(&session, &of(&flow, TaskKind::Run(run)), flow.revision).await;
+        owner.finish_run(run, &over()).await.unwrap();
+        coordination.clear_run(name, run).await.unwrap();
+    }
+    let kept: Vec<u32> = coordination.runs(name).await.unwrap().iter().map(|run| run.run.0).collect();
+    assert_eq!(kept, (4..=13).collect::<Vec<_>>());
+    assert!(coordination.list(&keys.run(name, RunId(1))).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn what_is_wanted_of_a_run_changes_until_it_is_over() {
+    let (_scope, coordination) = shared("wish").await;
+    let flow = loading(&coordination, &["a"]).await;
+    let wish = async |wish| coordination.set_run_wish(&flow.flow, RunId(1), wish).await.map(|run| run.spec.wish);
+    assert_eq!(wish(RunWish::Pause).await.unwrap(), RunWish::Pause);
+    assert_eq!(wish(RunWish::Go).await.unwrap(), RunWish::Go);
+    assert_eq!(wish(RunWish::Cancel).await.unwrap(), RunWish::Cancel);
+    assert!(matches!(wish(RunWish::Go).await, Err(Error::RunOver { .. })));
+    let unknown = coordination.set_run_wish(&flow.flow, RunId(5), RunWish::Go).await;
+    assert!(matches!(unknown, Err(Error::RunNotFound { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_runs_over_one_table_one_is_made() {
+    let (_scope, coordination) = shared("race").await;
+    let flow = coordination.create_flow(document("shop", &["a", "b"])).await.unwrap();
+    for round in 0..20 {
+        let make = |spec| {
+            let (coordination, flow) = (coordination.clone(), flow.clone());
+            tokio::spawn(async move { coordination.create_run(&flow, spec).await })
+        };
+        let table = format!("public.t{round}");
+        let same = [make(asked(&[&table], &["a"])), make(asked(&["public.*"], &["a"])), make(asked(&[], &["a"]))];
+        let mut made = Vec::new();
+        for outcome in same {
+            match outcome.await.unwrap() {
+                Ok(run) => made.push(run.run),
+                Err(Error::RunOverlaps { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert_eq!(made.len(), 1, "runs over one table at one sink");
+        // At another sink it is another matter.
+        let other = coordination.create_run(&flow, asked(&[&table], &["b"])).await.unwrap().run;
+        assert!(other > made[0]);
+        for run in [made[0], other] {
+            coordination.set_run_wish(&flow.flow, run, RunWish::Cancel).await.unwrap();
+            let session = worker(&coordination, &format!("w{run}"), lease(10, true)).await;
+            let owner = take(&session, &of(&flow, TaskKind::Run(run)), flow.revision).await;
+            owner.finish_run(run, &RunPlan { state: RunState::Cancelled, ..RunPlan::default() }).await.unwrap();
+            coordination.clear_run(&flow.flow, run).await.unwrap();
+            session.revoke().await.unwrap();
+        }
+    }
+    let numbers: Vec<u32> = coordination.runs(&flow.flow).await.unwrap().iter().map(|run| run.run.0).collect();
+    assert_eq!(numbers, (31..=40).collect::<Vec<_>>());
+}
+
+/// Hazard 10 for a run: its hold is there before the purge, or it is refused; never a hole under it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h10_a_runs_hold_and_a_purge_that_runs_never_miss_each_other() {
+    let (_scope, coordination) = shared("h10run").await;
+    let flow = loading(&coordination, &["a"]).await;
+    let session = worker(&coordination, "w1", lease(10, true)).await;
+    let capture = take(&session, &TaskId::capture(&flow.flow), flow.revision).await;
+    let run = take(&session, &of(&flow, TaskKind::Run(RunId(1))), flow.revision).await;
+    let (mut runs_won, mut purges_won) = (0, 0);
+    let mut random = StdRng::seeded();
+    for round in 1..=150_u64 {
+        let (high, start) = (at(1000 * round), at(1000 * round - 1));
+        capture.advance_hold(sink_id("a"), high).await.unwrap();
+        let purging = tokio::spawn({
+            let capture = capture.clone();
+            async move { capture.advance_purge_point(high).await.unwrap() }
+        });
+        let holding = tokio::spawn({
+            let run = run.clone();
+            let head_start =
+                Duration::from_micros(if random.random_bool(0.5) { random.random_range(0..2000) } else { 0 });
+            async move {
+                if !head_start.is_zero() {
+                    tokio::time::sleep(head_start).await;
+                }
+                run.put_hold(RunId(1), Some(start)).await
+            }
+        });
+        let (purged, held) = (purging.await.unwrap(), holding.await.unwrap());
+        let PurgeOutcome::UpTo(purged) = purged else { panic!("all holds have positions") };
+        match held {
+            Ok(hold) => {
+                runs_won += 1;
+                assert_eq!(hold, Hold { position: Some(start) });
+                assert!(purged <= start, "the log was purged up to {purged} under a run that holds {start}");
+                // A second owner finds it, and asks in vain for a later one.
+                assert_eq!(run.put_hold(RunId(1), Some(high)).await.unwrap(), hold);
+                run.delete_hold(RunId(1)).await.unwrap();
+                run.delete_hold(RunId(1)).await.unwrap();
+            }
+            Err(Error::HoldBelowPurge { purged: seen, .. }) => {
+                purges_won += 1;
+                assert_eq!((purged, seen), (high, high), "refused for no reason");
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    println!("{runs_won} runs were first, {purges_won} purges");
+    assert!(runs_won > 0 && purges_won > 0, "no race took place: {runs_won} to {purges_won}");
+}
+
+/// Hazard 23: two attempts at one chunk. One of them is the chunk, and both hear which.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h23_of_two_attempts_at_a_chunk_one_is_the_chunk() {
+    let (_scope, coordination) = shared("h23").await;
+    let flow = loading(&coordination, &["a"]).await;
+    let session = worker(&coordination, "w1", lease(10, true)).await;
+    for number in 0..30 {
+        let chunk = ChunkId { number, ..CHUNK };
+        let task = of(&flow, TaskKind::Chunk(RunId(1), chunk));
+        // The lock guards a task against its former owners; two writers under one lock are what is left of an attempt that was
+        // given up and one that took over in the same worker.
+        let lock = take(&session, &task, flow.revision).await;
+        let write = |attempt: u64| {
+            let lock = lock.clone();
+            tokio::spawn(async move { lock.put_chunk_done(RunId(1), chunk, &done(attempt, attempt as u32)).await })
+        };
+        let (first, second) = (write(1), write(2));
+        let outcomes = [first.await.unwrap().unwrap(), second.await.unwrap().unwrap()];
+        let stands = coordination.run_chunk(&flow.flow, RunId(1), chunk).await.unwrap().unwrap();
+        assert_eq!(stands, done(stands.attempt.0, stands.attempt.0 as u32), "never mixed");
+        for (attempt, outcome) in (1..).zip(outcomes) {
+            let expected = if stands.attempt == Epoch(attempt) {
+                ChunkOutcome::Ours
+            } else {
+                ChunkOutcome::Theirs(stands.clone())
+            };
+            assert_eq!(outcome, expected, "attempt {attempt}");
+        }
+        // The winner asks again, because an answer was lost.
+        let again = lock.put_chunk_done(RunId(1), chunk, &stands).await.unwrap();
+        assert_eq!(again, ChunkOutcome::Ours);
+        lock.complete().await.unwrap();
+        // A zombie of a lock that is gone writes nothing.
+        let zombie = lock.put_chunk_done(RunId(1), ChunkId { number: 1000 + number, ..CHUNK }, &done(9, 9)).await;
+        assert!(matches!(zombie, Err(Error::LockLost { .. })), "{zombie:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_moves_on_is_not_cut_off_for_where_it_was() {
+    let (_scope, coordination) = shared("detach").await;
+    let flow = coordination.create_flow(document("shop", &["a", "b"])).await.unwrap();
+    let session = worker(&coordination, "w1", lease(10, true)).await;
+    let capture = take(&session, &TaskId::capture(&flow.flow), flow.revision).await;
+    let apply = take(&session, &TaskId::apply(&flow.flow, &sink_id("a")), flow.revision).await;
+    apply.advance_hold(sink_id("a"), at(1)).await.unwrap();
+    let (mut detached, mut moved) = (0, 0);
+    let mut random = StdRng::seeded();
+    for round in 1..=60_u64 {
+        let judged = coordination.holds(&flow.flow).await.unwrap()[&reader("a")];
+        let moving = tokio::spawn({
+            let apply = apply.clone();
+            let pause = Duration::from_micros(random.random_range(0..1500));
+            async move {
+                tokio::time::sleep(pause).await;
+                apply.advance_hold(sink_id("a"), at(10 * round)).await
+            }
+        });
+        let cut = capture.detach_sink(&sink_id("a"), judged, "it is too far behind").await.unwrap();
+        let moving = moving.await.unwrap();
+        match cut {
+            DetachOutcome::Moved(hold) => {
+                moved += 1;
+                moving.unwrap();
+                assert_eq!(hold, Hold { position: Some(at(10 * round)) });
+                assert!(coordination.detached(&flow.flow, &sink_id("a")).await.unwrap().is_none());
+            }
+            DetachOutcome::Detached => {
+                detached += 1;
+                assert!(matches!(moving, Err(Error::HoldGone { .. })), "{moving:?}");
+                let record = coordination.detached(&flow.flow, &sink_id("a")).await.unwrap().unwrap();
+                assert_eq!((record.position, record.run), (judged.position, None));
+                assert_eq!(capture.detach_sink(&sink_id("a"), judged, "again").await.unwrap(), DetachOutcome::Detached);
+                let run = coordination.reattach_sink(&flow, &sink_id("a"), Some(at(10 * round))).await.unwrap();
+                assert_eq!(coordination.reattach_sink(&flow, &sink_id("a"), None).await.unwrap(), run, "once");
+                apply.clear_detached(&sink_id("a"), RunId(9999)).await.unwrap();
+                assert!(coordination.detached(&flow.flow, &sink_id("a")).await.unwrap().is_some(), "another run's");
+                apply.clear_detached(&sink_id("a"), run).await.unwrap();
+                assert!(coordination.detached(&flow.flow, &sink_id("a")).await.unwrap().is_none());
+                let owner = take(&session, &of(&flow, TaskKind::Run(run)), flow.revision).await;
+                owner.finish_run(run, &over()).await.unwrap();
+                coordination.clear_run(&flow.flow, run).await.unwrap();
+            }
+        }
+    }
+    println!("{detached} times cut off, {moved} times it had moved");
+    assert!(detached > 0 && moved > 0, "no race took place: {detached} to {moved}");
+    let error = coordination.reattach_sink(&flow, &sink_id("a"), None).await;
+    assert!(matches!(error, Err(Error::NotDetached { .. })));
+}

@@ -1,0 +1,76 @@
+//! What is swept, and what is not.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use wallaby_model::{Epoch, Lsn, Position};
+use wallaby_staging::{Shelf, SideGroup, SideStore, Sweep, sweep, sweep_transactions};
+use wallaby_testkit::NatsScope;
+
+use crate::support::{QUOTAS, attempt, body, chunk, chunk_part, flow, jetstream, made, manifest, manifest_key, part};
+
+async fn side() -> Arc<dyn SideStore> {
+    let scope = NatsScope::one_node("sweep").await;
+    made(jetstream(&scope.url(), 1, &flow("sweep"), QUOTAS).await).await
+}
+
+async fn groups(side: &dyn SideStore) -> BTreeSet<SideGroup> {
+    side.list(Shelf::Transactions).await.unwrap().into_iter().collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h12_parts_of_dead_attempts_go_and_named_ones_stay() {
+    let side = side().await;
+    let (dead, named, living, given_up, younger) =
+        (attempt(5, 1), attempt(5, 2), attempt(7, 3), attempt(7, 4), attempt(8, 5));
+    for attempt in [dead, named, living, given_up, younger] {
+        side.put(part(attempt, 0), body(attempt.xid, 1000)).await.unwrap();
+    }
+    side.put(manifest_key(100), manifest(100, named, 1)).await.unwrap();
+    let still = BTreeSet::from([living]);
+    let what = Sweep { epoch: Epoch(7), purged_to: Position::before(Lsn(100)), living: &still };
+    let swept = sweep_transactions(&*side, &what).await.unwrap();
+    assert_eq!(BTreeSet::from_iter(swept), BTreeSet::from([SideGroup::Attempt(dead), SideGroup::Attempt(given_up)]));
+    let left = [named, living, younger].map(SideGroup::Attempt);
+    let mut expected = BTreeSet::from(left);
+    expected.insert(SideGroup::Manifest(Lsn(100)));
+    assert_eq!(groups(&*side).await, expected);
+    // The purge passes the transaction: manifest and parts go together.
+    let what = Sweep { purged_to: Position::before(Lsn(120)), ..what };
+    let swept = sweep_transactions(&*side, &what).await.unwrap();
+    assert_eq!(BTreeSet::from_iter(swept), BTreeSet::from([SideGroup::Attempt(named), SideGroup::Manifest(Lsn(100))]));
+    assert_eq!(sweep_transactions(&*side, &what).await.unwrap(), []);
+    side.remove().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h09_a_manifest_written_again_keeps_its_own_parts_and_not_the_lost_ones() {
+    let side = side().await;
+    let (lost, again) = (attempt(5, 1), attempt(6, 1));
+    side.put(part(lost, 1), body(1, 1000)).await.unwrap();
+    side.put(manifest_key(100), manifest(100, lost, 1)).await.unwrap();
+    side.put(part(again, 0), body(2, 1000)).await.unwrap();
+    side.put(manifest_key(100), manifest(100, again, 1)).await.unwrap();
+    // The fenced owner comes late.
+    side.put(manifest_key(100), manifest(100, lost, 2)).await.unwrap();
+    let none = BTreeSet::new();
+    let what = Sweep { epoch: Epoch(7), purged_to: Position::ZERO, living: &none };
+    assert_eq!(sweep_transactions(&*side, &what).await.unwrap(), [SideGroup::Attempt(lost)]);
+    assert_eq!(side.get(part(again, 0)).await.unwrap(), Some(body(2, 1000)));
+    assert_eq!(side.get(manifest_key(100)).await.unwrap(), Some(manifest(100, again, 1)));
+    side.remove().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h23_the_attempt_at_a_chunk_that_lost_is_swept_alone() {
+    let side = side().await;
+    for epoch in [3, 4] {
+        side.put(chunk_part(1, 1, epoch, 0), body(1, 1000)).await.unwrap();
+    }
+    let (run, chunk) = chunk(1, 1);
+    let done = SideGroup::ChunkAttempt(run, chunk, Epoch(4));
+    let swept = sweep(&*side, Shelf::Chunks, &|group| group == done).await.unwrap();
+    assert_eq!(swept, [SideGroup::ChunkAttempt(run, chunk, Epoch(3))]);
+    assert_eq!(side.get(chunk_part(1, 1, 4, 0)).await.unwrap(), Some(body(1, 1000)));
+    side.remove().await.unwrap();
+}
