@@ -310,6 +310,8 @@ impl Run<'_> {
         if !context.is_valid_now() {
             return Err(ApplyError::Invalid);
         }
+        // The rest of the transaction may not be in the log yet, and the log may be full: what the sink has makes room for it.
+        self.move_hold().await?;
         let begun = Instant::now();
         let from = self.stream.assembler.at();
         let mut portions = LogPortions::new(&mut self.stream, self.loads.side(), filter, None, &context.pulse);
