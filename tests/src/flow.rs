@@ -15,6 +15,10 @@ pub struct FlowFile {
     pub max_bytes: String,
     /// `largeTransactionBytes`.
     pub large_transaction_bytes: String,
+    /// `snapshot`.
+    pub snapshot: &'static str,
+    /// `onOverrun` of every sink.
+    pub on_overrun: &'static str,
     /// `log.replicas`.
     pub replicas: u8,
     /// Sinks beside `warehouse`: each a database of that name, its connection string in [`FlowFile::variable`].
@@ -36,6 +40,8 @@ impl Default for FlowFile {
             source_lines: Vec::new(),
             max_bytes: "512Mi".to_owned(),
             large_transaction_bytes: "64Mi".to_owned(),
+            snapshot: "never",
+            on_overrun: "backpressure",
             replicas: 3,
             more_sinks: Vec::new(),
         }
@@ -44,13 +50,14 @@ impl Default for FlowFile {
 
 impl fmt::Display for FlowFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let FlowFile { source, tables, source_lines, max_bytes, large_transaction_bytes, replicas, more_sinks } = self;
+        let FlowFile { source, tables, source_lines, max_bytes, large_transaction_bytes, .. } = self;
+        let FlowFile { snapshot, on_overrun, replicas, more_sinks, .. } = self;
         writeln!(f, "apiVersion: wallaby/v1\nkind: Flow\nmetadata: {{ name: shop }}\nspec:\n  source:\n    postgres:")?;
         writeln!(f, "      dsn: {source}")?;
         // What is not taken in by a pattern cannot be left out.
         let exclude = if tables.contains('*') { ", exclude: [public.audit_log]" } else { "" };
         writeln!(f, "      publication: {{ create: true, tables: {tables}{exclude} }}")?;
-        writeln!(f, "      snapshot: never\n      largeTransactionBytes: {large_transaction_bytes}")?;
+        writeln!(f, "      snapshot: {snapshot}\n      largeTransactionBytes: {large_transaction_bytes}")?;
         for line in source_lines {
             writeln!(f, "      {line}")?;
         }
@@ -59,7 +66,7 @@ impl fmt::Display for FlowFile {
         for sink in std::iter::once("warehouse").chain(more_sinks.iter().map(String::as_str)) {
             let variable = FlowFile::variable(sink);
             writeln!(f, "    - name: {sink}\n      postgres: {{ dsn: {{ env: {variable} }} }}")?;
-            writeln!(f, "      onOverrun: backpressure")?;
+            writeln!(f, "      onOverrun: {on_overrun}")?;
         }
         Ok(())
     }

@@ -16,7 +16,8 @@ use crate::position::Position;
 pub struct Splice {
     /// The transaction. Its commit LSN names the manifest.
     pub transaction: Transaction,
-    /// Rows that survived, before-images included, after the record's `from`.
+    /// Rows of the parts: before-images, rolled-back ones and those at or before the record's `from` included. A measure, not a count of
+    /// what a reader gets.
     pub rows: u64,
     /// Packed bytes of the parts.
     pub bytes: u64,

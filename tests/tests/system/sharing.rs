@@ -39,7 +39,11 @@ async fn three_sinks_pull_a_record_once_and_a_blocked_one_delays_nobody() {
     system.row_passes().await;
     let blocked = system.postgres.connect("second").await.unwrap();
     eventually(PATIENCE, "the second sink has its table", async || {
-        blocked.batch_execute("BEGIN; LOCK TABLE ledger IN ACCESS EXCLUSIVE MODE").await.map_err(|e| e.to_string())
+        // A try that came before the table leaves its transaction failed.
+        blocked
+            .batch_execute("ROLLBACK; BEGIN; LOCK TABLE ledger IN ACCESS EXCLUSIVE MODE")
+            .await
+            .map_err(|e| e.to_string())
     })
     .await;
     let told = confirmed(&system).await;
