@@ -21,6 +21,9 @@ use crate::sessions::{self, SessionOwner};
 use crate::slot::{self, SlotState};
 use crate::tables::{self, SourceTable};
 
+/// How often a publication is looked at again because somebody else altered it meanwhile.
+const PUBLICATION_TRIES: u32 = 10;
+
 /// The publication that a flow wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PublicationWanted {
@@ -48,15 +51,35 @@ pub struct SlotWanted {
 }
 
 /// Makes the publication, or alters its list of tables; checks that every table can be published without making its
-/// updates and deletes fail at the source.
+/// updates and deletes fail at the source. Several may do this at a time: the capture and a run of one flow.
 ///
 /// # Errors
 /// `TableMissing`, `TableWithoutKey`, `PublicationMissing` (not ours to make), `PublicationUnfit`, a missing privilege.
 pub async fn ensure_publication(control: &Control, wanted: &PublicationWanted) -> Result<(), SourceError> {
+    let mut tries = PUBLICATION_TRIES;
+    loop {
+        tries -= 1;
+        match alter_publication(control, wanted).await? {
+            Altered::Yes => return Ok(()),
+            Altered::Raced(error) if tries == 0 => return Err(error),
+            Altered::Raced(_) => {}
+        }
+    }
+}
+
+/// What became of one look at the publication.
+enum Altered {
+    /// It is as wanted.
+    Yes,
+    /// Somebody altered it between the look and the statement: it is to be looked at again.
+    Raced(SourceError),
+}
+
+async fn alter_publication(control: &Control, wanted: &PublicationWanted) -> Result<Altered, SourceError> {
     let existing = tables::publication(control, &wanted.name).await?;
     if !wanted.create {
         return match existing {
-            Some(_) => Ok(()),
+            Some(_) => Ok(Altered::Yes),
             None => Err(SourceError::PublicationMissing { publication: wanted.name.clone(), when: PUBLICATION_NOW }),
         };
     }
@@ -79,13 +102,16 @@ pub async fn ensure_publication(control: &Control, wanted: &PublicationWanted) -
     let surplus: BTreeSet<TableName> = existing.tables.difference(&names).cloned().collect();
     if !missing.is_empty() {
         let sql = format!("ALTER PUBLICATION {publication} ADD TABLE {}", list(&missing));
-        run(control, &sql, format!("adding tables to publication {}", wanted.name)).await?;
+        let raced = run(control, &sql, format!("adding tables to publication {}", wanted.name)).await?;
+        if let Altered::Raced(_) = raced {
+            return Ok(raced);
+        }
     }
     if !surplus.is_empty() {
         let sql = format!("ALTER PUBLICATION {publication} DROP TABLE {}", list(&surplus));
-        run(control, &sql, format!("dropping tables from publication {}", wanted.name)).await?;
+        return run(control, &sql, format!("dropping tables from publication {}", wanted.name)).await;
     }
-    Ok(())
+    Ok(Altered::Yes)
 }
 
 fn list(tables: &BTreeSet<TableName>) -> String {
@@ -99,12 +125,28 @@ fn check_keys(tables: &[SourceTable]) -> Result<(), SourceError> {
     if without.is_empty() { Ok(()) } else { Err(SourceError::TableWithoutKey { tables: without }) }
 }
 
-async fn run(control: &Control, sql: &str, during: String) -> Result<(), SourceError> {
+async fn run(control: &Control, sql: &str, during: String) -> Result<Altered, SourceError> {
     match control.batch_execute(sql).await {
-        Ok(()) => Ok(()),
-        // Somebody, most likely an earlier owner of the task, was faster.
-        Err(error) if error.code().is_some_and(|code| matches!(code.code(), "42710")) => Ok(()),
-        Err(error) => Err(SourceError::from_client(during, &error)),
+        Ok(()) => Ok(Altered::Yes),
+        Err(error) => {
+            let is_race = is_race(&error);
+            let error = SourceError::from_client(during, &error);
+            if is_race { Ok(Altered::Raced(error)) } else { Err(error) }
+        }
+    }
+}
+
+/// What the server says to the slower of two: the object is there (seen, or met in the catalog's unique index), it is
+/// gone, or its row in the catalog was changed in between (an internal error, known by its words only).
+fn is_race(error: &tokio_postgres::Error) -> bool {
+    let Some(error) = error.as_db_error() else { return false };
+    match error.code().code() {
+        "42710" | "42704" => true,
+        "23505" => {
+            error.schema() == Some("pg_catalog") || error.constraint().is_some_and(|name| name.starts_with("pg_"))
+        }
+        "XX000" => error.message().starts_with("tuple concurrently"),
+        _ => false,
     }
 }
 

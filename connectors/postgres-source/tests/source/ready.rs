@@ -142,6 +142,38 @@ async fn a_server_without_logical_wal_is_found_out() {
 }
 
 #[tokio::test]
+async fn a_publication_that_several_make_and_alter_at_a_time_is_as_wanted() {
+    const AT_A_TIME: usize = 8;
+    let db = Database::create("at_a_time").await;
+    db.batch_execute("CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE b (id int PRIMARY KEY)").await.unwrap();
+    let config = ConnectConfig::parse(&db.dsn()).unwrap();
+    let mut controls = Vec::new();
+    for _ in 0..AT_A_TIME {
+        controls.push(connect_control(&config).await.unwrap());
+    }
+    // Made by all, then widened by all, then narrowed by all.
+    for round in 0..5 {
+        let name = format!("{}_{round}", db.name());
+        for tables in [&["public.a"][..], &["public.a", "public.b"], &["public.b"]] {
+            let wanted = publication(&name, tables);
+            let all = controls.iter().map(|control| ensure_publication(control, &wanted));
+            for done in futures::future::join_all(all).await {
+                done.unwrap_or_else(|error| panic!("{tables:?}: {error}"));
+            }
+            let found = db
+                .query_one(
+                    "SELECT count(*), min('public.' || tablename) FROM pg_publication_tables WHERE pubname = $1",
+                    &[&name],
+                )
+                .await
+                .unwrap();
+            assert_eq!(found.get::<_, i64>(0), i64::try_from(tables.len()).unwrap());
+            assert_eq!(found.get::<_, &str>(1), tables[0]);
+        }
+    }
+}
+
+#[tokio::test]
 async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
     let db = Database::create("follows").await;
     db.batch_execute("CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE b (id int PRIMARY KEY); CREATE TABLE \"C.\"\"x\" (id int PRIMARY KEY)").await.unwrap();
