@@ -31,7 +31,7 @@ const SINGLE_PUT_MAX: usize = 16 << 20;
 const PIECE_BYTES: usize = 8 << 20;
 /// What was counted longer ago is counted again, because of other workers' puts.
 const COUNT_AGE_MAX: Duration = Duration::from_secs(60);
-/// A shelf that seems full is counted again, but not more often.
+/// A shelf that seems full is counted again; one that was just counted and not put to since is full.
 const COUNT_AGE_MIN: Duration = Duration::from_millis(500);
 /// Removals on their way at a time.
 const DELETES_IN_FLIGHT: usize = 16;
@@ -59,6 +59,8 @@ pub struct ObjectSide {
 #[derive(Clone, Copy, Debug)]
 struct Counted {
     bytes: u64,
+    /// Whether something was put since it was counted: what replaces an object counts twice until then.
+    is_tracked: bool,
     in_flight: u64,
     at: Instant,
 }
@@ -74,6 +76,7 @@ impl Room<'_> {
     fn used(self) {
         if let Some(counted) = lock(self.shelf).as_mut() {
             counted.bytes += self.bytes;
+            counted.is_tracked = true;
         }
     }
 }
@@ -163,6 +166,7 @@ impl ObjectSide {
         self.each(shelf, |_, size| bytes += size).await?;
         if let Some(counted) = lock(self.shelf(shelf)).as_mut() {
             counted.bytes = bytes;
+            counted.is_tracked = false;
             counted.at = Instant::now();
         }
         Ok(bytes)
@@ -184,7 +188,7 @@ impl ObjectSide {
                         counted.in_flight += bytes;
                         return Ok(Some(Room { shelf: self.shelf(shelf), bytes }));
                     }
-                    if age < COUNT_AGE_MIN {
+                    if age < COUNT_AGE_MIN && !counted.is_tracked {
                         return Ok(None);
                     }
                 }
@@ -289,7 +293,7 @@ impl SideStore for ObjectSide {
     }
 
     async fn ensure(&self, shelf: Shelf) -> Result<()> {
-        let known = Counted { bytes: 0, in_flight: 0, at: Instant::now() };
+        let known = Counted { bytes: 0, is_tracked: false, in_flight: 0, at: Instant::now() };
         let bytes = self.count(shelf).await?;
         lock(self.shelf(shelf)).get_or_insert(known).bytes = bytes;
         Ok(())
