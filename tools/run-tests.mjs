@@ -144,7 +144,9 @@ async function runDocs() {
 
 const started = Date.now();
 for (const binary of await build()) await runBinary(binary);
-if (testOptions.length === 0) await runDocs();
+// `--doc` goes with no other choice of targets.
+const choosesTargets = cargoOptions.some((option) => /^--(test|lib|bin|example|bench)s?($|=)/.test(option));
+if (testOptions.length === 0 && !choosesTargets) await runDocs();
 
 times.sort((a, b) => b.seconds - a.seconds);
 console.log(`\nslowest ${Math.min(SLOWEST, times.length)}:`);
