@@ -16,7 +16,7 @@ Examples:
   wallaby get sinks -o json           for programs
 
 Exit codes:
-  0 done   1 failed   2 usage or an invalid file   3 findings (doctor, diff)   4 not reachable
+  0 done   1 failed   2 usage or an invalid file   3 findings (doctor, diff, verify)   4 not reachable
   5 not permitted   6 timed out waiting   130 interrupted";
 
 /// Moves committed changes out of PostgreSQL, in order, to many places at once.
@@ -102,6 +102,11 @@ pub enum Command {
     /// Rates, lag, positions and owners of all flows, once or live.
     #[command(after_help = "Examples:\n  wallaby status\n  wallaby status shop --watch")]
     Status(Status),
+    /// Compare the source with a sink, row by row where they differ. Exit code 3 when they do.
+    #[command(
+        after_help = "Examples:\n  wallaby verify shop\n  wallaby verify shop/warehouse --tables public.orders --show 100 -o json\n  wallaby verify shop --cancel 3"
+    )]
+    Verify(Verify),
     /// List the workers that are alive and what they own.
     Workers,
     /// Ask a worker to hand its tasks over and end.
@@ -267,6 +272,28 @@ pub struct Status {
     /// The time between two looks.
     #[arg(long, default_value = "1s", value_name = "TIME", value_parser = time)]
     pub interval: Duration,
+}
+
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// The flow (`shop`), or the sink (`shop/warehouse`).
+    #[arg(required = true, num_args = 1..=2, value_name = "NAME")]
+    pub words: Vec<String>,
+    /// The sink; not needed when the flow has one.
+    #[arg(long, value_name = "SINK")]
+    pub sink: Option<String>,
+    /// Only these tables, schema.table as at the source; may be repeated.
+    #[arg(long, value_name = "TABLE", value_delimiter = ',')]
+    pub tables: Vec<String>,
+    /// How many differing rows of each table are named; at most 200.
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    pub show: u32,
+    /// How long the comparison may take. It holds a snapshot of the source all the time.
+    #[arg(long, default_value = "30m", value_name = "TIME", value_parser = time)]
+    pub within: Duration,
+    /// End a comparison that goes on, by its number.
+    #[arg(long, value_name = "NUMBER")]
+    pub cancel: Option<u32>,
 }
 
 #[derive(Debug, Args)]

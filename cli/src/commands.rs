@@ -11,6 +11,7 @@ pub mod get;
 pub mod pause;
 pub mod snapshot;
 pub mod status;
+pub mod verify;
 
 use std::future::Future;
 use std::io::Read;

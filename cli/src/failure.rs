@@ -14,7 +14,7 @@ pub enum Failure {
     Failed(String),
     /// The words or the file are wrong.
     Invalid(String),
-    /// Doctor has findings that must be mended, or diff has differences; they are printed already.
+    /// Doctor has findings that must be mended, diff or verify has differences; they are printed already.
     Findings,
     /// Nobody answers.
     Unreachable(String),

@@ -66,6 +66,7 @@ async fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Command::Pause(options) => commands::pause::pause(global, options).await,
         Command::Resume(options) => commands::pause::resume(global, options).await,
         Command::Status(options) => commands::status::run(global, options).await,
+        Command::Verify(options) => commands::verify::run(global, options).await,
         Command::Workers => commands::get::workers(global, None).await,
         Command::Drain(options) => commands::drain::run(global, options).await,
         Command::Doctor(options) => commands::doctor::run(global, options).await,

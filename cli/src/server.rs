@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use wallaby_proto::v1::flow_service_client::FlowServiceClient;
+use wallaby_proto::v1::operation_service_client::OperationServiceClient;
 use wallaby_proto::v1::sink_service_client::SinkServiceClient;
 use wallaby_proto::v1::snapshot_service_client::SnapshotServiceClient;
+use wallaby_proto::v1::verify_service_client::VerifyServiceClient;
 use wallaby_proto::v1::worker_service_client::WorkerServiceClient;
 
 use crate::args::Global;
@@ -59,6 +61,16 @@ impl Server {
     /// Workers.
     pub fn workers(&self) -> WorkerServiceClient<Channel> {
         WorkerServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_BYTES_MAX)
+    }
+
+    /// Comparisons.
+    pub fn verify(&self) -> VerifyServiceClient<Channel> {
+        VerifyServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_BYTES_MAX)
+    }
+
+    /// Operations.
+    pub fn operations(&self) -> OperationServiceClient<Channel> {
+        OperationServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_BYTES_MAX)
     }
 
     /// A request with the deadline that the user chose.

@@ -11,8 +11,10 @@ use wallaby_proto::v1;
 
 use crate::view::{TaskView, View};
 
+mod operation;
 mod snapshot;
 
+pub use operation::operation;
 pub use snapshot::snapshot;
 
 /// A sink whose last change was on its way longer than this is not caught up, where its owner does not say.

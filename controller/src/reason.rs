@@ -71,6 +71,10 @@ reasons! {
     SnapshotOver = "SNAPSHOT_OVER", FailedPrecondition, "start another one";
     /// Too many runs of the flow are not over.
     TooManySnapshots = "TOO_MANY_SNAPSHOTS", FailedPrecondition, "wait for some, or cancel them";
+    /// There is no operation of this number in the flow, or it is not kept any more.
+    OperationNotFound = "OPERATION_NOT_FOUND", NotFound, "the last ten of a flow are kept";
+    /// The flow or the sink is paused, and what was asked needs it to go on.
+    FlowPaused = "FLOW_PAUSED", FailedPrecondition, "`wallaby resume` it first";
     /// There is no live worker of this name.
     WorkerNotFound = "WORKER_NOT_FOUND", NotFound, "`wallaby workers` lists those that are alive";
     /// Somebody else changed the flow since it was read.

@@ -14,14 +14,16 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use wallaby_coordination::{Candidate, Key};
 use wallaby_proto::v1::flow_service_server::FlowServiceServer;
+use wallaby_proto::v1::operation_service_server::OperationServiceServer;
 use wallaby_proto::v1::sink_service_server::SinkServiceServer;
 use wallaby_proto::v1::snapshot_service_server::SnapshotServiceServer;
+use wallaby_proto::v1::verify_service_server::VerifyServiceServer;
 use wallaby_proto::v1::worker_service_server::WorkerServiceServer;
 
 use crate::backend::{Backend, Etcd, etcd_settings};
 use crate::options::Options;
 use crate::schedule::{self, SchedulerParts};
-use crate::service::{FlowApi, SinkApi, SnapshotApi, WorkerApi};
+use crate::service::{FlowApi, OperationApi, SinkApi, SnapshotApi, VerifyApi, WorkerApi};
 
 /// How often the servers behind us are asked whether they are there.
 const HEALTH_EVERY: Duration = Duration::from_secs(2);
@@ -178,6 +180,13 @@ fn router(backend: &Backend, tls: Option<ServerTlsConfig>) -> Result<tonic::tran
             SnapshotServiceServer::new(SnapshotApi::new(backend.clone())).max_decoding_message_size(REQUEST_BYTES_MAX),
         )
         .add_service(
+            VerifyServiceServer::new(VerifyApi::new(backend.clone())).max_decoding_message_size(REQUEST_BYTES_MAX),
+        )
+        .add_service(
+            OperationServiceServer::new(OperationApi::new(backend.clone()))
+                .max_decoding_message_size(REQUEST_BYTES_MAX),
+        )
+        .add_service(
             WorkerServiceServer::new(WorkerApi::new(backend.clone())).max_decoding_message_size(REQUEST_BYTES_MAX),
         ))
 }
@@ -229,8 +238,10 @@ async fn set_health(health: &HealthReporter, is_healthy: bool) {
     for service in [
         "",
         "wallaby.v1.FlowService",
+        "wallaby.v1.OperationService",
         "wallaby.v1.SinkService",
         "wallaby.v1.SnapshotService",
+        "wallaby.v1.VerifyService",
         "wallaby.v1.WorkerService",
     ] {
         health.set_service_status(service, status).await;

@@ -13,6 +13,7 @@ use wallaby_coordination::{
     Change, Coordination, Detached, Entry, FlowEntry, FlowStatus, Key, LockEntry, WatchEvent, WorkerInfo,
 };
 use wallaby_model::condition::TaskStatus;
+use wallaby_model::verify::OperationResult;
 use wallaby_model::{FlowId, RunId, SinkId, TaskId, WorkerId};
 
 use crate::runs::RunView;
@@ -38,6 +39,14 @@ pub struct View {
     draining: BTreeSet<WorkerId>,
     runs: BTreeMap<FlowId, BTreeMap<RunId, RunView>>,
     detached: BTreeMap<FlowId, BTreeMap<SinkId, Detached>>,
+    operations: BTreeMap<FlowId, BTreeMap<u32, OperationView>>,
+}
+
+/// An operation as the scheduler needs to know it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct OperationView {
+    is_asked: bool,
+    is_over: bool,
 }
 
 impl View {
@@ -95,6 +104,12 @@ impl View {
     /// Whether, since when and why a sink is cut off from the log.
     pub fn detached(&self, flow: &FlowId, sink: &SinkId) -> Option<&Detached> {
         self.detached.get(flow)?.get(sink)
+    }
+
+    /// The operations of a flow that are not over, by number.
+    pub fn open_operations(&self, flow: &FlowId) -> impl Iterator<Item = u32> {
+        let known = self.operations.get(flow).into_iter().flatten();
+        known.filter(|(_, operation)| operation.is_asked && !operation.is_over).map(|(number, _)| *number)
     }
 
     /// The tasks whose ids lie in a range.
@@ -159,9 +174,26 @@ impl View {
                 self.run_mut(flow, *run).put_loaded(sink, *chunk, &entry.decode()?);
             }
             Key::RunSink(flow, run, sink) => self.run_mut(flow, *run).put_sink(sink, entry.decode()?),
+            Key::OperationSpec(flow, number) => self.operation_mut(flow, *number).is_asked = true,
+            Key::OperationResult(flow, number) => {
+                let result: OperationResult = entry.decode()?;
+                self.operation_mut(flow, *number).is_over = result.state.is_over();
+            }
             Key::FlowHold(..) | Key::FlowPurge(_) | Key::RunIndex(_) | Key::RunLost(..) | Key::ControllerLeader => {}
         }
         Ok(())
+    }
+
+    fn operation_mut(&mut self, flow: &FlowId, number: u32) -> &mut OperationView {
+        self.operations.entry(flow.clone()).or_default().entry(number).or_default()
+    }
+
+    fn forget_operation(&mut self, flow: &FlowId, number: u32) {
+        let Some(known) = self.operations.get_mut(flow) else { return };
+        known.remove(&number);
+        if known.is_empty() {
+            self.operations.remove(flow);
+        }
     }
 
     fn run_mut(&mut self, flow: &FlowId, run: RunId) -> &mut RunView {
@@ -201,6 +233,13 @@ impl View {
                 self.edit_run(flow, *run, |view| view.delete_loaded(sink, *chunk));
             }
             Key::RunSink(flow, run, sink) => self.edit_run(flow, *run, |view| view.delete_sink(sink)),
+            Key::OperationSpec(flow, number) => self.forget_operation(flow, *number),
+            Key::OperationResult(flow, number) => {
+                let known = self.operations.get_mut(flow).and_then(|known| known.get_mut(number));
+                if let Some(operation) = known {
+                    operation.is_over = false;
+                }
+            }
             Key::FlowHold(..) | Key::FlowPurge(_) | Key::RunIndex(_) | Key::RunLost(..) | Key::ControllerLeader => {}
         }
     }

@@ -19,6 +19,8 @@ impl View {
             for (run, view) in self.runs(&entry.flow) {
                 self.add_tasks_of_run(entry, run, view, &mut tasks);
             }
+            let verify = |number| TaskId { flow: entry.flow.clone(), kind: TaskKind::Verify(number) };
+            tasks.extend(self.open_operations(&entry.flow).map(verify));
         }
         tasks
     }

@@ -48,6 +48,8 @@ pub enum Demand {
     Chunk(Box<SourceDemand>),
     /// Load a chunk into a sink.
     Load(Box<ApplyDemand>),
+    /// Compare the source with a sink.
+    Verify(Box<VerifyDemand>),
     /// Nothing: paused, gone, or the sink is not part of the flow any more.
     Nothing,
 }
@@ -90,6 +92,17 @@ pub struct ApplyDemand {
     pub snapshot: SnapshotMode,
 }
 
+/// The part of a flow that a comparison acts on. Which sink it is says the operation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VerifyDemand {
+    /// How to connect to the source.
+    pub dsn: SecretRef,
+    /// The publication's name: it says which tables, columns and rows are sent.
+    pub publication: String,
+    /// The sinks.
+    pub sinks: Vec<SinkSpec>,
+}
+
 /// What `flow` asks of `task`: the one place that says what a change of a specification does to a running task. It goes on while
 /// this is equal, and ends, to be taken anew, when it is not.
 pub fn demand(flow: Option<&Flow>, task: &TaskId) -> Demand {
@@ -121,7 +134,11 @@ pub fn demand(flow: Option<&Flow>, task: &TaskId) -> Demand {
         TaskKind::Load(name, ..) => of_sink(name).map_or(Demand::Nothing, Demand::Load),
         TaskKind::Run(_) => Demand::Run(Box::new(of_source())),
         TaskKind::Chunk(..) => Demand::Chunk(Box::new(of_source())),
-        TaskKind::Verify(_) => Demand::Nothing,
+        TaskKind::Verify(_) => Demand::Verify(Box::new(VerifyDemand {
+            dsn: document.spec.source.postgres.dsn.clone(),
+            publication: document.publication_name(),
+            sinks: document.spec.sinks.clone(),
+        })),
     }
 }
 

@@ -10,6 +10,7 @@
 //! | `chunk` | one chunk of a run, from the source into the side store |
 //! | `load` | one chunk of a run, from the side store into a sink |
 //! | `detach` | sinks that need more of the log than it can hold |
+//! | `verify` | compares the source with a sink, once |
 //! | `flows` | what the flows ask of each task |
 //! | `runs` | the snapshot runs as the worker sees them |
 //!
@@ -34,6 +35,7 @@ mod secret;
 mod shared;
 mod status;
 mod task;
+mod verify;
 pub mod worker;
 
 /// Describes every metric of the worker and of what it is made of.

@@ -14,7 +14,7 @@ use crate::pulse::{Pulse, SILENCE_MAX};
 use crate::runs::RunBoard;
 use crate::shared::Shared;
 use crate::status::{StatusBoard, WRITE_EVERY};
-use crate::{apply, capture, chunk, load, metrics, run};
+use crate::{apply, capture, chunk, load, metrics, run, verify};
 
 /// What a task is given.
 pub struct TaskContext {
@@ -193,7 +193,7 @@ async fn run(context: Arc<TaskContext>) -> TaskEnd {
         TaskKind::Run(_) => run::run(&context).await,
         TaskKind::Chunk(..) => chunk::run(&context).await,
         TaskKind::Load(..) => load::run(&context).await,
-        TaskKind::Verify(_) => TaskEnd::Released(None),
+        TaskKind::Verify(_) => verify::run(&context).await,
     }
 }
 

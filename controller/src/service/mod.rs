@@ -1,15 +1,19 @@
 //! The gRPC services: requests in, refusals or messages out.
 
 mod flows;
+mod operations;
 mod sinks;
 mod snapshots;
 mod store;
+mod verify;
 mod watch;
 mod workers;
 
 pub use flows::FlowApi;
+pub use operations::OperationApi;
 pub use sinks::SinkApi;
 pub use snapshots::SnapshotApi;
+pub use verify::VerifyApi;
 pub use workers::WorkerApi;
 
 use tonic::{Response, Status};

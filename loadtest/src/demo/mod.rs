@@ -7,11 +7,12 @@
 pub mod board;
 
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use wallaby_model::Lsn;
 use wallaby_model::flow::FlowDocument;
+use wallaby_model::{FlowId, Lsn};
 use wallaby_proto::v1;
 use wallaby_stack::{FolderLock, NatsOptions, PostgresOptions};
 
@@ -64,6 +65,7 @@ pub struct Outcome {
 
 /// Everything that runs. The table of the demo is drawn by it as well.
 struct Stage {
+    cli: PathBuf,
     servers: Servers,
     wallaby: Wallaby,
     api: FlowApi,
@@ -113,6 +115,7 @@ async fn tell(options: &DemoOptions, stage: &mut Stage, document: &FlowDocument)
     let end = stop_load(stage, load).await?;
     catch_up(stage, end).await?;
     let comparison = compare_all(stage, &document.publication_name()).await?;
+    verify(stage, &document.metadata.name).await?;
     Ok(Outcome { comparison, takeover })
 }
 
@@ -121,7 +124,7 @@ async fn raise(
     options: &DemoOptions,
     programs: &Programs,
     folder: &std::path::Path,
-    flow: wallaby_model::FlowId,
+    flow: FlowId,
 ) -> anyhow::Result<Stage> {
     let mut board = Board::new();
     let started = Instant::now();
@@ -136,7 +139,7 @@ async fn raise(
     let alive = || check_alive(&servers, &wallaby);
     until("the controller's API", START_PATIENCE, alive, || api.is_up()).await?;
     board.say(&format!("All up after {:.1} s, in {}.", started.elapsed().as_secs_f64(), options.folder.display()));
-    Ok(Stage { servers, wallaby, api, board, started, shown: (0, Instant::now()) })
+    Ok(Stage { cli: programs.cli.clone(), servers, wallaby, api, board, started, shown: (0, Instant::now()) })
 }
 
 /// Applies the flow and waits until changes are captured and the sink knows where it begins.
@@ -301,6 +304,20 @@ async fn compare_all(stage: &mut Stage, publication: &str) -> anyhow::Result<Com
     let comparison = compare(&stage.servers.source_dsn(), &stage.servers.target_dsn(), &names).await?;
     stage.board.say(&format!("\nSource and target, row by row:\n{comparison}"));
     Ok(comparison)
+}
+
+/// Ends the story as a user would: with `wallaby verify`.
+async fn verify(stage: &mut Stage, flow: &FlowId) -> anyhow::Result<()> {
+    let server = format!("127.0.0.1:{}", stage.wallaby.api.port());
+    stage.board.say(&format!("\nwallaby --server {server} verify {flow}"));
+    let mut command = tokio::process::Command::new(&stage.cli);
+    command.args(["--server", &server, "verify", flow.as_str()]).stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(CATCH_UP_PATIENCE, command.output()).await;
+    let output = output.context("`wallaby verify` does not end")?.context("running `wallaby verify`")?;
+    stage.board.say(&String::from_utf8_lossy(&output.stdout));
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "`wallaby verify`: {}: {said}", output.status);
+    Ok(())
 }
 
 impl Told {

@@ -31,6 +31,8 @@ pub struct Programs {
     pub controller: PathBuf,
     /// `wallaby-worker`.
     pub worker: PathBuf,
+    /// `wallaby`, the command line.
+    pub cli: PathBuf,
 }
 
 impl Programs {
@@ -50,7 +52,8 @@ impl Programs {
             };
             path.canonicalize().with_context(missing)
         };
-        Ok(Programs { controller: program("wallaby-controller")?, worker: program("wallaby-worker")? })
+        let (controller, worker) = (program("wallaby-controller")?, program("wallaby-worker")?);
+        Ok(Programs { controller, worker, cli: program("wallaby")? })
     }
 }
 

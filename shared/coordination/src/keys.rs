@@ -31,6 +31,10 @@ pub enum Key {
     RunLost(FlowId, RunId, ChunkId),
     /// `flows/<F>/runs/<N>/sinks/<S>`: how far a sink is in a run.
     RunSink(FlowId, RunId, SinkId),
+    /// `flows/<F>/operations/<N>/spec`: what is asked of an operation, by the controller.
+    OperationSpec(FlowId, u32),
+    /// `flows/<F>/operations/<N>/result`: how far it is and what came of it, by its owner.
+    OperationResult(FlowId, u32),
     /// `tasks/<T>/lock`: who owns a task, under the worker's lease.
     TaskLock(TaskId),
     /// `tasks/<T>/status`: what its owner says.
@@ -91,6 +95,8 @@ impl KeySpace {
                 format!("{prefix}/flows/{flow}/runs/{run}/loaded/{sink}/{chunk}")
             }
             Key::RunSink(flow, run, sink) => format!("{prefix}/flows/{flow}/runs/{run}/sinks/{sink}"),
+            Key::OperationSpec(flow, number) => format!("{prefix}/flows/{flow}/operations/{number}/spec"),
+            Key::OperationResult(flow, number) => format!("{prefix}/flows/{flow}/operations/{number}/result"),
             Key::TaskLock(task) => format!("{prefix}/tasks/{task}/lock"),
             Key::TaskStatus(task) => format!("{prefix}/tasks/{task}/status"),
             Key::TaskCheckpoint(task) => format!("{prefix}/tasks/{task}/checkpoint"),
@@ -124,6 +130,12 @@ impl KeySpace {
             }
             ["flows", flow, "runs", run, "sinks", sink] => {
                 Key::RunSink(flow.parse().ok()?, run.parse().ok()?, sink.parse().ok()?)
+            }
+            ["flows", flow, "operations", number, "spec"] => {
+                Key::OperationSpec(flow.parse().ok()?, number.parse().ok()?)
+            }
+            ["flows", flow, "operations", number, "result"] => {
+                Key::OperationResult(flow.parse().ok()?, number.parse().ok()?)
             }
             ["tasks", task, "lock"] => Key::TaskLock(task.parse().ok()?),
             ["tasks", task, "status"] => Key::TaskStatus(task.parse().ok()?),
@@ -195,6 +207,11 @@ impl KeySpace {
         format!("{}/tasks/{flow}.load.{sink}.", self.prefix)
     }
 
+    /// The prefix of everything about a flow's operations.
+    pub fn operations(&self, flow: &FlowId) -> String {
+        format!("{}/flows/{flow}/operations/", self.prefix)
+    }
+
     /// The prefix of everything about all tasks.
     pub fn tasks(&self) -> String {
         format!("{}/tasks/", self.prefix)
@@ -246,6 +263,8 @@ mod tests {
             Key::RunLost(flow.clone(), RunId(3), ChunkId { table: 1, restart: 2, number: 30 }),
             Key::RunLoaded(flow.clone(), RunId(3), sink.clone(), ChunkId { table: 1, restart: 2, number: 30 }),
             Key::RunSink(flow.clone(), RunId(3), sink),
+            Key::OperationSpec(flow.clone(), 7),
+            Key::OperationResult(flow.clone(), 7),
             Key::FlowPurge(flow.clone()),
             Key::TaskLock(task.clone()),
             Key::TaskStatus(task.clone()),

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::condition::Timestamp;
 use crate::{Position, SinkId, TableName};
 
 /// How many differing rows of a table are named when nobody says.
@@ -167,4 +168,59 @@ impl VerifyReport {
             Verdict::Equal
         }
     }
+}
+
+/// An operation: work that is asked for once, done by a worker, and kept for a while.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OperationSpec {
+    /// What is compared.
+    pub verify: VerifySpec,
+    /// Somebody asked that it ends.
+    #[serde(default)]
+    pub cancelled: bool,
+    /// When it was asked for.
+    pub created_at: Timestamp,
+}
+
+/// Where an operation stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OperationState {
+    /// No worker took it yet.
+    #[default]
+    Pending,
+    /// A worker is at it.
+    Running,
+    /// It has a report.
+    Done,
+    /// It cannot be done; the message says why.
+    Failed,
+    /// Its time was over before there was a report.
+    TimedOut,
+    /// Somebody ended it.
+    Cancelled,
+}
+
+impl OperationState {
+    /// Whether nothing more comes of it.
+    pub fn is_over(self) -> bool {
+        !matches!(self, OperationState::Pending | OperationState::Running)
+    }
+}
+
+/// What its worker says of an operation: one key, guarded by the task's lock.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct OperationResult {
+    /// Where it stands.
+    pub state: OperationState,
+    /// What it waits for, or why it failed; empty when there is nothing to say.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// How far it is.
+    pub progress: VerifyProgress,
+    /// What it found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<VerifyReport>,
+    /// When this was written.
+    pub at: Timestamp,
 }

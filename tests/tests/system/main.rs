@@ -8,4 +8,5 @@ mod pauses;
 mod power;
 mod pressure;
 mod sharing;
+mod verify;
 mod wedged;

@@ -1,0 +1,230 @@
+//! `wallaby verify`: compares the source with a sink, shows how far it is, prints what was found.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::time::Instant;
+use wallaby_model::api;
+use wallaby_proto::v1;
+
+use super::{LOOK_AGAIN, Target};
+use crate::args::{Global, Output, Verify};
+use crate::failure::Failure;
+use crate::render;
+use crate::server::Server;
+
+/// How much longer than the comparison itself may take somebody waits for a worker and for the controller.
+const GRACE: Duration = Duration::from_secs(30);
+
+pub async fn run(global: &Global, options: &Verify) -> Result<(), Failure> {
+    let (flow, sink) = match Target::parse(&options.words)? {
+        Target::Flow(flow) => (flow, options.sink.clone().unwrap_or_default()),
+        Target::Sink(flow, sink) => (flow, sink.to_string()),
+    };
+    let server = Server::connect(global).await?;
+    if let Some(number) = options.cancel {
+        let name = format!("flows/{flow}/operations/{number}");
+        let request = server.request(v1::CancelOperationRequest { name });
+        server.operations().cancel_operation(request).await.map_err(|status| server.failure(&status))?;
+        return render::print(&format!("comparison {number} of flow {flow} is being cancelled\n"));
+    }
+    let spec = v1::VerifySpec {
+        sink,
+        tables: options.tables.clone(),
+        show: options.show,
+        timeout: Some(api::duration_to_message(options.within)),
+    };
+    let request = server.request(v1::VerifyRequest { parent: api::flow_name(&flow), spec: Some(spec) });
+    let answer = server.verify().verify(request).await.map_err(|status| server.failure(&status))?;
+    let operation = answer.into_inner().operation.unwrap_or_default();
+    let operation = until_over(&server, operation, options.within + GRACE).await?;
+    print(global.output, &operation)?;
+    conclude(&operation)
+}
+
+/// Polls until the operation is over; says on standard error how far it is.
+async fn until_over(server: &Server, first: v1::Operation, limit: Duration) -> Result<v1::Operation, Failure> {
+    let deadline = Instant::now() + limit;
+    let mut shown = Progress::default();
+    let mut operation = first;
+    loop {
+        shown.show(&operation);
+        if is_over(operation.state()) {
+            shown.end();
+            return Ok(operation);
+        }
+        if Instant::now() >= deadline {
+            shown.end();
+            return Err(Failure::TimedOut(format!("{} is not over: {}", operation.name, waits_for(&operation))));
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+        let request = server.request(v1::GetOperationRequest { name: operation.name.clone() });
+        match server.operations().get_operation(request).await.map_err(|status| server.failure(&status)) {
+            Ok(answer) => operation = answer.into_inner().operation.unwrap_or_default(),
+            // A controller that restarts while we wait is not the outcome.
+            Err(Failure::Unreachable(_)) if Instant::now() < deadline => {}
+            Err(failure) => return Err(failure),
+        }
+    }
+}
+
+fn is_over(state: v1::OperationState) -> bool {
+    use v1::OperationState as S;
+    matches!(state, S::Done | S::Failed | S::TimedOut | S::Cancelled)
+}
+
+fn waits_for(operation: &v1::Operation) -> String {
+    let progress = operation.progress.clone().unwrap_or_default();
+    match progress.phase.as_str() {
+        _ if !operation.message.is_empty() => operation.message.clone(),
+        "waiting_for_sink" => {
+            let stands = if progress.sink_position.is_empty() { "nowhere yet" } else { &progress.sink_position };
+            format!("the sink stands at {stands} and is read at {}", progress.position)
+        }
+        "looking_again" => "rows that differed are looked at again".to_owned(),
+        "comparing" | "reading_rows" => format!(
+            "{} of {} tables, {} of about {} rows, at {}",
+            progress.tables_done, progress.tables_total, progress.rows_done, progress.rows_estimated, progress.table
+        ),
+        _ => "preparing".to_owned(),
+    }
+}
+
+/// What was said last, so that it is said once; on a terminal one line that is written over.
+#[derive(Default)]
+struct Progress {
+    said: String,
+}
+
+impl Progress {
+    fn show(&mut self, operation: &v1::Operation) {
+        let line = waits_for(operation);
+        if line == self.said || is_over(operation.state()) {
+            return;
+        }
+        let mut out = std::io::stderr().lock();
+        // Progress that cannot be shown is no reason to stop.
+        let _ = if out.is_terminal() { write!(out, "\r\x1b[K{line}") } else { writeln!(out, "{line}") };
+        let _ = out.flush();
+        self.said = line;
+    }
+
+    fn end(&self) {
+        let mut out = std::io::stderr().lock();
+        if out.is_terminal() && !self.said.is_empty() {
+            let _ = write!(out, "\r\x1b[K");
+        }
+    }
+}
+
+fn conclude(operation: &v1::Operation) -> Result<(), Failure> {
+    use v1::OperationState as S;
+    match operation.state() {
+        S::Done => match operation.report.as_ref().map_or("", |report| report.verdict.as_str()) {
+            "equal" => Ok(()),
+            "different" => Err(Failure::Findings),
+            _ => Err(Failure::TimedOut(
+                "some rows went on changing, or too many differ to look at each again: stop the writers, or give more time with --within"
+                    .to_owned(),
+            )),
+        },
+        S::TimedOut => Err(Failure::TimedOut(operation.message.clone())),
+        _ => Err(Failure::Failed(operation.message.clone())),
+    }
+}
+
+fn print(output: Output, operation: &v1::Operation) -> Result<(), Failure> {
+    match (output, &operation.report) {
+        (Output::Table, None) => Ok(()),
+        (Output::Table, Some(report)) => render::print(&text(report)),
+        _ => render::print_value(output, &value(operation)),
+    }
+}
+
+fn text(report: &v1::VerifyReport) -> String {
+    let mut table = render::Table::new(&["TABLE", "RESULT", "ROWS", "AT THE SINK", "MISSING", "EXTRA", "DIFFERENT"]);
+    for found in &report.tables {
+        let counts = [found.rows_source, found.rows_sink, found.missing, found.extra, found.different];
+        let [rows, there, missing, extra, different] = counts.map(|count| count.to_string());
+        table.row([found.table.clone(), found.verdict.clone(), rows, there, missing, extra, different]);
+    }
+    let mut text = table.text();
+    for found in &report.tables {
+        let name = &found.table;
+        for line in &found.shape {
+            text.push_str(&format!("\n{name}: {line}"));
+        }
+        for row in &found.differences {
+            let columns =
+                if row.columns.is_empty() { String::new() } else { format!(" in {}", row.columns.join(", ")) };
+            text.push_str(&format!("\n{name}: {} {}{columns}", row.kind, row.key));
+        }
+        let counted = found.missing + found.extra + found.different;
+        let hidden = counted.saturating_sub(found.differences.len() as u64);
+        if hidden > 0 {
+            text.push_str(&format!("\n{name}: {hidden} more rows"));
+        }
+        if found.seen_once > 0 {
+            text.push_str(&format!(
+                "\n{name}: {} of them were seen once only: too many to look at each again",
+                found.seen_once
+            ));
+        }
+        if found.unsettled > 0 {
+            text.push_str(&format!("\n{name}: {} rows went on changing", found.unsettled));
+        }
+        if !found.columns_ignored.is_empty() {
+            text.push_str(&format!(
+                "\n{name}: only the sink has, and nobody compared: {}",
+                found.columns_ignored.join(", ")
+            ));
+        }
+    }
+    text.push_str(&format!(
+        "\nThe source was read below {}, the sink at {}; rows that differed were looked at again until they stayed.\n",
+        report.position, report.sink_position
+    ));
+    text
+}
+
+fn value(operation: &v1::Operation) -> Value {
+    let report = operation.report.as_ref();
+    let tables = report.map(|report| report.tables.iter().map(table_value).collect::<Vec<_>>());
+    json!({
+        "name": operation.name,
+        "state": operation.state().as_str_name().trim_start_matches("OPERATION_STATE_").to_lowercase(),
+        "message": operation.message,
+        "sink": operation.verify.as_ref().map(|spec| spec.sink.clone()),
+        "result": report.map(|report| report.verdict.clone()),
+        "position": report.map(|report| report.position.clone()),
+        "sinkPosition": report.map(|report| report.sink_position.clone()),
+        "tables": tables,
+    })
+}
+
+fn table_value(found: &v1::TableReport) -> Value {
+    let rows = found.differences.iter();
+    let rows: Vec<Value> =
+        rows.map(|row| json!({ "kind": row.kind, "key": row.key, "columns": row.columns })).collect();
+    json!({
+        "table": found.table,
+        "sinkTable": found.sink_table,
+        "result": found.verdict,
+        "rowsSource": found.rows_source,
+        "rowsSink": found.rows_sink,
+        "missing": found.missing,
+        "extra": found.extra,
+        "different": found.different,
+        "unsettled": found.unsettled,
+        "settled": found.settled,
+        "seenOnce": found.seen_once,
+        "differences": rows,
+        "shape": found.shape,
+        "columnsIgnored": found.columns_ignored,
+        "hasKey": found.has_key,
+        "ranges": found.ranges,
+        "rangesDiffering": found.ranges_differing,
+        "rowsRead": found.rows_read,
+    })
+}
