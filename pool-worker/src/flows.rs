@@ -18,13 +18,15 @@ pub struct Flow {
     pub record: FlowRecord,
     /// The revision of the spec key.
     pub revision: Revision,
+    /// The revision that made the flow.
+    pub created: Revision,
 }
 
 impl Flow {
     /// Reads a spec entry; one that cannot be read is logged and left out.
     fn read(entry: &Entry) -> Option<Flow> {
         match entry.decode::<FlowRecord>() {
-            Ok(record) => Some(Flow { record, revision: entry.mod_revision }),
+            Ok(record) => Some(Flow { record, revision: entry.mod_revision, created: entry.create_revision }),
             Err(error) => {
                 tracing::error!(%error, "a flow's record cannot be read; its tasks stay where they are");
                 None
@@ -90,6 +92,8 @@ pub struct ApplyDemand {
     pub source: SourceDemand,
     /// Whether tables are loaded before their changes flow.
     pub snapshot: SnapshotMode,
+    /// The revision that made the flow: epochs below it are of an earlier flow of this name.
+    pub flow_created: Revision,
 }
 
 /// The part of a flow that a comparison acts on. Which sink it is says the operation.
@@ -123,7 +127,12 @@ pub fn demand(flow: Option<&Flow>, task: &TaskId) -> Demand {
     };
     let of_sink = |name: &SinkId| {
         let sink = document.spec.sinks.iter().find(|sink| sink.name == *name && !sink.paused)?;
-        Some(Box::new(ApplyDemand { sink: sink.clone(), source: of_source(), snapshot: source.snapshot }))
+        Some(Box::new(ApplyDemand {
+            sink: sink.clone(),
+            source: of_source(),
+            snapshot: source.snapshot,
+            flow_created: flow.created,
+        }))
     };
     let is_deleting = flow.record.deleting_since.is_some();
     match &task.kind {

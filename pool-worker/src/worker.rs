@@ -186,7 +186,7 @@ impl Worker {
             }
             Err(error) => return Err(error),
         };
-        let flow = Flow { record: entry.record, revision: entry.revision };
+        let flow = Flow { record: entry.record, revision: entry.revision, created: entry.created };
         let wanted = demand(Some(&flow), task);
         if wanted == Demand::Nothing {
             metrics::offer("unwanted");

@@ -123,6 +123,9 @@ pub trait Sink: Send {
 pub struct SinkTask {
     /// The apply task; names the sink's sessions and its checkpoint.
     pub task: TaskId,
+    /// Epochs below it are not of this flow: the flow was made later. What the sink keeps under one of them, an earlier flow of
+    /// the same name left behind; its position and its loads say nothing about this one.
+    pub since: Epoch,
     /// Reads rows of the source by key.
     pub lookup: Arc<dyn SourceLookup>,
 }

@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
-use wallaby_connector_api::{Opened, SinkError};
+use wallaby_connector_api::{Opened, SinkError, SinkTask};
 use wallaby_model::{Epoch, Position, TaskId};
 
 use crate::error::{Doing, PostgresError};
+use crate::marks;
 
 /// How long the epoch's commit waits for a predecessor's lock before its sessions are ended again.
 const LOCK_TIMEOUT: &str = "2s";
@@ -127,10 +128,11 @@ pub(crate) async fn last_epoch(client: &Client, task: &TaskId) -> Result<Option<
 /// Takes the task over at the sink, as protocol.md says in "Opening a sink that has transactions".
 pub(crate) async fn take_over(
     client: &Client,
-    task: &TaskId,
+    sink: &SinkTask,
     epoch: Epoch,
     end_sessions: bool,
 ) -> Result<Opened, PostgresError> {
+    let task = &sink.task;
     create(client).await?;
     let mut ended = 0;
     let mut tries = 0;
@@ -139,7 +141,7 @@ pub(crate) async fn take_over(
         if end_sessions {
             ended += end_older_sessions(client, task, epoch).await?;
         }
-        match commit_epoch(client, task, epoch).await {
+        match commit_epoch(client, task, sink.since, epoch).await {
             Ok(()) => break,
             Err(error) if error.sqlstate() == Some(&SqlState::LOCK_NOT_AVAILABLE) && tries < TAKEOVER_TRIES => {}
             Err(error) => return Err(error),
@@ -158,14 +160,25 @@ pub(crate) async fn take_over(
     }
 }
 
-async fn commit_epoch(client: &Client, task: &TaskId, epoch: Epoch) -> Result<(), PostgresError> {
+async fn commit_epoch(client: &Client, task: &TaskId, since: Epoch, epoch: Epoch) -> Result<(), PostgresError> {
     let doing = || format!("taking over {task} at the sink");
     client.batch_execute(&format!("BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")).await.doing(doing)?;
     let statement = "INSERT INTO wallaby.checkpoints AS c (task, epoch) VALUES ($1, $2) \
         ON CONFLICT (task) DO UPDATE SET epoch = $2, updated_at = now() WHERE c.epoch <= $2";
-    let moved = client.execute(statement, &[&task.to_string(), &as_bigint(epoch)]).await;
-    match moved {
-        Ok(1) => client.batch_execute("COMMIT").await.doing(doing),
+    let moved = async {
+        // Nobody but the holder of the row's lock moves it: what is read here stands until the commit.
+        let found = "SELECT epoch FROM wallaby.checkpoints WHERE task = $1 FOR UPDATE";
+        let found = client.query_opt(found, &[&task.to_string()]).await?.map(|row| as_epoch(row.get(0)));
+        let moved = client.execute(statement, &[&task.to_string(), &as_bigint(epoch)]).await?;
+        Ok::<_, tokio_postgres::Error>((moved, found.is_some_and(|found| found < since)))
+    };
+    match moved.await {
+        Ok((1, true)) => {
+            tracing::info!(%task, "what an earlier flow of this name left at the sink is forgotten; its tables stay");
+            marks::start_anew(client, task).await?;
+            client.batch_execute("COMMIT").await.doing(doing)
+        }
+        Ok((1, false)) => client.batch_execute("COMMIT").await.doing(doing),
         Ok(_) => {
             client.batch_execute("ROLLBACK").await.doing(doing)?;
             let found = last_epoch(client, task).await?;

@@ -164,7 +164,7 @@ impl Sink for PostgresSink {
             Err(error) => return Err(self.failed(error)),
         };
         let end_sessions = !self.config.faults.keep_older_sessions;
-        let opened = match checkpoint::take_over(&session.client, &self.task.task, epoch, end_sessions).await {
+        let opened = match checkpoint::take_over(&session.client, &self.task, epoch, end_sessions).await {
             Ok(opened) => opened,
             Err(error) => return Err(self.write_failed(error)),
         };

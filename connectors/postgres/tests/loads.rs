@@ -12,11 +12,12 @@ use target::{Target, apply, query, rows};
 use tokio::sync::Notify;
 use wallaby_connector_api::conformance::{Change, Log, PartFeed, Shape, SinkUnderTest, Value, chunk_part};
 use wallaby_connector_api::{
-    Batch, BatchPart, ChunkLoad, ChunkParts, Faults, ForeignKey, KeyValues, Loaded, SinkError, SourceLookup, SourceRow,
-    TableExtra, TableExtras, TableFilter, TableIndex,
+    Batch, BatchPart, ChunkLoad, ChunkParts, Faults, ForeignKey, KeyValues, Loaded, SinkError, SinkFactory, SinkTask,
+    SourceLookup, SourceRow, TableExtra, TableExtras, TableFilter, TableIndex,
 };
 use wallaby_model::run::TableStage;
 use wallaby_model::{ChunkId, ColumnType, Epoch, RunId, SegmentBody, TableName, TableSchema};
+use wallaby_postgres::PostgresSinkFactory;
 use wallaby_testkit::eventually;
 
 const RUN: RunId = RunId(1);
@@ -313,4 +314,38 @@ async fn a_persons_foreign_key_in_the_way_is_named() {
     let prepared = sink.loads().unwrap().prepare(RUN, 0, &items()).await;
     let Err(SinkError::Configuration { remedy, .. }) = prepared else { panic!("{prepared:?}") };
     assert!(remedy.contains(r#"ALTER TABLE "public"."lines" DROP CONSTRAINT "of_item""#), "{remedy}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_earlier_flow_of_the_name_left_is_not_taken_for_this_ones() {
+    let target = Target::fresh("again").await;
+    let factory = PostgresSinkFactory::new(target.config());
+    let of_flow = |since: u64| SinkTask {
+        task: target.task.clone(),
+        since: Epoch(since),
+        lookup: Arc::new(wallaby_connector_api::conformance::EmptySource),
+    };
+    let (log, items) = (Log::new(), items());
+    let mut earlier = factory.make(of_flow(3));
+    earlier.open(Epoch(5)).await.unwrap();
+    earlier.loads().unwrap().prepare(RUN, 0, &items).await.unwrap();
+    let first = chunk(&items, 0, 0, true);
+    let mut parts = PartFeed::new([chunk_part(&items, log.start().commit, [item(1, 1, "a")])]);
+    assert_eq!(load(&target, &first, &mut parts).await.unwrap(), Loaded::Now { rows: 1 });
+    let tables = [items.table.clone()];
+    earlier.loads().unwrap().mark(&tables, TableStage::Ready, log.start()).await.unwrap();
+    earlier.start_at(log.start(), log.epoch).await.unwrap();
+    // Another owner in the same flow finds it all.
+    let mut later = factory.make(of_flow(3));
+    assert_eq!(later.open(Epoch(7)).await.unwrap().position, Some(log.start()));
+    assert_eq!(later.loads().unwrap().loaded(RUN).await.unwrap(), [first.chunk]);
+
+    let mut again = factory.make(of_flow(9));
+    assert_eq!(again.open(Epoch(11)).await.unwrap().position, None);
+    let loads = again.loads().unwrap();
+    assert_eq!((loads.marks().await.unwrap(), loads.loaded(RUN).await.unwrap()), (vec![], vec![]));
+    loads.prepare(RUN, 0, &items).await.unwrap();
+    let mut parts = PartFeed::new([chunk_part(&items, log.start().commit, [item(2, 2, "b")])]);
+    assert_eq!(load(&target, &first, &mut parts).await.unwrap(), Loaded::Now { rows: 1 });
+    assert_eq!(target.rows(&items.table).await, rows(&[&["2", "2", "b"]]));
 }

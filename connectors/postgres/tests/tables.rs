@@ -283,7 +283,8 @@ async fn a_wrong_password_and_a_missing_right_say_what_to_do() {
             PostgresSinkSpec { dsn: SecretRef::Value(String::new()), schema: "s".into(), mode: SinkMode::Upsert };
         let factory =
             wallaby_postgres::PostgresSinkFactory::new(wallaby_postgres::PostgresSinkConfig::new(&dsn, &spec).unwrap());
-        let mut sink = factory.make(SinkTask { task: target.task.clone(), lookup: Arc::new(EmptySource) });
+        let mut sink =
+            factory.make(SinkTask { task: target.task.clone(), since: Epoch(0), lookup: Arc::new(EmptySource) });
         sink.open(Epoch(1)).await
     };
     let (reason, remedy) = misfit(open("wrong").await);

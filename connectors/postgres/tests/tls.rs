@@ -37,7 +37,7 @@ async fn every_sslmode_means_what_libpq_means() {
         let spec =
             PostgresSinkSpec { dsn: SecretRef::Value(String::new()), schema: "s".into(), mode: SinkMode::Upsert };
         let factory = PostgresSinkFactory::new(PostgresSinkConfig::new(&dsn, &spec)?);
-        let mut sink = factory.make(SinkTask { task: task.clone(), lookup: Arc::new(EmptySource) });
+        let mut sink = factory.make(SinkTask { task: task.clone(), since: Epoch(0), lookup: Arc::new(EmptySource) });
         sink.open(Epoch(1)).await?;
         let query =
             "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name LIKE 'wallaby/%'";

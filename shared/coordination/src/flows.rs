@@ -27,6 +27,8 @@ pub struct FlowEntry {
     pub record: FlowRecord,
     /// The revision of this value: what updates and [`crate::WorkerSession::acquire`] compare.
     pub revision: Revision,
+    /// The revision that made the flow: what was written before is not of it, but of an earlier one of the same name.
+    pub created: Revision,
 }
 
 /// All flows, and the keys that could not be read.
@@ -64,7 +66,7 @@ impl FlowEntry {
     /// # Errors
     /// `Malformed`.
     pub fn from_entry(flow: FlowId, entry: &Entry) -> Result<FlowEntry> {
-        Ok(FlowEntry { flow, record: entry.decode()?, revision: entry.mod_revision })
+        Ok(FlowEntry { flow, record: entry.decode()?, revision: entry.mod_revision, created: entry.create_revision })
     }
 }
 
@@ -103,7 +105,7 @@ impl Coordination {
             Some(found) if outcome.is_repeated && found.value == value => found.mod_revision,
             Some(_) => return Err(Error::FlowExists(flow)),
         };
-        Ok(FlowEntry { flow, record, revision })
+        Ok(FlowEntry { flow, record, revision, created: revision })
     }
 
     /// Reads a flow.
@@ -342,7 +344,7 @@ impl Coordination {
         }
         for _ in 0..PURGE_RACES_MAX {
             if let Some(revision) = self.try_replace_flow(seen, &record, starts).await? {
-                return Ok(FlowEntry { flow: seen.flow.clone(), record, revision });
+                return Ok(FlowEntry { flow: seen.flow.clone(), record, revision, created: seen.created });
             }
         }
         let cause = "the purge point moved, or runs were made, at each of many attempts".to_owned();

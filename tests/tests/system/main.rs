@@ -7,6 +7,7 @@ mod mended;
 mod pauses;
 mod power;
 mod pressure;
+mod recreated;
 mod sharing;
 mod verify;
 mod wedged;

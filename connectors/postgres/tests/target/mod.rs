@@ -91,12 +91,12 @@ pub async fn table_rows(client: &tokio_postgres::Client, table: &TableName) -> V
 impl SinkUnderTest for Target {
     fn make(&self, faults: Faults, lookup: Arc<dyn SourceLookup>) -> Box<dyn Sink> {
         let factory = PostgresSinkFactory::new(self.config().with_faults(faults));
-        factory.make(SinkTask { task: self.task.clone(), lookup })
+        factory.make(SinkTask { task: self.task.clone(), since: Epoch(0), lookup })
     }
 
     fn make_loader(&self, faults: Faults) -> Option<Box<dyn ChunkLoader>> {
         let factory = PostgresSinkFactory::new(self.config().with_faults(faults));
-        factory.make_loader(SinkTask { task: self.task.clone(), lookup: Arc::new(EmptySource) })
+        factory.make_loader(SinkTask { task: self.task.clone(), since: Epoch(0), lookup: Arc::new(EmptySource) })
     }
 
     async fn rows(&self, table: &TableName) -> Vec<TextRow> {
