@@ -134,7 +134,8 @@ async fn run(
             tracing::info!(task = %context.task, run = %replay.run, position = %at, tables = replay.tables.len(), "tables were handed over");
             return Ok(());
         }
-        if behind.is_within(Instant::now(), at) {
+        // A main stream that is further back than the chunks were read has to come here first: held there, it never would.
+        if at <= stands.at && behind.is_within(Instant::now(), at) {
             asks.send_if_modified(|asks| !std::mem::replace(asks, true));
         }
         log.fill(capabilities.batch_bytes_max, capabilities.batch_rows_max)?;

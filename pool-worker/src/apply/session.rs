@@ -1,5 +1,6 @@
 //! One opening of a sink: take over, read from where it stands, apply until something ends it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,8 +9,9 @@ use wallaby_connector_api::{Applied as Outcome, Batch, Faults, Opened, Sink, Sin
 use wallaby_coordination::{Key, Mark, PacedWriter};
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::flow::SnapshotMode;
+use wallaby_model::flow::change::tables_found;
 use wallaby_model::run::SinkRun;
-use wallaby_model::{Epoch, Position, RunId, SinkId, TaskId};
+use wallaby_model::{Epoch, Position, RunId, SinkId, TableName, TaskId};
 use wallaby_postgres::{PostgresSinkConfig, PostgresSinkFactory};
 use wallaby_postgres_source::{ConnectConfig, Lookup};
 use wallaby_staging::Start;
@@ -19,6 +21,7 @@ use super::load::{Loads, Stepped};
 use super::portions::LogPortions;
 use super::replay::CatchUp;
 use super::stream::{self, LogStream};
+use super::tables::{self, Stranger};
 use super::{Applied, ApplyError, finish, first};
 use crate::backoff::Backoff;
 use crate::failpoint::Failpoint;
@@ -136,6 +139,8 @@ struct Run<'a> {
     /// The commit time of the last change the sink has, µs since 1970.
     last_commit_micros: Option<i64>,
     moved_at: Instant,
+    /// Tables whose rows are left out because no run ever brought them here; and whether that was said.
+    strangers: BTreeMap<TableName, bool>,
 }
 
 async fn drive(
@@ -198,6 +203,7 @@ async fn drive(
         large_bytes: stream::buffer_bytes(context) / 2,
         last_commit_micros: None,
         moved_at: Instant::now(),
+        strangers: BTreeMap::new(),
     };
     run.turn().await
 }
@@ -238,7 +244,10 @@ impl Run<'_> {
             tokio::select! {
                 biased;
                 _ = &mut ending => break,
-                _ = ticks.tick() => self.report(),
+                _ = ticks.tick() => {
+                    self.report();
+                    self.introduce().await;
+                }
                 _ = holds.tick() => self.move_hold().await?,
                 _ = looks.tick() => self.look().await?,
                 ended = replayed(replay) => if ended? { self.handed_over().await? },
@@ -299,6 +308,13 @@ impl Run<'_> {
             Outcome::Durable(position) => position,
             Outcome::Accepted => self.sink.barrier().await?,
         };
+        if let Some(filter) = &self.loads.filter {
+            for table in tables::strangers(filter, batch) {
+                if !self.strangers.contains_key(table) {
+                    self.strangers.insert(table.clone(), false);
+                }
+            }
+        }
         let rows = batch.rows();
         self.applied.transactions += transactions_of(batch);
         self.applied_rows(rows as u64, last_commit(batch), begun);
@@ -369,6 +385,43 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Asks for a run that loads tables which came to the publication by themselves, into all sinks: the first one that asks does.
+    async fn introduce(&mut self) {
+        if self.strangers.is_empty() {
+            return;
+        }
+        let (context, sink) = (self.context, &self.demand.sink.name);
+        let filter = self.loads.filter.as_deref();
+        let is_known = |table: &TableName| {
+            filter.is_none_or(|filter| filter.taken.contains_key(table) || filter.left_out.contains(table))
+        };
+        self.strangers.retain(|table, _| !is_known(table));
+        let mut wanted = Vec::new();
+        for (table, is_said) in &mut self.strangers {
+            match context.runs.of(&context.task.flow, |runs| tables::stranger(runs, sink, table)) {
+                Stranger::Awaited => {}
+                Stranger::Cancelled(run) if !*is_said => {
+                    tracing::warn!(task = %context.task, %table, %run, "rows are left out: the run that would load their table was cancelled; load it with `wallaby snapshot start`");
+                    *is_said = true;
+                }
+                Stranger::Cancelled(_) => {}
+                Stranger::Wanted => wanted.push(pattern_of(table)),
+            }
+        }
+        if wanted.is_empty() {
+            return;
+        }
+        // Somebody else's run, or a change of the flow, may come first: the next tick looks again.
+        match ask_for(context, wanted.clone()).await {
+            Ok(run) => {
+                tracing::info!(task = %context.task, tables = ?wanted, %run, "tables came to the publication: a run loads them")
+            }
+            Err(error) => {
+                tracing::debug!(task = %context.task, tables = ?wanted, %error, "no run was made for new tables")
+            }
+        }
+    }
+
     fn finish_tables(&mut self, run: RunId, state: SinkRun) -> Result<(), ApplyError> {
         let (context, name) = (self.context, &self.demand.sink.name);
         let mut all = finish::unfinished(context, name);
@@ -424,6 +477,23 @@ impl Run<'_> {
             progress.transactions = transactions;
             progress.bytes = bytes;
         });
+    }
+}
+
+/// A run of these tables into all sinks of the flow.
+async fn ask_for(context: &TaskContext, tables: Vec<String>) -> Result<RunId, wallaby_coordination::Error> {
+    let coordination = &context.shared.coordination;
+    let flow = coordination.flow(&context.task.flow).await?;
+    let sinks = flow.record.document.spec.sinks.iter().map(|sink| sink.name.clone()).collect();
+    Ok(coordination.create_run(&flow, tables_found(tables, sinks, status::now())).await?.run)
+}
+
+/// A table as a run's list of tables has it.
+fn pattern_of(table: &TableName) -> String {
+    if [&table.schema, &table.name].iter().any(|part| part.contains(['.', '"', '*'])) {
+        table.quoted()
+    } else {
+        table.to_string()
     }
 }
 

@@ -4,9 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use wallaby_connector_api::{TableFilter, TableMark};
+use wallaby_connector_api::{Batch, TableFilter, TableMark};
 use wallaby_model::flow::SnapshotMode;
-use wallaby_model::run::{ChunkDone, RelationState, RunPlan, RunState, SinkRun, TableStage};
+use wallaby_model::run::{ChunkDone, RelationState, RunPlan, RunSpec, RunState, SinkRun, TableStage, covers};
 use wallaby_model::{ChunkId, Lsn, Position, RunId, SinkId, TableName};
 
 use crate::runs::{FlowRuns, RunView};
@@ -30,6 +30,40 @@ pub fn main_filter(marks: &[TableMark], snapshot: SnapshotMode) -> Option<TableF
         }
     }
     Some(filter)
+}
+
+/// Tables that have rows in a batch and that no run ever brought to the sink: their rows are left out until one does.
+pub fn strangers<'a>(filter: &'a TableFilter, batch: &'a Batch) -> impl Iterator<Item = &'a TableName> {
+    let tables = batch.parts.iter().flat_map(|part| part.body.tables.iter().map(|table| &table.schema.table));
+    tables.filter(|table| !filter.others && !filter.taken.contains_key(table) && !filter.left_out.contains(table))
+}
+
+/// What is to be done about a table that no run ever brought to a sink.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stranger {
+    /// A run that is not over has it.
+    Awaited,
+    /// Somebody cancelled the last run that had it: people decide.
+    Cancelled(RunId),
+    /// A run is to be made.
+    Wanted,
+}
+
+/// See [`Stranger`].
+pub fn stranger(runs: &FlowRuns, sink: &SinkId, table: &TableName) -> Stranger {
+    let name = table.to_string();
+    let covers = |spec: &RunSpec| {
+        let has = |patterns: &[String]| patterns.iter().any(|pattern| covers(pattern, &name));
+        spec.loads_into(sink) && (spec.tables.is_empty() || has(&spec.tables)) && !has(&spec.exclude)
+    };
+    let of_it = runs.runs.iter().filter(|(_, run)| run.spec.as_ref().is_some_and(covers));
+    match of_it.last() {
+        Some((_, run)) if run.is_open() => Stranger::Awaited,
+        Some((number, run)) if !run.plan.as_ref().is_some_and(|plan| plan.state == RunState::Done) => {
+            Stranger::Cancelled(*number)
+        }
+        _ => Stranger::Wanted,
+    }
 }
 
 /// One table of a plan.

@@ -8,6 +8,7 @@
 mod error;
 mod feedback;
 mod figures;
+mod publication;
 mod remove;
 mod retention;
 mod session;

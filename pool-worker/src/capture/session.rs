@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use super::side::SideWriter;
 use super::splices::{Unconfirmed, find_broken};
-use super::{CaptureError, Fallback, Owned, enter, feedback, figures, retention, stage};
+use super::{CaptureError, Fallback, Owned, enter, feedback, figures, publication, retention, stage};
 use crate::backoff::Backoff;
 use crate::detach::Overrun;
 use crate::failpoint::Failpoint;
@@ -111,6 +111,7 @@ pub async fn run(
         feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
     let _retention =
         retention::start(log.clone(), context.lock.clone(), demand.log.replay_window.0, sweeper, Overrun::of(context));
+    let _publication = publication::start(&config, demand, &context.task);
     let (figures, _figures) = figures::start(config, demand.slot.clone());
     context.status.condition(ConditionType::SourceReady, true, "Ready", "");
     context.status.condition(ConditionType::Capturing, true, "Streaming", "");
@@ -163,13 +164,7 @@ fn is_first_start(context: &TaskContext, takeover: &Takeover) -> bool {
 /// Publication first, committed; then the slot. A slot that was lost later is never made again in silence.
 async fn set_up_source(config: &ConnectConfig, demand: &CaptureDemand, is_first: bool) -> Result<(), CaptureError> {
     let control = connect_control(config).await?;
-    let publication = &demand.source.publication;
-    let wanted = PublicationWanted {
-        name: demand.publication.clone(),
-        create: publication.create,
-        tables: publication.tables.clone(),
-        exclude: publication.exclude.clone(),
-    };
+    let wanted = publication::wanted(demand);
     if !is_first {
         // What went missing is not made again: the WAL before it could not be decoded (hazard 20).
         ensure_publication(&control, &PublicationWanted { create: false, ..wanted.clone() }).await?;

@@ -97,6 +97,42 @@ async fn h08_a_table_that_is_added_under_writes_has_no_ghost_and_no_resurrected_
     scene.equal(ALL).await;
 }
 
+/// Nobody touches the flow: the publication takes the tables in by its pattern, and the first row of each makes a run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tables_that_come_by_a_pattern_are_loaded_and_followed() {
+    let scene = Arc::new(Scene::new("found").await);
+    fill(&scene, 100).await;
+    scene.coordination.create_flow(scene.document("public.*", "initial", "")).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    scene
+        .source
+        .batch_execute(
+            "CREATE TABLE u (id int PRIMARY KEY, n int); INSERT INTO u SELECT i, 0 FROM generate_series(1, 3000) i; \
+             ALTER TABLE t RENAME TO \"t.2\"",
+        )
+        .await
+        .unwrap();
+    let sql = "SELECT count(*) FROM pg_publication_tables WHERE tablename = 'u'";
+    scene
+        .until("the publication has the table", async || {
+            match scene.source.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) {
+                0 => Err("it has not".to_owned()),
+                _ => Ok(()),
+            }
+        })
+        .await;
+    let changes = "INSERT INTO u VALUES (5000, 1); DELETE FROM u WHERE id < 10; UPDATE \"t.2\" SET n = 9 WHERE id = 1";
+    scene.source.batch_execute(changes).await.unwrap();
+    scene.run_is(2, RunState::Done).await;
+    scene.equal("SELECT u::text FROM u ORDER BY id").await;
+    scene.equal("SELECT t::text FROM \"t.2\" t ORDER BY id").await;
+    scene.source.batch_execute("INSERT INTO u VALUES (5001, 1); DELETE FROM \"t.2\" WHERE id = 2").await.unwrap();
+    scene.equal("SELECT u::text FROM u ORDER BY id").await;
+    scene.equal("SELECT t::text FROM \"t.2\" t ORDER BY id").await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_larger_than_the_bound_comes_as_a_splice_and_is_applied_as_one() {
     let scene = Arc::new(Scene::new("large").await);

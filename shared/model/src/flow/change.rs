@@ -282,6 +282,11 @@ pub fn sink_anew(sink: &SinkId, now: Timestamp) -> RunSpec {
     RunSpec { sinks: vec![sink.clone()], ..run(RunReason::SinkAnew, now) }
 }
 
+/// The run that loads tables which came to the publication by themselves, such as one that was made below `schema.*`.
+pub fn tables_found(tables: Vec<String>, sinks: Vec<SinkId>, now: Timestamp) -> RunSpec {
+    RunSpec { tables, sinks, ..run(RunReason::TablesAdded, now) }
+}
+
 fn run(reason: RunReason, created_at: Timestamp) -> RunSpec {
     RunSpec {
         reason,
