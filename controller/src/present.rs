@@ -9,6 +9,7 @@ use wallaby_model::flow::{SinkSpec, SnapshotMode};
 use wallaby_model::{Position, TaskId, TaskKind, WorkerId, api};
 use wallaby_proto::v1;
 
+use crate::runs::reattached_at;
 use crate::view::{TaskView, View};
 
 mod operation;
@@ -87,7 +88,11 @@ fn delivering(view: &View, entry: &FlowEntry, spec: &SinkSpec, told: &Told) -> C
     };
     let then = match detached.run {
         Some(run) => format!("run {run} loads it anew"),
-        None => "a run is made that loads it anew".to_owned(),
+        None => {
+            let at = reattached_at(view.runs(&entry.flow).map(|(_, run)| run), &spec.name, detached.at);
+            let seconds = at.0.saturating_sub(detached.at.0) / 1000;
+            format!("a run that loads it anew is made {seconds} s after that")
+        }
     };
     let message = format!("{}: it was cut off from the log, and {then}", detached.reason);
     Condition::new(ConditionType::Delivering, ConditionStatus::False, "Detached", message, detached.at)

@@ -373,6 +373,7 @@ mod of_runs {
         let delivering = condition(&flow, "Delivering");
         assert_eq!(delivering.reason, "Detached");
         assert!(delivering.message.contains("75 % of the log"));
+        assert!(delivering.message.contains("made 10 s after that"), "{}", delivering.message);
         assert_eq!(detached(None).wanted(), ["capture"]);
         assert_eq!(detached(Some(RUN)).wanted(), ["capture", "apply.warehouse"]);
     }

@@ -2,9 +2,12 @@
 //! every chunk again, however many thousands there are.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
+use wallaby_model::condition::Timestamp;
 use wallaby_model::run::{
-    ChunkDone, ChunkLoaded, PlannedRelation, RelationState, RunPlan, RunSpec, RunState, RunWish, SinkRun, TableStage,
+    ChunkDone, ChunkLoaded, PlannedRelation, RelationState, RunPlan, RunReason, RunSpec, RunState, RunWish, SinkRun,
+    TableStage,
 };
 use wallaby_model::{ChunkId, SinkId};
 
@@ -41,6 +44,23 @@ pub struct RunView {
     by_relation: Vec<Counts>,
     /// Rows and milliseconds of the chunks that were read last.
     recent: VecDeque<(u64, u64)>,
+}
+
+/// How long a sink that was cut off rests before a run loads it anew: it may still be what it was cut off for, and each load reads
+/// the whole source. Doubled with each load of it in a row that came to nothing.
+const REST: Duration = Duration::from_secs(10);
+const REST_DOUBLED_MAX: u32 = 6;
+
+/// When a sink that was cut off at `since` is to be loaded anew. `runs`: the flow's, in order.
+pub fn reattached_at<'a>(runs: impl Iterator<Item = &'a RunView>, sink: &SinkId, since: Timestamp) -> Timestamp {
+    let mut in_vain = 0;
+    let is_of_sink = |spec: &RunSpec| spec.reason == RunReason::SinkAnew && spec.sinks == std::slice::from_ref(sink);
+    for run in runs.filter(|run| run.spec().is_some_and(is_of_sink)) {
+        let is_cancelled = run.spec().is_some_and(|spec| spec.wish == RunWish::Cancel);
+        in_vain = if is_cancelled { in_vain + 1 } else { 0 };
+    }
+    let rest = REST * 2_u32.pow(in_vain.min(REST_DOUBLED_MAX));
+    Timestamp(since.0 + rest.as_millis() as u64)
 }
 
 impl RunView {

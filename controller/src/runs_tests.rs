@@ -150,3 +150,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_sink_that_is_cut_off_again_and_again_rests_longer_each_time() {
+    let run = |wish| RunView { spec: Some(RunSpec { wish, ..sink_anew(&sink(), Timestamp(1)) }), ..RunView::default() };
+    let other = RunView { spec: Some(sink_anew(&SinkId::new("other").unwrap(), Timestamp(1))), ..RunView::default() };
+    let at = |runs: &[RunView]| reattached_at(runs.iter(), &sink(), Timestamp(5)).0 - 5;
+    let (in_vain, done) = (run(RunWish::Cancel), run(RunWish::Go));
+    assert_eq!(at(&[]), 10_000);
+    assert_eq!(at(&[in_vain.clone(), other.clone(), in_vain.clone()]), 40_000);
+    assert_eq!(at(&[in_vain.clone(), in_vain.clone(), done]), 10_000);
+    assert_eq!(at(&vec![in_vain; 30]), 640_000);
+}

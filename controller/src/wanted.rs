@@ -3,10 +3,10 @@
 use wallaby_coordination::FlowEntry;
 use wallaby_model::flow::{OnExceeded, SnapshotMode};
 use wallaby_model::run::RunWish;
-use wallaby_model::{ChunkId, RunId, SinkId, TaskId, TaskKind};
+use wallaby_model::{ChunkId, FlowId, RunId, SinkId, TaskId, TaskKind};
 
 use crate::runs::RunView;
-use crate::view::View;
+use crate::view::{TaskView, View};
 
 const FIRST_CHUNK: ChunkId = ChunkId { table: 0, restart: 0, number: 0 };
 const LAST_CHUNK: ChunkId = ChunkId { table: u32::MAX, restart: u32::MAX, number: u32::MAX };
@@ -72,8 +72,13 @@ impl View {
 
     /// Chunks of a run that a worker reads now.
     pub fn chunks_reading(&self, entry: &FlowEntry, run: RunId) -> usize {
-        let of = |chunk| TaskId { flow: entry.flow.clone(), kind: TaskKind::Chunk(run, chunk) };
-        self.tasks_between(of(FIRST_CHUNK)..=of(LAST_CHUNK)).filter(|(_, task)| task.lock.is_some()).count()
+        self.chunk_tasks(&entry.flow, run).filter(|task| task.lock.is_some()).count()
+    }
+
+    /// What is known of the tasks that read a run's chunks.
+    pub fn chunk_tasks(&self, flow: &FlowId, run: RunId) -> impl Iterator<Item = &TaskView> {
+        let of = |chunk| TaskId { flow: flow.clone(), kind: TaskKind::Chunk(run, chunk) };
+        self.tasks_between(of(FIRST_CHUNK)..=of(LAST_CHUNK)).map(|(_, task)| task)
     }
 
     fn add_tasks_of_run(&self, entry: &FlowEntry, run: RunId, view: &RunView, tasks: &mut Vec<TaskId>) {

@@ -148,8 +148,16 @@ async fn read(
         part_bytes: side.part_bytes_target(),
         rows_per_second: work.spec.rows_per_second.map(|all| (all / u64::from(work.spec.readers.max(1))).max(1)),
     };
-    read_chunk(&config, &request, &mut parts).await?;
-    parts.puts.settled().await?;
+    let outcome = match read_chunk(&config, &request, &mut parts).await {
+        Ok(_) => parts.puts.settled().await.map_err(CaptureError::from),
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Err(CaptureError::Staging(StagingError::SideFull { max, .. })) if parts.bytes > max => {
+            return Err(CaptureError::ChunkTooLarge { table: work.relation.relation.clone(), max });
+        }
+        outcome => outcome?,
+    }
     let done = ChunkDone {
         attempt: epoch,
         consistent_point: work.generation.consistent_point,

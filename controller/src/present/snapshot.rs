@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use wallaby_coordination::{FlowEntry, wall_clock_now};
-use wallaby_model::condition::{Condition, ConditionStatus, ConditionType, Timestamp};
+use wallaby_model::condition::{Condition, ConditionStatus, ConditionType, TaskPhase, Timestamp};
 use wallaby_model::flow::SnapshotMode;
 use wallaby_model::run::{
     Generation, PlannedRelation, RelationState, RunPlan, RunReason, RunSpec, RunState, RunWish, TableStage,
 };
-use wallaby_model::{RunId, SinkId, TaskId, TaskKind, api};
+use wallaby_model::{FlowId, RunId, SinkId, TaskId, TaskKind, api};
 use wallaby_proto::v1;
 
 use super::timestamp;
@@ -97,7 +97,15 @@ fn message(view: &View, entry: &FlowEntry, run: RunId, spec: &RunSpec, plan: Opt
         return super::no_owner(view).1;
     }
     let error = task.status.and_then(|status| status.last_error).unwrap_or_default();
+    let error = if error.is_empty() { error_of_chunks(view, flow, run) } else { error };
     if error.is_empty() { said } else { error }
+}
+
+/// What a chunk of a run that is not read yet failed with, one of them; empty when none did.
+fn error_of_chunks(view: &View, flow: &FlowId, run: RunId) -> String {
+    let statuses = view.chunk_tasks(flow, run).filter_map(|task| task.status.as_ref());
+    let mut failed = statuses.filter(|status| status.phase == TaskPhase::Backoff);
+    failed.find_map(|status| status.last_error.clone()).unwrap_or_default()
 }
 
 fn tables(known: &RunView, plan: &RunPlan) -> Vec<v1::SnapshotTable> {

@@ -17,6 +17,7 @@ use super::queue::OfferQueue;
 use crate::backend::{Backend, Etcd};
 use crate::metrics;
 use crate::present;
+use crate::runs::reattached_at;
 use crate::view::View;
 
 /// Offers on their way at a time.
@@ -209,7 +210,7 @@ impl State {
 
     async fn look_after_runs(&self) {
         let coordination = &self.parts.etcd.coordination;
-        let Chores { leftovers, cut_off } = self.parts.etcd.view.with(chores);
+        let Chores { leftovers, cut_off } = self.parts.etcd.view.with(|view| chores(view, wall_clock_now()));
         for (flow, run) in leftovers {
             if let Err(error) = coordination.clear_run(&flow, run).await {
                 tracing::debug!(%flow, %run, %error, "the run was not cleared; it is tried again");
@@ -242,7 +243,7 @@ struct Chores {
     cut_off: Vec<(FlowEntry, SinkId)>,
 }
 
-fn chores(view: &View) -> Chores {
+fn chores(view: &View, now: Timestamp) -> Chores {
     let Chores { mut leftovers, mut cut_off } = Chores::default();
     for entry in view.flows().filter(|entry| entry.record.deleting_since.is_none()) {
         let over = || view.runs(&entry.flow).filter(|(_, run)| run.is_over());
@@ -254,7 +255,9 @@ fn chores(view: &View) -> Chores {
             continue;
         }
         for sink in entry.record.document.spec.sinks.iter().filter(|sink| !sink.paused) {
-            if view.detached(&entry.flow, &sink.name).is_some_and(|detached| detached.run.is_none()) {
+            let rests = |since| reattached_at(view.runs(&entry.flow).map(|(_, run)| run), &sink.name, since) > now;
+            let detached = view.detached(&entry.flow, &sink.name);
+            if detached.is_some_and(|detached| detached.run.is_none() && !rests(detached.at)) {
                 cut_off.push((entry.clone(), sink.name.clone()));
             }
         }

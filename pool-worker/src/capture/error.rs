@@ -1,7 +1,7 @@
 //! What can end one try at capturing, and what is done about it.
 
-use wallaby_model::Position;
 use wallaby_model::condition::ConditionType;
+use wallaby_model::{Position, TableName};
 use wallaby_postgres_source::{ConfigError, SourceError};
 use wallaby_staging::StagingError;
 use wallaby_wire::SegmentError;
@@ -47,6 +47,16 @@ pub enum CaptureError {
         xid: u32,
         /// What the side store says.
         error: StagingError,
+    },
+    /// A chunk alone is more than the side store may hold of chunks.
+    #[error(
+        "a chunk of {table} is larger than all that the side store may hold of chunks ({max} bytes): raise chunksMax below spec.log.sideStore"
+    )]
+    ChunkTooLarge {
+        /// The relation.
+        table: TableName,
+        /// The quota.
+        max: u64,
     },
     /// The transaction that did not fit into the side store has passed.
     #[error("the transaction that did not fit into the side store has passed: transactions are streamed again")]
@@ -110,6 +120,7 @@ impl CaptureError {
             // A secret or a server's setting may be mended without us being told.
             CaptureError::Secret(_) => Directive::Retry,
             CaptureError::SideFull { .. } | CaptureError::StreamAgain => Directive::Again,
+            CaptureError::ChunkTooLarge { .. } => Directive::Retry,
             CaptureError::PartLost { .. } | CaptureError::PartsMissing { .. } => Directive::Retry,
             CaptureError::Splice(_) => Directive::Stop,
             // Too large for a message while the side store is full: it may have room the next time.
@@ -157,6 +168,7 @@ impl CaptureError {
             CaptureError::LogLost { .. } => "LogLost",
             CaptureError::Splice(_) | CaptureError::PartsMissing { .. } => "SpliceRefused",
             CaptureError::SideFull { .. } => "SideStoreFull",
+            CaptureError::ChunkTooLarge { .. } => "ChunkTooLarge",
             CaptureError::StreamAgain => "Streaming",
             CaptureError::PartLost { .. } => "SideStoreLost",
             CaptureError::LogUnreachable(_) => "LogUnreachable",

@@ -21,6 +21,8 @@ const EXPORT_PATIENCE: Duration = Duration::from_secs(60);
 const LOG_LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How often the log's end is taken again because a purge passed it.
 const PURGE_RACES_MAX: u32 = 8;
+/// So many chunks, as large as they are at the source, find room in the side store.
+const CHUNKS_AT_A_TIME: u64 = 4;
 /// How long a session holds the snapshot when the flow does not say.
 const AGE_MAX: Duration = Duration::from_secs(30 * 60);
 
@@ -68,7 +70,8 @@ impl Export {
             exported_at: session.exported_at(),
         };
         context.pulse.wait("the source's catalog");
-        let relations = session.plan(&demand.publication, &spec.tables, &spec.exclude).await?;
+        let chunk_bytes = demand.log.side_chunks_max().0 / CHUNKS_AT_A_TIME;
+        let relations = session.plan(&demand.publication, &spec.tables, &spec.exclude, chunk_bytes).await?;
         Ok((Export { session }, generation, relations))
     }
 

@@ -97,6 +97,40 @@ async fn h08_a_table_that_is_added_under_writes_has_no_ghost_and_no_resurrected_
     scene.equal(ALL).await;
 }
 
+/// Rows that are kept out of line, more than the quota in one page of heap: said, and mended by a larger quota.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chunk_that_never_fits_says_so() {
+    let scene = Arc::new(Scene::new("fits").await);
+    let sql =
+        "CREATE TABLE t (id int PRIMARY KEY, n int, pad text); ALTER TABLE t ALTER COLUMN pad SET STORAGE EXTERNAL;
+        INSERT INTO t SELECT i, 0, (SELECT string_agg(md5(i::text || j::text), '') FROM generate_series(1, 8000) j)
+        FROM generate_series(1, 40) i";
+    scene.source.batch_execute(sql).await.unwrap();
+    let document = |max: &str| {
+        let mut document = scene.document("public.t", "initial", "");
+        let side = format!("{{ \"jetstream\": {{ \"chunksMax\": \"{max}\" }} }}");
+        document.spec.log.side_store = serde_json::from_str(&side).unwrap();
+        document
+    };
+    scene.coordination.create_flow(document("1Mi")).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    scene
+        .until("the chunk says that it is too large", async || {
+            let said = scene.statuses().await;
+            if said.contains("a chunk of public.t is larger than") && said.contains("chunksMax") {
+                Ok(())
+            } else {
+                Err(said)
+            }
+        })
+        .await;
+    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+    scene.coordination.update_flow(&seen, document("64Mi"), &Default::default()).await.unwrap();
+    scene.run_is(1, RunState::Done).await;
+    scene.equal(ALL).await;
+}
+
 /// Nobody touches the flow: the publication takes the tables in by its pattern, and the first row of each makes a run.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tables_that_come_by_a_pattern_are_loaded_and_followed() {

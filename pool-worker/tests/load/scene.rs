@@ -12,7 +12,7 @@ use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Coordination, Key};
 use wallaby_model::offer::{OFFER_CONSUMER, Offer, offer_stream, offer_subject, offer_subjects};
 use wallaby_model::run::{RunState, RunWish, TableStage};
-use wallaby_model::{FlowId, PoolId, RunId, SinkId, TaskId, TaskKind, WorkerId};
+use wallaby_model::{ChunkId, FlowId, PoolId, RunId, SinkId, TaskId, TaskKind, WorkerId};
 use wallaby_pool_worker::failpoint::Failpoints;
 use wallaby_pool_worker::options::Options;
 use wallaby_pool_worker::worker::{self, Start};
@@ -232,6 +232,10 @@ spec:
             TaskId::apply(&self.flow, &self.sink),
             TaskId { flow: self.flow.clone(), kind: TaskKind::Run(RunId(1)) },
             TaskId { flow: self.flow.clone(), kind: TaskKind::Run(RunId(2)) },
+            TaskId {
+                flow: self.flow.clone(),
+                kind: TaskKind::Chunk(RunId(1), ChunkId { table: 0, restart: 0, number: 0 }),
+            },
         ];
         let mut said = String::new();
         for task in tasks {

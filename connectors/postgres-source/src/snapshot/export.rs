@@ -104,7 +104,7 @@ impl SnapshotExport {
 
     /// Plans a run inside the snapshot, over the published tables that `wanted` names: `schema.table` or `schema.*`, in double quotes
     /// where names hold dots; empty for all of them. `exclude` names tables to leave out. A partitioned table that is published as a whole gives one
-    /// relation for each leaf (or itself, when it has none).
+    /// relation for each leaf (or itself, when it has none). A chunk has about `chunk_bytes` at the source, or 64 MiB when that is less.
     ///
     /// # Errors
     /// `PublicationMissing`; `TableMissing` when nothing published fits what was named; `SnapshotGone`.
@@ -113,10 +113,11 @@ impl SnapshotExport {
         publication: &str,
         wanted: &[String],
         exclude: &[String],
+        chunk_bytes: u64,
     ) -> Result<Vec<PlannedRelation>, SourceError> {
         let control = sql::patient(&self.config).await?;
         sql::import(&control, &self.snapshot).await?;
-        let planned = plan::plan(&control, publication, wanted, exclude).await?;
+        let planned = plan::plan(&control, publication, wanted, exclude, chunk_bytes).await?;
         let oids: Vec<u32> = planned.iter().map(|relation| relation.oid).collect();
         let all = vec![i16::MAX; oids.len()];
         self.columns = columns_of(&control, &oids, &all).await?;

@@ -8,8 +8,8 @@ use super::sql::Argument;
 use crate::error::SourceError;
 use crate::tables::Pattern;
 
-/// Heap of one chunk.
-const CHUNK_BYTES: u32 = 64 << 20;
+/// Heap and what is kept out of line of one chunk, at most.
+const CHUNK_BYTES_MAX: u64 = 64 << 20;
 
 /// Every relation that the publication sends, with the table that it is sent as: set-based, for thousands of tables. In the
 /// transaction of an imported snapshot it shows the relfilenodes of that moment, which is what makes a later rewrite visible.
@@ -42,7 +42,8 @@ WITH RECURSIVE published AS (
 )
 SELECT p.nspname::text, p.relname::text, n.nspname::text, c.relname::text, c.oid, c.relfilenode,
        CASE WHEN c.relkind = 'r' THEN coalesce(pg_catalog.pg_relation_size(c.oid), 0) ELSE 0 END / pg_catalog.current_setting('block_size')::int8,
-       CASE WHEN c.reltuples >= 0 THEN c.reltuples::int8 END, coalesce(k.has_key, false), pg_catalog.current_setting('block_size')::int4
+       CASE WHEN c.reltuples >= 0 THEN c.reltuples::int8 END, coalesce(k.has_key, false), pg_catalog.current_setting('block_size')::int4,
+       CASE WHEN c.reltoastrelid <> 0 THEN coalesce(pg_catalog.pg_relation_size(c.reltoastrelid), 0) ELSE 0 END
 FROM tree
 JOIN published p ON p.oid = tree.root
 JOIN pg_catalog.pg_class c ON c.oid = tree.relation
@@ -59,6 +60,7 @@ pub(super) async fn plan(
     publication: &str,
     wanted: &[String],
     exclude: &[String],
+    chunk_bytes: u64,
 ) -> Result<Vec<PlannedRelation>, SourceError> {
     let missing = |reason: String| SourceError::TableMissing { reason };
     let parse = |texts: &[String]| texts.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>();
@@ -74,7 +76,7 @@ pub(super) async fn plan(
             return Err(SourceError::PublicationMissing { publication: publication.to_owned(), when });
         }
     }
-    let planned: Vec<PlannedRelation> = rows.iter().map(relation).collect();
+    let planned: Vec<PlannedRelation> = rows.iter().map(|row| relation(row, chunk_bytes)).collect();
     for pattern in &patterns {
         if !planned.iter().any(|relation| pattern.matches(&relation.table)) {
             return Err(missing(unpublished(pattern, publication, &planned)));
@@ -87,20 +89,29 @@ pub(super) async fn plan(
     Ok(planned.into_iter().filter(is_wanted).collect())
 }
 
-fn relation(row: &tokio_postgres::Row) -> PlannedRelation {
+fn relation(row: &tokio_postgres::Row, chunk_bytes: u64) -> PlannedRelation {
     let block_bytes = u32::try_from(row.get::<_, i32>(9)).unwrap_or(8192).max(1);
+    let pages = u32::try_from(row.get::<_, i64>(6)).unwrap_or(u32::MAX);
+    let out_of_line = u64::try_from(row.get::<_, i64>(10)).unwrap_or(0);
     PlannedRelation {
         table: TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)),
         relation: TableName::new(row.get::<_, String>(2), row.get::<_, String>(3)),
         oid: row.get(4),
         relfilenode: row.get(5),
-        pages: u32::try_from(row.get::<_, i64>(6)).unwrap_or(u32::MAX),
-        chunk_pages: (CHUNK_BYTES / block_bytes).max(1),
+        pages,
+        chunk_pages: chunk_pages(pages, block_bytes, out_of_line, chunk_bytes.min(CHUNK_BYTES_MAX)),
         restart: 0,
         state: RelationState::Reading,
         rows_estimate: row.get::<_, Option<i64>>(7).and_then(|rows| u64::try_from(rows).ok()),
         has_key: row.get(8),
     }
+}
+
+/// The pages of heap that have about `chunk_bytes` with what is kept out of line of their rows; at least one.
+fn chunk_pages(pages: u32, block_bytes: u32, out_of_line: u64, chunk_bytes: u64) -> u32 {
+    let block_bytes = u64::from(block_bytes);
+    let page_bytes = block_bytes + out_of_line / u64::from(pages.max(1));
+    u32::try_from(chunk_bytes / page_bytes).unwrap_or(u32::MAX).max(1)
 }
 
 fn unpublished(pattern: &Pattern, publication: &str, planned: &[PlannedRelation]) -> String {
@@ -116,5 +127,20 @@ fn unpublished(pattern: &Pattern, publication: &str, planned: &[PlannedRelation]
             Some(near) => format!("{said}; did you mean {}?", near.table),
             None => said,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_has_fewer_pages_the_more_is_kept_out_of_line() {
+        assert_eq!(chunk_pages(100_000, 8192, 0, 64 << 20), 8192);
+        // As much again out of line; then a thousand times as much.
+        assert_eq!(chunk_pages(1000, 8192, 1000 * 8192, 64 << 20), 4096);
+        assert_eq!(chunk_pages(1000, 8192, 1_000_000 * 8192, 64 << 20), 8);
+        assert_eq!(chunk_pages(1, 8192, 1 << 40, 64 << 20), 1);
+        assert_eq!(chunk_pages(0, 8192, 0, 1 << 20), 128);
     }
 }

@@ -29,7 +29,7 @@ async fn h01_a_rewritten_table_is_never_read_as_empty() {
         let mut export = export(&flow.config, &flow.name, index as u64 + 1).await;
         db.batch_execute(change).await.unwrap();
         // Planned after the change: what counts is what the snapshot shows.
-        let plan = export.plan(&flow.name, &[], &[]).await.unwrap();
+        let plan = export.plan(&flow.name, &[], &[], u64::MAX).await.unwrap();
         let error = match read(&flow.config, &export, &flow.name, &plan[0]).await {
             Ok(kept) => panic!("{change}: {} rows were read", kept.rows().len()),
             Err(error) => error,
@@ -46,7 +46,7 @@ async fn changes_that_do_no_harm_and_tables_that_are_gone() {
     db.batch_execute(fill).await.unwrap();
     let flow = Flow::create(&db).await;
     let mut export = export(&flow.config, &flow.name, 1).await;
-    let plan = export.plan(&flow.name, &[], &[]).await.unwrap();
+    let plan = export.plan(&flow.name, &[], &[], u64::MAX).await.unwrap();
     db.batch_execute("ALTER TABLE t ADD COLUMN w int DEFAULT 7; DELETE FROM t WHERE id > 50").await.unwrap();
     assert!(!export.is_outdated(&[&plan[0]]).await.unwrap());
     let kept = read(&flow.config, &export, &flow.name, &plan[0]).await.unwrap();
@@ -85,7 +85,7 @@ async fn h08_b71_a_row_is_in_the_snapshot_or_behind_its_point_and_never_both() {
     open.batch_execute("COMMIT").await.unwrap();
     let mut export = exporting.await.unwrap();
     db.batch_execute("INSERT INTO t VALUES (5, 5); DELETE FROM t WHERE id = 1").await.unwrap();
-    let plan = export.plan(&flow.name, &[], &[]).await.unwrap();
+    let plan = export.plan(&flow.name, &[], &[], u64::MAX).await.unwrap();
     let kept = read(&flow.config, &export, &flow.name, &plan[0]).await.unwrap();
     let end = wal_end(&db).await;
     let mut run = flow.start(3, flow.first_position()).await;
@@ -114,7 +114,7 @@ async fn h23_a_dead_exporter_is_told_from_everything_else() {
     db.batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await.unwrap();
     let flow = Flow::create(&db).await;
     let mut first = export(&flow.config, &flow.name, 1).await;
-    let plan = first.plan(&flow.name, &[], &[]).await.unwrap();
+    let plan = first.plan(&flow.name, &[], &[], u64::MAX).await.unwrap();
     // A successor ends the session of the older owner, and is not disturbed by its own.
     let second = export(&flow.config, &flow.name, 2).await;
     let third = export(&flow.config, &flow.name, 2).await;
@@ -153,7 +153,7 @@ async fn m4_a_reader_takes_the_weakest_lock_and_yields_to_who_needs_the_table() 
         .unwrap();
     let flow = Flow::create(&db).await;
     let mut export = export(&flow.config, &flow.name, 1).await;
-    let plan = export.plan(&flow.name, &[], &[]).await.unwrap();
+    let plan = export.plan(&flow.name, &[], &[], u64::MAX).await.unwrap();
     let asked = request(&export, &flow.name, &plan[0], 0);
     let begun = tokio::sync::Notify::new();
     let mut stuck = Stuck(&begun);

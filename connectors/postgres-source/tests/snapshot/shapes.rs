@@ -105,7 +105,7 @@ async fn b01_to_b34_values_of_the_snapshot_are_those_of_the_stream() {
     let streamed = &segment.body.tables[0];
 
     let mut export = export(&flow.config, &flow.name, 1).await;
-    let plan = export.plan(&flow.name, &["public.v".into()], &[]).await.unwrap();
+    let plan = export.plan(&flow.name, &["public.v".into()], &[], u64::MAX).await.unwrap();
     let kept = read(&flow.config, &export, &flow.name, &plan[0]).await.unwrap();
     let read = &kept.0[0].tables[0];
     assert_eq!(read.schema, streamed.schema);
@@ -144,7 +144,7 @@ async fn b50_b109_partitions_filters_and_column_lists_are_honoured() {
     .unwrap();
     let flow = Flow::create(&db).await;
     let mut export = export(&flow.config, &flow.name, 1).await;
-    let plan = export.plan("rooted", &[], &[]).await.unwrap();
+    let plan = export.plan("rooted", &[], &[], u64::MAX).await.unwrap();
     let found: Vec<String> =
         plan.iter().map(|one| format!("{}<{} {}", one.table.name, one.relation.name, one.has_key)).collect();
     assert_eq!(
@@ -168,14 +168,21 @@ async fn b50_b109_partitions_filters_and_column_lists_are_honoured() {
     assert_eq!(counts, [4, 1, 0, 2, 6, 10]);
     assert_eq!(rows[0][0], ["2", "v2"]);
     assert_eq!(rows[5][0], ["10", "k10"]);
-    let plan = export.plan("leaves", &["public.*".into()], &["public.p1".into()]).await.unwrap();
+    let plan = export.plan("leaves", &["public.*".into()], &["public.p1".into()], u64::MAX).await.unwrap();
     assert_eq!(plan.iter().map(|one| one.table.name.as_str()).collect::<Vec<_>>(), ["p2"]);
     let kept = read(&flow.config, &export, "leaves", &plan[0]).await.unwrap();
     assert_eq!(kept.rows()[0], ["k10", "10"]);
-    let said = export.plan("rooted", &["public.p1".into()], &[]).await.unwrap_err().to_string();
+    let said = export.plan("rooted", &["public.p1".into()], &[], u64::MAX).await.unwrap_err().to_string();
     assert!(said.contains("public.p1") && said.contains("partition of public.p"), "{said}");
-    assert!(export.plan("rooted", &["public.none".into()], &[]).await.unwrap_err().to_string().contains("public.none"));
-    assert_eq!(export.plan("missing", &[], &[]).await.unwrap_err().reason(), "PublicationMissing");
+    assert!(
+        export
+            .plan("rooted", &["public.none".into()], &[], u64::MAX)
+            .await
+            .unwrap_err()
+            .to_string()
+            .contains("public.none")
+    );
+    assert_eq!(export.plan("missing", &[], &[], u64::MAX).await.unwrap_err().reason(), "PublicationMissing");
 }
 
 #[tokio::test]
@@ -189,7 +196,7 @@ async fn chunks_cover_every_row_once_and_parts_are_cut() {
     .unwrap();
     let flow = Flow::create(&db).await;
     let mut export = export(&flow.config, &flow.name, 1).await;
-    let mut plan = export.plan(&flow.name, &[], &[]).await.unwrap();
+    let mut plan = export.plan(&flow.name, &[], &[], u64::MAX).await.unwrap();
     // Rows that come later, on new pages, are not in the snapshot.
     db.batch_execute("INSERT INTO t SELECT n, 'late' FROM generate_series(20001, 40000) n").await.unwrap();
     plan[1].chunk_pages = 17;

@@ -36,7 +36,7 @@ async fn m2_rows_a_second_against_copy() {
     db.batch_execute("VACUUM (ANALYZE, FREEZE) typ").await.unwrap();
     let flow = Flow::create(&db).await;
     let mut export = export(&flow.config, &flow.name, 1).await;
-    let mut plan = export.plan(&flow.name, &[], &[]).await.unwrap();
+    let mut plan = export.plan(&flow.name, &[], &[], u64::MAX).await.unwrap();
     plan[0].chunk_pages = u32::MAX;
     let mut asked = request(&export, &flow.name, &plan[0], 0);
     asked.part_bytes = 1 << 20;
