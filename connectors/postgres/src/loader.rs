@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use futures::future::{Either, select};
 use wallaby_connector_api::{ChunkLoad, ChunkLoader, ChunkParts, Loaded, SinkError, SinkTask};
 use wallaby_model::run::TableStage;
-use wallaby_model::{Op, Position, SegmentBody, TableName, TableSchema, TaskId, TaskKind};
+use wallaby_model::{Op, Position, SegmentBody, TableChanges, TableName, TableSchema, TaskId, TaskKind};
 
 use crate::catalog::fit;
 use crate::checkpoint;
@@ -200,7 +200,7 @@ async fn gather(parts: &mut dyn ChunkParts) -> Result<Group, SinkError> {
     let mut bytes = 0;
     while bytes < GROUP_BYTES {
         let Some(part) = parts.next().await? else { break };
-        bytes += part.tables.iter().map(|table| table.rows.get_array_memory_size()).sum::<usize>();
+        bytes += part.tables.iter().map(TableChanges::bytes).sum::<usize>();
         group.push(part);
     }
     Ok(group)

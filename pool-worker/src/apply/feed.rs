@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
-use wallaby_model::{Epoch, Position, RecordKind, SegmentBody, Splice};
+use wallaby_model::{Epoch, Position, RecordKind, SegmentBody, Splice, TableChanges};
 use wallaby_staging::{Accepted, LogReader, Waiting};
 
 use super::ApplyError;
@@ -123,9 +123,7 @@ fn decode(accepted: Accepted) -> Result<Option<AcceptedSegment>, ApplyError> {
         to,
         complete_to: complete_to.unwrap_or(Position::ZERO),
         epoch: log_epoch,
-        bytes: body.as_ref().map_or(0, |body: &Arc<SegmentBody>| {
-            body.tables.iter().map(|table| table.rows.get_array_memory_size()).sum()
-        }),
+        bytes: body.as_ref().map_or(0, |body: &Arc<SegmentBody>| body.tables.iter().map(TableChanges::bytes).sum()),
         body,
         splice,
     }))

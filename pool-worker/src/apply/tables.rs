@@ -56,8 +56,8 @@ pub fn stranger(runs: &FlowRuns, sink: &SinkId, table: &TableName) -> Stranger {
         let has = |patterns: &[String]| patterns.iter().any(|pattern| covers(pattern, &name));
         spec.loads_into(sink) && (spec.tables.is_empty() || has(&spec.tables)) && !has(&spec.exclude)
     };
-    let of_it = runs.runs.iter().filter(|(_, run)| run.spec.as_ref().is_some_and(covers));
-    match of_it.last() {
+    let mut of_it = runs.runs.iter().filter(|(_, run)| run.spec.as_ref().is_some_and(covers));
+    match of_it.next_back() {
         Some((_, run)) if run.is_open() => Stranger::Awaited,
         Some((number, run)) if !run.plan.as_ref().is_some_and(|plan| plan.state == RunState::Done) => {
             Stranger::Cancelled(*number)

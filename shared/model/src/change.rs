@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{UInt8Type, UInt32Type, UInt64Type};
-use arrow_array::{Array, BinaryArray, RecordBatch, UInt8Array, UInt32Array, UInt64Array};
+use arrow_array::{Array, ArrayRef, BinaryArray, RecordBatch, UInt8Array, UInt32Array, UInt64Array};
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use serde::{Deserialize, Serialize};
 
@@ -122,6 +122,16 @@ impl TableChanges {
         }
         let known_transaction = self.txn().values().iter().all(|&txn| (txn as usize) < transactions);
         known_transaction && self.op().values().iter().all(|&op| Op::from_byte(op).is_some())
+    }
+
+    /// The bytes of these rows alone. Columns that were read from a segment share its buffer: what they hold in memory, taken one
+    /// by one, is that buffer once per column.
+    pub fn bytes(&self) -> usize {
+        let of_column = |column: &ArrayRef| {
+            let data = column.to_data();
+            data.get_slice_memory_size().unwrap_or_else(|_| data.get_array_memory_size())
+        };
+        self.rows.columns().iter().map(of_column).sum()
     }
 
     /// The `_txn` column.

@@ -187,6 +187,16 @@ fn one_encoder_serves_many_segments_and_shapes() {
 }
 
 #[test]
+fn rows_that_share_a_buffer_are_counted_once() {
+    let body = sample();
+    let bytes = |body: &SegmentBody| body.tables.iter().map(TableChanges::bytes).sum::<usize>();
+    let packed = encode(&body, Codec::None).unwrap();
+    let read = decode(&packed).unwrap();
+    assert!(bytes(&read) <= packed.len(), "{} of {}", bytes(&read), packed.len());
+    assert_eq!(bytes(&read), bytes(&body));
+}
+
+#[test]
 fn what_is_not_a_segment_says_why() {
     let good = encode(&sample(), Codec::Lz4).unwrap().to_vec();
     let with = |at: usize, byte: u8| {

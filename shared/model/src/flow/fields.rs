@@ -195,7 +195,7 @@ static PUBLICATION: Object = object(&[
         "tables",
         Shape::List(&Shape::Text),
         "none",
-        "`schema.table` or `schema.*`. Needed with `create: true`; without it the publication's own tables count.",
+        "`schema.table` or `schema.*`. Needed with `create: true`; without it the publication's own tables count. A table that is made later below a `schema.*` is taken in within seconds; with `snapshot: initial` its first change makes a run that loads it.",
     ),
     may("exclude", Shape::List(&Shape::Text), "none", "Tables to leave out of a `schema.*`."),
 ]);
