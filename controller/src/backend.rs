@@ -142,6 +142,12 @@ impl Backend {
         }
     }
 
+    fn say_queue(&self, error: Option<String>) {
+        if let Some(etcd) = self.0.etcd.get() {
+            etcd.view.say_queue(error);
+        }
+    }
+
     /// Reaches NATS, however long it takes. None when the controller ends before.
     pub async fn reach_nats(&self, shutdown: &CancellationToken) -> Option<&Connections> {
         let mut said = String::new();
@@ -153,9 +159,13 @@ impl Backend {
             match reached {
                 Ok(connections) => {
                     tracing::info!(servers = %self.0.nats_target.shown(), "NATS reached");
+                    self.say_queue(None);
                     return Some(self.0.nats.get_or_init(|| connections));
                 }
-                Err(error) => say_once(&mut said, &error.to_string(), "waiting for NATS"),
+                Err(error) => {
+                    self.say_queue(Some(error.to_string()));
+                    say_once(&mut said, &error.to_string(), "waiting for NATS");
+                }
             }
             pause(shutdown).await;
         }

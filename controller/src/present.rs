@@ -303,6 +303,10 @@ impl<'a> Told<'a> {
 }
 
 fn no_owner(view: &View) -> (&'static str, String) {
+    if let Some(error) = view.queue_error() {
+        let message = format!("tasks cannot be offered to the workers: {error}; it is tried again until NATS answers");
+        return ("NatsUnavailable", message);
+    }
     let ready: Vec<(&WorkerId, &WorkerInfo)> = view.workers().filter(|(id, _)| !view.is_draining(id)).collect();
     let room = |(id, info): &(&WorkerId, &WorkerInfo)| view.tasks_of(id).len() < info.capacity as usize;
     if ready.is_empty() {

@@ -40,6 +40,8 @@ pub struct View {
     runs: BTreeMap<FlowId, BTreeMap<RunId, RunView>>,
     detached: BTreeMap<FlowId, BTreeMap<SinkId, Detached>>,
     operations: BTreeMap<FlowId, BTreeMap<u32, OperationView>>,
+    /// Why tasks cannot be offered to workers now. Not from etcd: this controller's own experience.
+    queue_error: Option<String>,
 }
 
 /// An operation as the scheduler needs to know it.
@@ -117,11 +119,21 @@ impl View {
         self.tasks.range(range)
     }
 
+    /// Why tasks cannot be offered to workers now.
+    pub fn queue_error(&self) -> Option<&str> {
+        self.queue_error.as_deref()
+    }
+
+    /// See [`View::queue_error`]; `None`: they can.
+    pub fn set_queue_error(&mut self, error: Option<String>) {
+        self.queue_error = error;
+    }
+
     /// Takes an event of the watch in.
     pub fn take(&mut self, event: WatchEvent) {
         match event {
             WatchEvent::Snapshot { entries, .. } => {
-                *self = View::default();
+                *self = View { queue_error: self.queue_error.take(), ..View::default() };
                 entries.iter().for_each(|entry| self.put(entry));
             }
             WatchEvent::Changes(changes) => {
@@ -281,6 +293,11 @@ impl LiveView {
     /// Looks at the view; nothing else may wait in `look`.
     pub fn with<T>(&self, look: impl FnOnce(&View) -> T) -> T {
         look(&self.view.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Says why tasks cannot be offered to workers now, or that they can.
+    pub fn say_queue(&self, error: Option<String>) {
+        self.view.write().unwrap_or_else(PoisonError::into_inner).set_queue_error(error);
     }
 
     /// Counts the changes; 0 before the first snapshot.

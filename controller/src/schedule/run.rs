@@ -125,7 +125,10 @@ impl State {
         }
         match first_error {
             Some(error) => self.failing(&error.to_string()),
-            None => self.was_failing = false,
+            None => {
+                self.was_failing = false;
+                self.parts.etcd.view.say_queue(None);
+            }
         }
     }
 
@@ -140,6 +143,7 @@ impl State {
         match queue.ensure().await {
             Ok(()) => {
                 self.ensured_at = Some(Instant::now());
+                self.parts.etcd.view.say_queue(None);
                 true
             }
             Err(error) => {
@@ -153,6 +157,7 @@ impl State {
     /// Whatever failed is tried again with the next offer; the queue may be gone, so it is looked at first.
     fn failing(&mut self, error: &str) {
         self.ensured_at = None;
+        self.parts.etcd.view.say_queue(Some(error.to_owned()));
         if !self.was_failing {
             tracing::warn!(%error, "tasks cannot be offered; trying again");
         }

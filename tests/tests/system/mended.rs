@@ -30,6 +30,7 @@ async fn a_nats_server_that_is_too_old_is_named_and_used_once_it_is_upgraded() {
         says(program, &["2.9.25", "2.14.5", "upgrade"]).await;
     }
     applied(&system, &FlowFile { replicas: 1, ..FlowFile::default() }).await;
+    describes(&system, "nats-server too old", &["NatsUnavailable", "2.9.25", "2.14.5", "upgrade"]).await;
     system.greeter.as_ref().unwrap().upgrade();
     system.captures().await;
     system.row_passes().await;
@@ -196,6 +197,7 @@ async fn a_capture_that_is_cut_off_from_the_log_gives_its_lock_up() {
     })
     .await;
     says(system.worker(&worker), &["task given up", "have not answered for"]).await;
+    describes(&system, "NATS away while nobody owns the capture", &["NatsUnavailable", "cannot be offered"]).await;
     system.nats.start_again().await.unwrap();
     system.row_passes().await;
 }
