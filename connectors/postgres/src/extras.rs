@@ -134,14 +134,15 @@ struct Finish<'a> {
 }
 
 impl Finish<'_> {
-    /// Runs one statement; false, with a sentence, when the server refuses it.
+    /// Runs statements, all or none; false, with a sentence, when the server refuses it.
     async fn run(&mut self, what: &str, statement: &str) -> Result<bool, PostgresError> {
         tracing::info!(table = %self.here, statement, "adding to a table that was loaded");
-        match self.session.client.execute(statement, &[]).await {
-            Ok(_) => Ok(true),
+        match self.session.client.batch_execute(statement).await {
+            Ok(()) => Ok(true),
             Err(source) => {
-                let refused =
-                    source.as_db_error().filter(|db| !["08", "57", "53", "58"].contains(&&db.code().code()[..2]));
+                let refused = source
+                    .as_db_error()
+                    .filter(|db| !["08", "40", "53", "55", "57", "58"].contains(&&db.code().code()[..2]));
                 let Some(refused) = refused else {
                     return Err(PostgresError::Sql { doing: format!("adding {what} to {}", self.here), source });
                 };
@@ -222,38 +223,42 @@ impl Finish<'_> {
         self.session.command(LOCK_TIMEOUT).await
     }
 
-    async fn has_constraint(&self, name: &str) -> Result<bool, PostgresError> {
-        let query = "SELECT FROM pg_constraint WHERE conrelid = to_regclass($1) AND conname = $2";
+    /// Whether a constraint is there, and if so, whether its rows were looked at.
+    async fn has_constraint(&self, name: &str) -> Result<Option<bool>, PostgresError> {
+        let query = "SELECT convalidated FROM pg_constraint WHERE conrelid = to_regclass($1) AND conname = $2";
         let found = self.session.client.query_opt(query, &[&self.here.quoted(), &name]).await;
-        Ok(found.doing(|| format!("looking for constraint {name:?}"))?.is_some())
+        Ok(found.doing(|| format!("looking for constraint {name:?}"))?.map(|row| row.get(0)))
     }
 
-    /// Adds a constraint. With `check_later`, without holding others up while the rows are looked at.
-    async fn add_constraint(&mut self, name: &str, definition: &str, check_later: bool) -> Result<bool, PostgresError> {
-        if self.has_constraint(name).await? {
-            return Ok(false);
-        }
+    /// Adds a constraint. With `check_later`, without holding others up while the rows are looked at. A foreign key is marked as ours
+    /// in the transaction that makes it: one without the mark is taken for a person's, and in the way of another load.
+    async fn add_constraint(&mut self, name: &str, definition: &str, check_later: bool) -> Result<(), PostgresError> {
         let (what, quoted, table) = (format!("constraint {name:?}"), quote_identifier(name), self.here.quoted());
-        let add = format!("ALTER TABLE {table} ADD CONSTRAINT {quoted} {definition}");
-        if !check_later {
-            return self.run(&what, &add).await;
+        let found = self.has_constraint(name).await?;
+        if found.is_none() {
+            let later = if check_later { " NOT VALID" } else { "" };
+            let mut add = format!("ALTER TABLE {table} ADD CONSTRAINT {quoted} {definition}{later}");
+            if definition.starts_with("FOREIGN KEY") {
+                add += &format!("; COMMENT ON CONSTRAINT {quoted} ON {table} IS {}", quote_literal(OURS));
+            }
+            if !self.run(&what, &add).await? {
+                return Ok(());
+            }
         }
-        if !self.run(&what, &format!("{add} NOT VALID")).await? {
-            return Ok(false);
+        // Also what one that died in between has left behind.
+        if check_later && found != Some(true) {
+            let is_valid = self.run(&what, &format!("ALTER TABLE {table} VALIDATE CONSTRAINT {quoted}")).await?;
+            if !is_valid && found.is_none() {
+                self.session.command(&format!("ALTER TABLE {table} DROP CONSTRAINT {quoted}")).await?;
+            }
         }
-        let is_valid = self.run(&what, &format!("ALTER TABLE {table} VALIDATE CONSTRAINT {quoted}")).await?;
-        if !is_valid {
-            let drop = format!("ALTER TABLE {table} DROP CONSTRAINT {quoted}");
-            self.session.command(&drop).await?;
-        }
-        Ok(is_valid)
+        Ok(())
     }
 
     async fn constraint(&mut self, constraint: &TableExtra) -> Result<(), PostgresError> {
         let definition = constraint.definition.as_str();
         let check_later = definition.starts_with("CHECK") && !definition.ends_with("NOT VALID");
-        self.add_constraint(&constraint.name, definition, check_later).await?;
-        Ok(())
+        self.add_constraint(&constraint.name, definition, check_later).await
     }
 
     /// Checked at the end of each transaction: within a batch the tables' rows come in no order.
@@ -274,16 +279,7 @@ impl Finish<'_> {
             ));
             return Ok(());
         }
-        if self.add_constraint(&key.name, &definition, true).await? {
-            let comment = format!(
-                "COMMENT ON CONSTRAINT {} ON {} IS {}",
-                quote_identifier(&key.name),
-                self.here.quoted(),
-                quote_literal(OURS)
-            );
-            self.session.command(&comment).await?;
-        }
-        Ok(())
+        self.add_constraint(&key.name, &definition, true).await
     }
 
     async fn default(&mut self, default: &TableExtra) -> Result<(), PostgresError> {

@@ -295,6 +295,11 @@ async fn extras_are_added_once_and_foreign_keys_come_back_after_another_load() {
     let mut beside = target.make(Faults::default(), Arc::new(WithExtras));
     assert_eq!(beside.loads().unwrap().finish(&items.table).await.unwrap().len(), 2);
     assert_eq!(query(&target.database, found).await, all);
+    // One that died between making constraints and looking at their rows.
+    let not_valid = "UPDATE pg_constraint SET convalidated = false WHERE conname IN ('items_n_check', 'items_parent')";
+    target.sql(not_valid).await;
+    assert_eq!(beside.loads().unwrap().finish(&items.table).await.unwrap().len(), 2);
+    assert_eq!(query(&target.database, found).await, all);
     // The table that is referred to is loaded anew, alone.
     sink.loads().unwrap().prepare(RunId(2), 0, &parents).await.unwrap();
     let foreign_keys = "SELECT conname::text FROM pg_constraint WHERE contype = 'f'";
