@@ -4,6 +4,7 @@
 //! lowest hold that keeps it. A dead sink has no owner that could do this by itself.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use wallaby_coordination::{Coordination, DetachOutcome, Hold, TaskLock};
@@ -46,8 +47,29 @@ pub fn overrun<'a>(holds: &BTreeMap<Reader, Hold>, sinks: &'a [SinkSeen], staged
     sinks.iter().filter(is_to_blame).map(|seen| &seen.sink).collect()
 }
 
+/// How long a sink must be the one that keeps the log short of room. Holds follow their sinks every few seconds only: one that keeps up
+/// stands further than its hold says.
+const BLAMED_FOR: Duration = Duration::from_secs(8);
+
+/// Since when each sink is the one that keeps the log short of room, without a break.
+#[derive(Debug, Default)]
+struct Blame(BTreeMap<SinkId, Instant>);
+
+impl Blame {
+    /// Takes a verdict; the sinks that were blamed long enough.
+    fn ripe(&mut self, blamed: &[&SinkId], now: Instant) -> Vec<SinkId> {
+        self.0.retain(|sink, _| blamed.contains(&sink));
+        for sink in blamed {
+            self.0.entry((*sink).clone()).or_insert(now);
+        }
+        let is_ripe = |since: Instant| now.saturating_duration_since(since) >= BLAMED_FOR;
+        self.0.iter().filter(|(_, since)| is_ripe(**since)).map(|(sink, _)| sink.clone()).collect()
+    }
+}
+
 /// What the decision is made from, for a loop beside the capture.
 pub struct Overrun {
+    blame: Blame,
     coordination: Coordination,
     lock: TaskLock,
     flows: watch::Receiver<Flows>,
@@ -59,6 +81,7 @@ impl Overrun {
     /// Of the flow that a capture task is of.
     pub fn of(context: &TaskContext) -> Overrun {
         Overrun {
+            blame: Blame::default(),
             coordination: context.shared.coordination.clone(),
             lock: context.lock.clone(),
             flows: context.flows.clone(),
@@ -67,18 +90,23 @@ impl Overrun {
         }
     }
 
+    /// There is room: nobody is to blame.
+    pub fn acquit(&mut self) {
+        self.blame = Blame::default();
+    }
+
     /// Cuts off the sinks that keep a log short of room that was purged as far as the holds allow. Says whether one was.
     ///
     /// # Errors
     /// When etcd cannot be reached, or the capture's lock is lost.
-    pub async fn detach(&self) -> Result<bool, wallaby_coordination::Error> {
+    pub async fn detach(&mut self) -> Result<bool, wallaby_coordination::Error> {
         let flow = &self.lock.task().flow;
         let seen = self.sinks();
         let holds = self.coordination.holds(flow).await?;
         let staged = self.status.snapshot().progress.staged.unwrap_or(Position::ZERO);
         let mut has_detached = false;
-        for sink in overrun(&holds, &seen, staged) {
-            has_detached |= detach(&self.lock, sink, &holds).await?;
+        for sink in self.blame.ripe(&overrun(&holds, &seen, staged), Instant::now()) {
+            has_detached |= detach(&self.lock, &sink, &holds).await?;
         }
         Ok(has_detached)
     }
@@ -161,6 +189,18 @@ mod tests {
         let patient = [seen("slow", OnOverrun::Backpressure, &[]), seen("quick", OnOverrun::Detach, &[])];
         assert!(overrun(&holds, &patient, end()).is_empty(), "the flow waits for a sink that asked for it");
         assert!(overrun(&BTreeMap::new(), &sinks, end()).is_empty());
+    }
+
+    #[test]
+    fn h16_a_sink_whose_hold_follows_in_time_stays() {
+        let (start, slow, quick) = (Instant::now(), sink("slow"), sink("quick"));
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut blame = Blame::default();
+        assert!(blame.ripe(&[&slow, &quick], at(0)).is_empty());
+        assert!(blame.ripe(&[&slow], at(2)).is_empty());
+        assert!(blame.ripe(&[&slow, &quick], at(4)).is_empty());
+        assert_eq!(blame.ripe(&[&slow, &quick], at(8)), std::slice::from_ref(&slow));
+        assert_eq!(blame.ripe(&[&slow, &quick], at(12)), [quick, slow]);
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub fn start(
     lock: TaskLock,
     replay_window: Duration,
     sweeper: Sweeper,
-    overrun: Overrun,
+    mut overrun: Overrun,
 ) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         let mut retention = Retention::new(&log);
@@ -60,13 +60,13 @@ pub fn start(
                 is_short = has_purged.is_some() && is_short_of_room(&log).await;
                 again = is_short && !window.now.is_zero();
             }
-            // Everything went that the holds allow: who holds it now is cut off.
-            if was_short
-                && window.now.is_zero()
-                && is_short_of_room(&log).await
-                && let Err(error) = overrun.detach().await
-            {
-                tracing::warn!(flow = %log.flow(), %error, "it was not decided who is to be cut off from a full log");
+            // Everything went that the holds allow: who holds it now, and goes on holding it, is cut off.
+            if was_short && window.now.is_zero() && is_short_of_room(&log).await {
+                if let Err(error) = overrun.detach().await {
+                    tracing::warn!(flow = %log.flow(), %error, "it was not decided who is to be cut off from a full log");
+                }
+            } else {
+                overrun.acquit();
             }
             if look.is_multiple_of(SWEEP_EVERY_LOOKS)
                 && let Err(error) = sweeper.sweep(&log, purged_to).await
