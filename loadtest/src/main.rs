@@ -88,6 +88,9 @@ struct FirstLoadArguments {
     /// Decides what the transactions do.
     #[arg(long, default_value_t = 7)]
     seed: u64,
+    /// The side store's quota of chunks. A chunk has a quarter of it, at most 64 MiB.
+    #[arg(long, default_value = "4Gi")]
+    chunks_max: String,
     /// Where wallaby-controller and wallaby-worker are; beside this program when absent.
     #[arg(long)]
     programs: Option<PathBuf>,
@@ -164,6 +167,7 @@ async fn first_load(arguments: FirstLoadArguments) -> anyhow::Result<()> {
         restart_sink: !arguments.no_restart,
         nodes: arguments.nodes,
         seed: arguments.seed,
+        chunks_max: arguments.chunks_max,
     };
     let outcome =
         wallaby_loadtest::first_load::run(&options, &programs, folder.path(), |line| println!("{line}")).await?;

