@@ -17,6 +17,9 @@ async fn cluster(nodes: usize) -> NatsCluster {
     NatsCluster::start(NatsOptions { nodes, sync_interval, ..NatsOptions::default() }).await.unwrap()
 }
 
+/// Small, so that however many are put while leaders die, they fit.
+const BODY_BYTES: usize = 2_000;
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_is_found_while_leaders_die() {
     let cluster = cluster(3).await;
@@ -32,7 +35,7 @@ async fn what_was_acknowledged_is_found_while_leaders_die() {
         tokio::spawn(async move {
             let mut number = 0;
             while !stop.load(Ordering::Relaxed) {
-                side.put(part(one, number), body(number, 20_000)).await.unwrap();
+                side.put(part(one, number), body(number, BODY_BYTES)).await.unwrap();
                 number += 1;
                 acked.store(number, Ordering::SeqCst);
             }
@@ -51,7 +54,10 @@ async fn what_was_acknowledged_is_found_while_leaders_die() {
                     continue;
                 };
                 let got = elsewhere.get(part(one, newest)).await.unwrap();
-                assert!(got == Some(body(newest, 20_000)), "part {newest} was acknowledged and is not there: {got:?}");
+                assert!(
+                    got == Some(body(newest, BODY_BYTES)),
+                    "part {newest} was acknowledged and is not there: {got:?}"
+                );
                 reads += 1;
             }
             reads
@@ -81,7 +87,7 @@ async fn what_was_acknowledged_is_found_while_leaders_die() {
     let put = putting.await.unwrap();
     assert!(reading.await.unwrap() > 0);
     for number in 0..put {
-        assert!(side.get(part(one, number)).await.unwrap() == Some(body(number, 20_000)), "{number} of {put}");
+        assert!(side.get(part(one, number)).await.unwrap() == Some(body(number, BODY_BYTES)), "{number} of {put}");
     }
 }
 
