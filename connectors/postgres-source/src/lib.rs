@@ -40,7 +40,9 @@ pub use preflight::{Finding, Status, preflight};
 pub use prepare::{Prepared, SourceIdentity};
 pub use replication::{Feedback, Frame, FrameReader, GulpPolicy, ReplicationClient, StartOptions, Streaming};
 pub use sessions::SessionOwner;
-pub use setup::{PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot};
+pub use setup::{
+    PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot, widen_publication,
+};
 pub use slot::SlotState;
 pub use snapshot::{ChunkRead, ChunkRequest, PartSink, SnapshotExport, read_chunk};
 pub use status::{SourceStatus, ended_before, source_status};

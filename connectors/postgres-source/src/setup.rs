@@ -56,10 +56,30 @@ pub struct SlotWanted {
 /// # Errors
 /// `TableMissing`, `TableWithoutKey`, `PublicationMissing` (not ours to make), `PublicationUnfit`, a missing privilege.
 pub async fn ensure_publication(control: &Control, wanted: &PublicationWanted) -> Result<(), SourceError> {
+    settle_publication(control, wanted, Surplus::Dropped).await
+}
+
+/// As [`ensure_publication`], but leaves in what is not wanted: for whoever looks again and again, and may have been overtaken by an owner
+/// that wants more. Nothing that is captured falls out because of it.
+///
+/// # Errors
+/// As [`ensure_publication`].
+pub async fn widen_publication(control: &Control, wanted: &PublicationWanted) -> Result<(), SourceError> {
+    settle_publication(control, wanted, Surplus::Kept).await
+}
+
+/// What becomes of published tables that are not wanted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Surplus {
+    Dropped,
+    Kept,
+}
+
+async fn settle_publication(control: &Control, wanted: &PublicationWanted, then: Surplus) -> Result<(), SourceError> {
     let mut tries = PUBLICATION_TRIES;
     loop {
         tries -= 1;
-        match alter_publication(control, wanted).await? {
+        match alter_publication(control, wanted, then).await? {
             Altered::Yes => return Ok(()),
             Altered::Raced(error) if tries == 0 => return Err(error),
             Altered::Raced(_) => {}
@@ -75,7 +95,11 @@ enum Altered {
     Raced(SourceError),
 }
 
-async fn alter_publication(control: &Control, wanted: &PublicationWanted) -> Result<Altered, SourceError> {
+async fn alter_publication(
+    control: &Control,
+    wanted: &PublicationWanted,
+    then: Surplus,
+) -> Result<Altered, SourceError> {
     let existing = tables::publication(control, &wanted.name).await?;
     if !wanted.create {
         return match existing {
@@ -107,7 +131,7 @@ async fn alter_publication(control: &Control, wanted: &PublicationWanted) -> Res
             return Ok(raced);
         }
     }
-    if !surplus.is_empty() {
+    if !surplus.is_empty() && then == Surplus::Dropped {
         let sql = format!("ALTER PUBLICATION {publication} DROP TABLE {}", list(&surplus));
         return run(control, &sql, format!("dropping tables from publication {}", wanted.name)).await;
     }

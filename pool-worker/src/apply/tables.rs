@@ -52,11 +52,11 @@ pub enum Stranger {
 /// See [`Stranger`].
 pub fn stranger(runs: &FlowRuns, sink: &SinkId, table: &TableName) -> Stranger {
     let name = table.to_string();
-    let covers = |spec: &RunSpec| {
+    let has_it = |spec: &RunSpec| {
         let has = |patterns: &[String]| patterns.iter().any(|pattern| covers(pattern, &name));
         spec.loads_into(sink) && (spec.tables.is_empty() || has(&spec.tables)) && !has(&spec.exclude)
     };
-    let mut of_it = runs.runs.iter().filter(|(_, run)| run.spec.as_ref().is_some_and(covers));
+    let mut of_it = runs.runs.iter().filter(|(_, run)| run.spec.as_ref().is_some_and(has_it));
     match of_it.next_back() {
         Some((_, run)) if run.is_open() => Stranger::Awaited,
         Some((number, run)) if !run.plan.as_ref().is_some_and(|plan| plan.state == RunState::Done) => {

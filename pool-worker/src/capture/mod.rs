@@ -28,6 +28,7 @@ use crate::flows::{CaptureDemand, Demand};
 use crate::task::{Ending, TaskContext, TaskEnd};
 
 pub(crate) use error::{CaptureError, Directive};
+pub(crate) use publication::wanted as publication_wanted;
 
 /// What outlives one connection to the source: the log is ours from the fence to the end of the lock.
 #[derive(Default)]

@@ -111,7 +111,7 @@ pub async fn run(
         feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
     let _retention =
         retention::start(log.clone(), context.lock.clone(), demand.log.replay_window.0, sweeper, Overrun::of(context));
-    let _publication = publication::start(&config, demand, &context.task);
+    let _publication = publication::start(&config, publication_of(demand), context.lock.clone());
     let (figures, _figures) = figures::start(config, demand.slot.clone());
     context.status.condition(ConditionType::SourceReady, true, "Ready", "");
     context.status.condition(ConditionType::Capturing, true, "Streaming", "");
@@ -161,10 +161,14 @@ fn is_first_start(context: &TaskContext, takeover: &Takeover) -> bool {
     takeover.tail().end.is_none() && !was_staged
 }
 
+fn publication_of(demand: &CaptureDemand) -> PublicationWanted {
+    publication::wanted(demand.publication.clone(), &demand.source.publication)
+}
+
 /// Publication first, committed; then the slot. A slot that was lost later is never made again in silence.
 async fn set_up_source(config: &ConnectConfig, demand: &CaptureDemand, is_first: bool) -> Result<(), CaptureError> {
     let control = connect_control(config).await?;
-    let wanted = publication::wanted(demand);
+    let wanted = publication_of(demand);
     if !is_first {
         // What went missing is not made again: the WAL before it could not be decoded (hazard 20).
         ensure_publication(&control, &PublicationWanted { create: false, ..wanted.clone() }).await?;

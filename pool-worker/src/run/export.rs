@@ -10,7 +10,7 @@ use wallaby_postgres_source::{
 };
 use wallaby_staging::{Log, StagingError};
 
-use crate::capture::CaptureError;
+use crate::capture::{CaptureError, publication_wanted};
 use crate::flows::SourceDemand;
 use crate::secret;
 use crate::task::TaskContext;
@@ -98,13 +98,7 @@ impl Export {
 fn publication(context: &TaskContext) -> Option<PublicationWanted> {
     let flows = context.flows.borrow();
     let document = &flows.get(&context.task.flow)?.record.document;
-    let wanted = &document.spec.source.postgres.publication;
-    Some(PublicationWanted {
-        name: document.publication_name(),
-        create: wanted.create,
-        tables: wanted.tables.clone(),
-        exclude: wanted.exclude.clone(),
-    })
+    Some(publication_wanted(document.publication_name(), &document.spec.source.postgres.publication))
 }
 
 /// Holds the log from its end, which must be there already: the snapshot comes after it.

@@ -7,7 +7,7 @@ use wallaby_model::Op;
 use wallaby_model::flow::Failover;
 use wallaby_postgres_source::{
     Capture, ConnectConfig, Finding, Lookup, PublicationWanted, SlotWanted, Status, connect_control, drop_publication,
-    ensure_publication, ensure_slot, preflight, source_status,
+    ensure_publication, ensure_slot, preflight, source_status, widen_publication,
 };
 use wallaby_testkit::{Database, Postgres, PostgresOptions};
 
@@ -189,6 +189,9 @@ async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
     };
     ensure_publication(&control, &publication(&name, &["public.a"])).await.unwrap();
     assert_eq!(tables().await, ["a"]);
+    // Who may have been overtaken only adds.
+    widen_publication(&control, &publication(&name, &["public.b"])).await.unwrap();
+    assert_eq!(tables().await, ["a", "b"]);
     let made: u32 = db.query_one("SELECT oid FROM pg_publication WHERE pubname = $1", &[&name]).await.unwrap().get(0);
     let mut wanted = publication(&name, &["public.*"]);
     wanted.exclude = vec!["public.a".into()];
