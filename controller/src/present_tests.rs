@@ -23,7 +23,14 @@ impl World {
         let created_at = Timestamp(1_000);
         World {
             entries: Vec::new(),
-            record: FlowRecord { document, generation: 3, resumes: 0, created_at, deleting_since: None },
+            record: FlowRecord {
+                document,
+                generation: 3,
+                resumes: 0,
+                created_at,
+                deleting_since: None,
+                sinks_since: std::collections::BTreeMap::new(),
+            },
         }
     }
 

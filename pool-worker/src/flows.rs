@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Change, Coordination, Entry, FlowRecord, Key, Revision, WatchEvent};
 use wallaby_model::flow::{FlowDocument, LogSpec, PostgresSourceSpec, SecretRef, SinkSpec, SnapshotMode};
-use wallaby_model::{FlowId, SinkId, TaskId, TaskKind};
+use wallaby_model::{Epoch, FlowId, SinkId, TaskId, TaskKind};
 
 use crate::runs::RunBoard;
 
@@ -92,8 +92,8 @@ pub struct ApplyDemand {
     pub source: SourceDemand,
     /// Whether tables are loaded before their changes flow.
     pub snapshot: SnapshotMode,
-    /// The revision that made the flow: epochs below it are of an earlier flow of this name.
-    pub flow_created: Revision,
+    /// Epochs below this one are of an earlier flow, or an earlier sink, of this name.
+    pub since: Epoch,
 }
 
 /// The part of a flow that a comparison acts on. Which sink it is says the operation.
@@ -131,7 +131,7 @@ pub fn demand(flow: Option<&Flow>, task: &TaskId) -> Demand {
             sink: sink.clone(),
             source: of_source(),
             snapshot: source.snapshot,
-            flow_created: flow.created,
+            since: flow.record.sink_since(flow.created, name),
         }))
     };
     let is_deleting = flow.record.deleting_since.is_some();

@@ -13,6 +13,8 @@ pub struct FlowFile {
     pub source_lines: Vec<String>,
     /// `log.maxBytes`.
     pub max_bytes: String,
+    /// `log.replayWindow`.
+    pub replay_window: &'static str,
     /// `log.sideStore`.
     pub side_store: String,
     /// `largeTransactionBytes`.
@@ -41,6 +43,7 @@ impl Default for FlowFile {
             tables: "[public.*]".to_owned(),
             source_lines: Vec::new(),
             max_bytes: "512Mi".to_owned(),
+            replay_window: "1h",
             side_store: "{ jetstream: {} }".to_owned(),
             large_transaction_bytes: "64Mi".to_owned(),
             snapshot: "never",
@@ -54,7 +57,7 @@ impl Default for FlowFile {
 impl fmt::Display for FlowFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let FlowFile { source, tables, source_lines, max_bytes, large_transaction_bytes, .. } = self;
-        let FlowFile { snapshot, on_overrun, replicas, side_store, more_sinks, .. } = self;
+        let FlowFile { snapshot, on_overrun, replicas, side_store, more_sinks, replay_window, .. } = self;
         writeln!(f, "apiVersion: wallaby/v1\nkind: Flow\nmetadata: {{ name: shop }}\nspec:\n  source:\n    postgres:")?;
         writeln!(f, "      dsn: {source}")?;
         // What is not taken in by a pattern cannot be left out.
@@ -64,7 +67,10 @@ impl fmt::Display for FlowFile {
         for line in source_lines {
             writeln!(f, "      {line}")?;
         }
-        writeln!(f, "  log: {{ replicas: {replicas}, maxBytes: {max_bytes}, sideStore: {side_store} }}")?;
+        writeln!(
+            f,
+            "  log: {{ replicas: {replicas}, maxBytes: {max_bytes}, replayWindow: {replay_window}, sideStore: {side_store} }}"
+        )?;
         writeln!(f, "  sinks:")?;
         for sink in std::iter::once("warehouse").chain(more_sinks.iter().map(String::as_str)) {
             let variable = FlowFile::variable(sink);

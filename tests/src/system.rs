@@ -419,6 +419,19 @@ impl System {
         assert!(comparison.is_equal(), "{sink}: {comparison}");
     }
 
+    /// Waits until every row at a sink is as it is at the source, where nothing may happen meanwhile.
+    pub async fn becomes_equal_at(&self, sink: &str) {
+        let tables: Vec<&str> = shop::TABLES.into_iter().chain(["public.ledger"]).collect();
+        eventually(PATIENCE, &format!("{sink} is equal to the source"), async || {
+            match compare(&self.source_dsn(), &self.dsn_of(sink), &tables).await {
+                Ok(comparison) if comparison.is_equal() => Ok(()),
+                Ok(comparison) => Err(format!("{comparison}; {}", self.last_errors().await)),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+        .await;
+    }
+
     /// Ends the traffic, waits until the sink has everything, and compares: every row, and nothing doubled.
     pub async fn all_is_equal(&mut self, traffic: Traffic) {
         let written = traffic.stop().await;

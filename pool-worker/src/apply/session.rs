@@ -98,8 +98,8 @@ fn factory_with(
     let config = PostgresSinkConfig::new(&dsn, &demand.sink.postgres)?
         .with_faults(Faults { keep_older_sessions, ..Faults::default() });
     let lookup = Arc::new(Lookup::new(source, &demand.source.publication));
-    let since = Epoch(u64::try_from(demand.flow_created.0).unwrap_or(0));
-    let task = SinkTask { task: TaskId::apply(&context.task.flow, &demand.sink.name), since, lookup };
+    let task = TaskId::apply(&context.task.flow, &demand.sink.name);
+    let task = SinkTask { task, since: demand.since, lookup };
     Ok((PostgresSinkFactory::new(config), task))
 }
 

@@ -80,7 +80,8 @@ impl Coordination {
         let flow = document.metadata.name.clone();
         let sinks: Vec<SinkId> = document.spec.sinks.iter().map(|sink| sink.name.clone()).collect();
         let created_at = wall_clock_now();
-        let record = FlowRecord { document, generation: 1, resumes: 0, created_at, deleting_since: None };
+        let sinks_since = BTreeMap::new();
+        let record = FlowRecord { document, generation: 1, resumes: 0, created_at, deleting_since: None, sinks_since };
         let key = self.keys().text(&Key::FlowSpec(flow.clone()));
         let value = encode(&key, &record)?;
         let mut then = vec![TxnOp::put(key.clone(), value.clone(), None)];
@@ -154,6 +155,9 @@ impl Coordination {
             record.generation += 1;
         }
         record.document = document;
+        let (before, after) = (sinks_of(&seen.record), sinks_of(&record));
+        record.sinks_since.retain(|sink, _| after.contains(sink));
+        record.sinks_since.extend(after.difference(&before).map(|sink| (sink.clone(), seen.revision.0)));
         self.replace_flow(seen, record, starts).await
     }
 

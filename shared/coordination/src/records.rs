@@ -6,7 +6,9 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use wallaby_model::condition::{Condition, Timestamp};
 use wallaby_model::flow::FlowDocument;
-use wallaby_model::{Position, RunId, TaskId, WorkerId};
+use wallaby_model::{Epoch, Position, RunId, SinkId, TaskId, WorkerId};
+
+use crate::Revision;
 
 /// `workers/<W>`: a worker that is alive.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -58,6 +60,19 @@ pub struct FlowRecord {
     /// Set once the flow is to go: tasks remove what they made (slot, publication), then the controller removes the record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deleting_since: Option<Timestamp>,
+    /// For each sink that was added to the living flow: a revision at which it was not there. What a sink of that name kept in
+    /// an earlier life has an older epoch.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sinks_since: BTreeMap<SinkId, i64>,
+}
+
+impl FlowRecord {
+    /// Epochs of a sink's tasks below this one are of an earlier flow, or an earlier sink, of the same name. `created` is the
+    /// revision that made the flow.
+    pub fn sink_since(&self, created: Revision, sink: &SinkId) -> Epoch {
+        let added = self.sinks_since.get(sink).copied().unwrap_or(0);
+        Epoch(u64::try_from(created.0.max(added)).unwrap_or(0))
+    }
 }
 
 /// `flows/<F>/status`: what only the controller knows.
