@@ -13,6 +13,7 @@ use wallaby_loadtest::measure::figures::{Figures, Run, Skipped};
 use wallaby_loadtest::measure::parts::{self, Part};
 use wallaby_loadtest::measure::report;
 use wallaby_loadtest::measure::sink::{SinkBench, SinkOptions};
+use wallaby_loadtest::measure::snapshot::{SnapshotBench, SnapshotOptions};
 use wallaby_loadtest::system::Programs;
 use wallaby_stack::Folder;
 
@@ -51,6 +52,12 @@ struct RunArguments {
     /// Rows of a backlog in transactions of one row.
     #[arg(long, default_value_t = 300_000)]
     rows_one: u64,
+    /// Rows of the table that is loaded.
+    #[arg(long, default_value_t = 2_000_000)]
+    rows_load: u64,
+    /// Measures only these; everything when absent.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Area>,
     /// Transactions per second while latencies are measured.
     #[arg(long, default_value_t = 1_000)]
     per_second: u32,
@@ -66,6 +73,17 @@ struct RunArguments {
     /// A small form that only shows that everything runs: its figures mean nothing.
     #[arg(long)]
     quick: bool,
+}
+
+/// What `run` measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Area {
+    /// Ceilings, the pipeline to the log, and latencies to a reader of it.
+    Pipeline,
+    /// The Postgres sink, drained from the log.
+    Sink,
+    /// The first load: reading into the side store, and loading from it.
+    Snapshot,
 }
 
 #[derive(Debug, clap::Args)]
@@ -220,29 +238,59 @@ async fn measure(arguments: RunArguments) -> anyhow::Result<()> {
     };
     let mut figures = Figures { command: command_line(), at_s: seconds_since_1970(), ..Figures::default() };
     describe_machine(&mut figures);
-    println!(
-        "Filling the source's WAL: {} rows, and {} in transactions of one row ...",
-        options.rows, options.rows_one
-    );
-    let bench = Bench::prepare(options.clone()).await?;
     let told = |run: &Run| {
-        println!("pair {} {:<34} {:>8.0} rows/s, load {:.2}", run.pair, run.kind.title(), run.rate(), run.load_average);
+        println!("pair {} {:<41} {:>8.0} rows/s, load {:.2}", run.pair, run.kind.title(), run.rate(), run.load_average);
     };
-    bench.run_pairs(&mut figures, told).await?;
-    println!("Latencies to a reader of the log ...");
-    bench.latency(&mut figures).await?;
-    drop(bench);
+    let measures = |area| arguments.only.is_empty() || arguments.only.contains(&area);
+    if measures(Area::Pipeline) {
+        println!(
+            "Filling the source's WAL: {} rows, and {} in transactions of one row ...",
+            options.rows, options.rows_one
+        );
+        let bench = Bench::prepare(options.clone()).await?;
+        bench.run_pairs(&mut figures, told).await?;
+        println!("Latencies to a reader of the log ...");
+        bench.latency(&mut figures).await?;
+    }
+    let programs = Programs::find(arguments.programs.as_deref());
     let sink = SinkOptions {
         pairs: options.pairs,
         rows: options.rows,
         per_second: options.per_second,
         latency_for: options.latency_for,
     };
-    match Programs::find(arguments.programs.as_deref()) {
-        Ok(programs) => measure_sink(sink, &programs, &mut figures, told).await?,
-        Err(error) => figures.skipped.push(Skipped { what: "the Postgres sink".to_owned(), why: format!("{error:#}") }),
+    let rows = if quick { 4_000 } else { arguments.rows_load };
+    for (area, title) in [(Area::Sink, "the Postgres sink"), (Area::Snapshot, "the first load")] {
+        match (&programs, measures(area)) {
+            (_, false) => {}
+            (Err(error), true) => {
+                figures.skipped.push(Skipped { what: title.to_owned(), why: format!("{error:#}") });
+            }
+            (Ok(programs), true) if area == Area::Sink => measure_sink(sink, programs, &mut figures, told).await?,
+            (Ok(programs), true) => measure_snapshot(options.pairs, rows, programs, &mut figures, told).await?,
+        }
     }
     write(&arguments.out, &figures)
+}
+
+/// On one node with the default sync, and then on three that sync every write.
+async fn measure_snapshot(
+    pairs: u32,
+    rows: u64,
+    programs: &Programs,
+    figures: &mut Figures,
+    mut told: impl FnMut(&Run),
+) -> anyhow::Result<()> {
+    for (nodes, sync_always, first_pair) in [(1, false, 0), (3, true, pairs)] {
+        let always = if sync_always { ", sync always" } else { "" };
+        println!("The first load, R{nodes}{always}: filling the table ...");
+        let folder = Folder::temporary("loadtest")?;
+        let options = SnapshotOptions { pairs, rows, nodes, sync_always, first_pair };
+        let bench = SnapshotBench::prepare(options, programs, folder.path()).await?;
+        let measured = bench.run_pairs(figures, &mut told).await;
+        measured.map_err(|error| anyhow::anyhow!("{error:#}{}", bench.last_words()))?;
+    }
+    Ok(())
 }
 
 async fn measure_sink(

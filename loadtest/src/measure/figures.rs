@@ -26,6 +26,22 @@ pub enum Kind {
     Drain,
     /// The same rows by hand: COPY into a temporary table and an upsert.
     Bulk,
+    /// Binary COPY out of the source through one connection, discarded.
+    CopyOut,
+    /// Existing rows read into the side store, one chunk at a time, log on one node with default sync.
+    Chunks,
+    /// The same on three nodes that sync every write.
+    ChunksAlways,
+    /// Binary COPY out of the source through two connections.
+    CopyOutTwo,
+    /// Existing rows read into the side store, two chunks at a time.
+    ChunksTwo,
+    /// A full side store loaded by the Postgres sink, the source idle.
+    Load,
+    /// Binary COPY into the target through one connection, into a table with its primary key.
+    CopyIn,
+    /// The same through two connections.
+    CopyInTwo,
 }
 
 impl Kind {
@@ -41,6 +57,14 @@ impl Kind {
             Kind::R1OneRow => "pipeline, R1, 1-row transactions",
             Kind::Drain => "Postgres sink, drained from the log",
             Kind::Bulk => "COPY and upsert by hand",
+            Kind::CopyOut => "COPY out, 1 connection",
+            Kind::Chunks => "chunks to the side store, R1, 1 reader",
+            Kind::ChunksAlways => "chunks, R3, sync always, 1 reader",
+            Kind::CopyOutTwo => "COPY out, 2 connections",
+            Kind::ChunksTwo => "chunks to the side store, R1, 2 readers",
+            Kind::Load => "Postgres sink, loaded from the side store",
+            Kind::CopyIn => "COPY in, 1 connection",
+            Kind::CopyInTwo => "COPY in, 2 connections",
         }
     }
 }

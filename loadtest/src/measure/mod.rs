@@ -1,7 +1,8 @@
 //! The measurements behind limits.md: ceilings, pipeline, latencies, and what they cost.
 //!
 //! Every part of the path runs in a process of its own ([`parts`]); [`bench`] starts them against real servers, in turn, so that a
-//! noisy minute hits all kinds alike; [`sink`] measures a whole WALlaby up to the Postgres sink; [`figures`] holds the results and their ratios; [`report`] writes them up.
+//! noisy minute hits all kinds alike; [`sink`] measures a whole WALlaby up to the Postgres sink, [`snapshot`] its
+//! first load; [`figures`] holds the results and their ratios; [`report`] writes them up.
 
 pub mod bench;
 pub mod figures;
@@ -9,3 +10,4 @@ pub mod parts;
 pub mod proc;
 pub mod report;
 pub mod sink;
+pub mod snapshot;

@@ -55,6 +55,11 @@ fn demands(figures: &Figures) -> Vec<Demand> {
         ratio("pipeline R3, sync always ÷ S1", Kind::R3Always, Kind::S1, 0.3, 0.45),
         ratio("pipeline R1 ÷ S1, 1-row transactions", Kind::R1OneRow, Kind::S1OneRow, 0.6, 0.85),
         ratio("Postgres sink ÷ bulk by hand", Kind::Drain, Kind::Bulk, 0.7, 0.85),
+        ratio("first load, 1 reader ÷ COPY out, 1 connection", Kind::Chunks, Kind::CopyOut, 0.6, 0.85),
+        ratio("first load, 2 readers ÷ COPY out, 2 connections", Kind::ChunksTwo, Kind::CopyOutTwo, 0.6, 0.85),
+        ratio("first load, R3, sync always, 1 reader ÷ COPY out", Kind::ChunksAlways, Kind::CopyOut, 0.3, 0.45),
+        ratio("Postgres sink, loading ÷ COPY in, 1 connection", Kind::Load, Kind::CopyIn, 0.6, 0.85),
+        ratio("Postgres sink, loading ÷ COPY in, 2 connections", Kind::Load, Kind::CopyInTwo, 0.6, 0.85),
         cost("worker CPU per row, capture to staged", figures.cpu(Kind::R1, "worker"), 2.0, 0.9, " µs"),
         cost("worker memory at full speed", resident, 256.0, 100.0, " MiB"),
         cost("commit to reader of the log, p50", latency(TO_READER, |l| l.p50), 2.0, 1.0, " ms"),
@@ -89,8 +94,25 @@ fn demands_table(out: &mut String, figures: &Figures) {
     out.push('\n');
 }
 
-const KINDS: [Kind; 9] =
-    [Kind::S0, Kind::S1, Kind::R1, Kind::R3, Kind::R3Always, Kind::S1OneRow, Kind::R1OneRow, Kind::Drain, Kind::Bulk];
+const KINDS: [Kind; 17] = [
+    Kind::S0,
+    Kind::S1,
+    Kind::R1,
+    Kind::R3,
+    Kind::R3Always,
+    Kind::S1OneRow,
+    Kind::R1OneRow,
+    Kind::Drain,
+    Kind::Bulk,
+    Kind::CopyOut,
+    Kind::Chunks,
+    Kind::ChunksAlways,
+    Kind::CopyOutTwo,
+    Kind::ChunksTwo,
+    Kind::Load,
+    Kind::CopyIn,
+    Kind::CopyInTwo,
+];
 
 fn runs_table(out: &mut String, figures: &Figures) {
     out.push_str("| what | rows/s, median | lowest to highest | CPU µs/row, medians | memory, highest |\n|---|---|---|---|---|\n");

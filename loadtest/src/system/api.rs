@@ -10,6 +10,7 @@ use wallaby_model::{FlowId, Lsn, Position, SinkId};
 use wallaby_proto::v1;
 use wallaby_proto::v1::flow_service_client::FlowServiceClient;
 use wallaby_proto::v1::sink_service_client::SinkServiceClient;
+use wallaby_proto::v1::snapshot_service_client::SnapshotServiceClient;
 
 /// How long one call may take.
 const CALL_PATIENCE: Duration = Duration::from_secs(5);
@@ -19,6 +20,7 @@ const CALL_PATIENCE: Duration = Duration::from_secs(5);
 pub struct FlowApi {
     flows: FlowServiceClient<Channel>,
     sinks: SinkServiceClient<Channel>,
+    snapshots: SnapshotServiceClient<Channel>,
     flow: FlowId,
 }
 
@@ -31,7 +33,8 @@ impl FlowApi {
         let endpoint =
             Endpoint::from_shared(endpoint.to_owned())?.connect_timeout(CALL_PATIENCE).timeout(CALL_PATIENCE);
         let channel = endpoint.connect_lazy();
-        Ok(FlowApi { flows: FlowServiceClient::new(channel.clone()), sinks: SinkServiceClient::new(channel), flow })
+        let (flows, sinks) = (FlowServiceClient::new(channel.clone()), SinkServiceClient::new(channel.clone()));
+        Ok(FlowApi { flows, sinks, snapshots: SnapshotServiceClient::new(channel), flow })
     }
 
     /// Makes the flow that a document describes.
@@ -66,6 +69,45 @@ impl FlowApi {
             false => sinks.pause_sink(v1::PauseSinkRequest { name }).await.map(drop),
         };
         answer.map_err(|status| refused(&status)).with_context(|| format!("pausing or resuming the sink {sink}"))
+    }
+
+    /// Asks for a run of every table into every sink, read by at most so many at a time.
+    ///
+    /// # Errors
+    /// When the controller refuses.
+    pub async fn start_snapshot(&self, readers: u32) -> anyhow::Result<()> {
+        let parent = wallaby_model::api::flow_name(&self.flow);
+        let spec = v1::SnapshotSpec { readers, ..v1::SnapshotSpec::default() };
+        let request = v1::StartSnapshotRequest { parent, spec: Some(spec) };
+        let made = self.snapshots.clone().start_snapshot(request).await;
+        made.map(drop).map_err(|status| refused(&status)).context("asking for a run")
+    }
+
+    /// Sends the flow on its way out.
+    ///
+    /// # Errors
+    /// When the controller refuses.
+    pub async fn delete(&self) -> anyhow::Result<()> {
+        let name = wallaby_model::api::flow_name(&self.flow);
+        let request = v1::DeleteFlowRequest { name, ..v1::DeleteFlowRequest::default() };
+        let answer = self.flows.clone().delete_flow(request).await;
+        answer.map(drop).map_err(|status| refused(&status)).context("deleting the flow")
+    }
+
+    /// Whether a deleted flow is gone.
+    ///
+    /// # Errors
+    /// While it is not, and when the controller does not answer.
+    pub async fn is_gone(&self) -> anyhow::Result<()> {
+        let name = wallaby_model::api::flow_name(&self.flow);
+        match self.flows.clone().get_flow(v1::GetFlowRequest { name }).await {
+            Err(status) if status.code() == tonic::Code::NotFound => Ok(()),
+            Err(status) => Err(refused(&status)),
+            Ok(answer) => {
+                let flow = answer.into_inner().flow.unwrap_or_default();
+                anyhow::bail!("the flow is still there: {}", complaints(&flow))
+            }
+        }
     }
 
     /// The flow as it is.

@@ -5,6 +5,7 @@ mod bad_input;
 mod detach;
 mod first_load;
 mod kills;
+mod measured;
 mod mended;
 mod pauses;
 mod power;

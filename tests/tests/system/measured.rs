@@ -1,0 +1,54 @@
+//! What `wallaby-loadtest` measures with a whole WALlaby, in small forms: everything runs, and every row is counted. Times mean nothing here.
+
+use std::time::Duration;
+
+use wallaby_loadtest::first_load::add_table::{self, AddTableOptions};
+use wallaby_loadtest::measure::figures::{Figures, Kind};
+use wallaby_loadtest::measure::snapshot::{SnapshotBench, SnapshotOptions};
+use wallaby_loadtest::system::Programs;
+use wallaby_stack::Folder;
+use wallaby_tests::programs::program;
+use wallaby_tests::{alone, is_full_size};
+
+fn programs() -> Programs {
+    Programs::find(program("wallaby-worker").parent()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn m2_reads_and_loads_are_measured_beside_copy() {
+    let _alone = alone().await;
+    let folder = Folder::temporary("m2").unwrap();
+    let rows = if is_full_size() { 2_000_000 } else { 5_000 };
+    let options = SnapshotOptions { pairs: 1, rows, nodes: 1, sync_always: false, first_pair: 0 };
+    let bench = SnapshotBench::prepare(options, &programs(), folder.path()).await.unwrap();
+    let mut figures = Figures::default();
+    let outcome = bench.run_pairs(&mut figures, |run| println!("{}: {:.0} rows/s", run.kind.title(), run.rate())).await;
+    outcome.unwrap_or_else(|error| panic!("{error:#}{}", bench.last_words()));
+    for kind in
+        [Kind::Chunks, Kind::ChunksTwo, Kind::Load, Kind::CopyOut, Kind::CopyOutTwo, Kind::CopyIn, Kind::CopyInTwo]
+    {
+        let runs: Vec<_> = figures.of(kind).collect();
+        assert_eq!(runs.len(), 1, "{kind:?}");
+        assert_eq!(runs[0].rows, rows, "{kind:?}");
+        assert!(runs[0].seconds > 0.0 && runs[0].rate().is_finite(), "{kind:?}");
+    }
+    assert_eq!(figures.ratios(Kind::Load, Kind::CopyIn).len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn m3_the_lag_of_ten_tables_is_watched_while_one_is_added() {
+    let _alone = alone().await;
+    let folder = Folder::temporary("m3").unwrap();
+    let options = AddTableOptions {
+        rows: if is_full_size() { 1_000_000 } else { 20_000 },
+        per_second: if is_full_size() { 200 } else { 50 },
+        calm: Duration::from_secs(if is_full_size() { 10 } else { 2 }),
+        nodes: 1,
+    };
+    let outcome = add_table::run(&options, &programs(), folder.path()).await.unwrap();
+    assert!(outcome.comparison.is_equal(), "{}", outcome.comparison);
+    assert!(outcome.done_s > outcome.added_s);
+    let during = outcome.samples.iter().filter(|(at, _)| (outcome.added_s..=outcome.done_s).contains(at)).count();
+    assert!(during > 0, "the lag was not looked at while the table was added: {:?}", outcome.samples.len());
+    assert!(outcome.plot().contains("table added"), "the plot names what happened");
+}
