@@ -46,6 +46,8 @@ const CHECKSUM_AT: usize = 6;
 const SHAPES_MAX: usize = 4096;
 /// What a segment's content is expected to need.
 const CONTENT_BYTES_USUAL: usize = 256 << 10;
+/// A larger buffer is not kept for the next segment: a row of hundreds of MB would stay in memory for good.
+const CONTENT_BYTES_KEPT: usize = 4 << 20;
 /// The end of an Arrow IPC stream: a continuation marker and a message of no length.
 const END_OF_STREAM: [u8; 8] = [0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0];
 
@@ -151,6 +153,9 @@ impl SegmentEncoder {
                 let mut out = vec![0; HEADER_BYTES + lz4_flex::block::get_maximum_output_size(length)];
                 let packed = lz4_flex::block::compress_into(&content[HEADER_BYTES..], &mut out[HEADER_BYTES..])
                     .map_err(|_| SegmentError::TooLarge(length))?;
+                if content.capacity() > CONTENT_BYTES_KEPT {
+                    content = Vec::new();
+                }
                 out.truncate(HEADER_BYTES + packed);
                 seal(&mut out, 1, written);
                 // Kept by readers' caches and the window: no room that nobody uses.
