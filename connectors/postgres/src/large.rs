@@ -1,7 +1,8 @@
 //! A transaction that does not fit into memory: given out in portions, applied in one transaction of the sink.
 //!
 //! Where it ends is known only at its end. So the lock on the checkpoint row is taken first, with epoch and position checked, and
-//! the row is moved last, before the commit. While one portion is written the next one is fetched: at most two are in memory.
+//! the row is moved last, before the commit. While one portion is written the next one is fetched: at most two are in memory, and of
+//! those with huge rows one.
 //! A portion that violates a constraint as a whole is rolled back to a savepoint and applied in small steps; deferrable constraints
 //! are deferred from then on and looked at before the commit.
 
@@ -10,7 +11,7 @@ use std::sync::Arc;
 
 use futures::future::{Either, select};
 use wallaby_connector_api::{BatchPart, Portion, Portions, SinkError, SinkTask, TableFilter};
-use wallaby_model::{Epoch, Position, TableName};
+use wallaby_model::{Epoch, Position, TableChanges, TableName};
 
 use crate::assemble::tables;
 use crate::catalog::Leniency;
@@ -21,6 +22,9 @@ use crate::metrics::{ROWS, VIOLATIONS};
 use crate::session::not_open;
 use crate::sink::PostgresSink;
 use crate::transaction::{Moves, Open, Transaction};
+
+/// A portion with more than this is written before the next one is fetched.
+const OVERLAP_BYTES_MAX: usize = 8 << 20;
 
 /// A large transaction that was committed.
 pub(crate) struct Done {
@@ -70,6 +74,10 @@ impl PostgresSink {
             }
         }
     }
+}
+
+fn bytes_of(parts: &[BatchPart]) -> usize {
+    parts.iter().flat_map(|part| &part.body.tables).map(TableChanges::bytes).sum()
 }
 
 /// A filter that takes rows of these tables only.
@@ -175,13 +183,17 @@ impl Large<'_> {
         Ok((Done { to, log_rows: self.log_rows }, self.rows))
     }
 
-    /// Writes a portion while the next one is fetched.
+    /// Writes a portion while the next one is fetched; one of huge rows before.
     async fn write_and_fetch(
         &mut self,
         parts: Vec<BatchPart>,
         from: Position,
         portions: &mut dyn Portions,
     ) -> Result<Portion, PostgresError> {
+        if bytes_of(&parts) > OVERLAP_BYTES_MAX {
+            self.write(parts, from).await?;
+            return Ok(self.inside.open.session.wait_for(portions.next()).await??);
+        }
         let next = portions.next();
         let outcome = {
             let write = std::pin::pin!(self.write(parts, from));

@@ -30,6 +30,8 @@ use crate::write::{Targets, Writer};
 const IDLE_MAX: Duration = Duration::from_secs(30);
 /// How much is copied at once: parts are gathered up to about this much memory.
 const GROUP_BYTES: usize = 4 << 20;
+/// A group with more, which has huge rows, is written before the next one is fetched.
+const OVERLAP_BYTES_MAX: usize = 2 * GROUP_BYTES;
 
 /// A loader; connects when it is first needed.
 pub(crate) struct PostgresLoader {
@@ -110,7 +112,7 @@ impl PostgresLoader {
         Ok((!is_first).then_some(Loaded::Before))
     }
 
-    /// Writes the rows; while one group of parts is written, the next one is fetched.
+    /// Writes the rows; while one group of parts is written, the next one is fetched, unless it has huge rows.
     async fn copy(
         &self,
         session: &mut Session,
@@ -125,6 +127,12 @@ impl PostgresLoader {
             return Err(SinkError::Interrupted(reason).into());
         }
         while !group.is_empty() {
+            if bytes_of(&group) > OVERLAP_BYTES_MAX {
+                rows += self.write(session, &mut targets, chunk, &group).await?;
+                drop(std::mem::take(&mut group));
+                group = session.wait_for(gather(parts)).await??;
+                continue;
+            }
             let (written, next) = {
                 let next = std::pin::pin!(gather(parts));
                 let both = {
@@ -192,6 +200,10 @@ impl PostgresLoader {
         targets.insert(Arc::clone(shape), Arc::clone(&target));
         Ok(target)
     }
+}
+
+fn bytes_of(group: &Group) -> usize {
+    group.iter().flat_map(|part| &part.tables).map(TableChanges::bytes).sum()
 }
 
 /// Parts up to about [`GROUP_BYTES`].

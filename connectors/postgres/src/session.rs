@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::SinkExt;
 use futures::future::join;
 use tokio::task::JoinHandle;
-use tokio_postgres::{Client, Statement};
+use tokio_postgres::{Client, CopyInSink, Statement};
 use wallaby_connector_api::{CommitFault, SinkError};
 use wallaby_model::{Epoch, TableName, TaskId};
 
@@ -251,14 +252,14 @@ impl Session {
             encode(row, &mut buffer)?;
             if buffer.len() >= COPY_CHUNK {
                 let full = std::mem::replace(&mut buffer, Vec::with_capacity(COPY_CHUNK + 4096));
-                if sink.feed(Bytes::from(full)).await.is_err() {
+                if feed(sink.as_mut(), full).await.is_err() {
                     break;
                 }
             }
         }
         buffer.extend_from_slice(TRAILER);
         // A server that refused a row has said so already; `finish` reads the answer.
-        let _ = sink.feed(Bytes::from(buffer)).await;
+        let _ = feed(sink.as_mut(), buffer).await;
         let Some(after) = after else {
             return sink.finish().await.doing(doing);
         };
@@ -277,6 +278,16 @@ impl Session {
     pub(crate) async fn command(&self, sql: &str) -> Result<(), PostgresError> {
         self.client.batch_execute(sql).await.doing(|| format!("running {sql} at the sink"))
     }
+}
+
+/// Hands over rows in messages of bounded size: the connection copies each into a buffer of its own, which it keeps. The server does
+/// not mind where they are cut.
+async fn feed(mut sink: Pin<&mut CopyInSink<Bytes>>, rows: Vec<u8>) -> Result<(), tokio_postgres::Error> {
+    let mut rows = Bytes::from(rows);
+    while rows.len() > 2 * COPY_CHUNK {
+        sink.feed(rows.split_to(COPY_CHUNK)).await?;
+    }
+    sink.feed(rows).await
 }
 
 /// The answer of an `apply` without `open`.
