@@ -251,6 +251,8 @@ impl Capture {
                         }
                         Step::Ready => {
                             self.received = self.received.max(start);
+                            // What is packed next is in memory several times already.
+                            self.reader.trim();
                             return Ok(Drained::Ready);
                         }
                         Step::FlushFirst => {

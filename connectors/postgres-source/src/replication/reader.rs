@@ -191,6 +191,19 @@ impl FrameReader {
         }
     }
 
+    /// Gives back the room that a huge frame took, once it was used. Not between [`FrameReader::next_frame`] and
+    /// [`FrameReader::put_back`].
+    pub(crate) fn trim(&mut self) {
+        let left = self.end - self.start;
+        if self.buffer.len() <= 4 * BUFFER_BYTES || left > BUFFER_BYTES {
+            return;
+        }
+        let mut buffer = vec![0; BUFFER_BYTES];
+        buffer[..left].copy_from_slice(&self.buffer[self.start..self.end]);
+        self.buffer = buffer;
+        (self.given, self.start, self.end) = (0, 0, left);
+    }
+
     /// The next whole frame in the buffer; `None` when a read is needed first. Requests for an answer are passed on to
     /// the status task before the frame is returned.
     ///

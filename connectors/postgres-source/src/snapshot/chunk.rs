@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::sleep;
 use tokio_postgres::types::Type;
 use wallaby_model::condition::Timestamp;
@@ -65,6 +66,13 @@ pub trait PartSink: Send {
     /// # Errors
     /// End the reading of the chunk.
     fn part(&mut self, body: SegmentBody) -> impl Future<Output = Result<(), Self::Error>> + Send;
+
+    /// Told that rows of so many bytes were received that are a part of their own. May wait; what it returns is kept until the part
+    /// was taken.
+    fn huge_row(&mut self, bytes: usize) -> impl Future<Output = Option<OwnedSemaphorePermit>> + Send {
+        let _ = bytes;
+        async { None }
+    }
 
     /// Told between parts: rows and received bytes of the chunk so far.
     fn progress(&mut self, rows: u64, bytes: u64) {
@@ -334,6 +342,8 @@ impl Chunk<'_> {
         while let Some(data) = stream.next().await {
             let data = data.map_err(|error| self.failed(&error))?;
             read.bytes += data.len() as u64;
+            let is_huge = data.len() > self.request.part_bytes;
+            let _turn = if is_huge { sink.huge_row(data.len()).await } else { None };
             let mut rest = &data[..];
             loop {
                 let (left, is_full) = rows.take(rest)?;

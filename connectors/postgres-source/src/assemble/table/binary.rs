@@ -115,6 +115,10 @@ impl CopiedRows {
                     self.push(&data[2..span.length])?;
                     self.content_bytes += bytes;
                     data = &data[span.length..];
+                    if self.content_bytes >= self.part_bytes {
+                        // One huge row: it does not wait for the next one, which may be as large.
+                        return Ok((data, true));
+                    }
                 }
                 Next::Partial => {
                     self.carry.extend_from_slice(data);
