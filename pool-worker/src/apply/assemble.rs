@@ -133,6 +133,12 @@ impl BatchAssembler {
         self.complete_to() <= self.at && (has_splice || self.held_bytes > bytes_max)
     }
 
+    /// Whether the position has to move although there are no rows to apply: what stands behind it is more than `bytes_max`, and no
+    /// piece of it can be given out before.
+    pub fn must_move(&self, bytes_max: usize) -> bool {
+        self.complete_to() > self.at && self.held_bytes > bytes_max
+    }
+
     /// A batch with everything up to the last whole transaction before a splice and at or before `limit`, or with as many held
     /// segments as stay within `bytes_max` and contain a transaction's end. `None` when no transaction ended. The assembler
     /// does not move: [`Self::applied`] does, so that a failed batch can be taken again.
@@ -391,6 +397,22 @@ mod tests {
         assembler.applied(to);
         assembler.push(segment(next, end(125), end(125), &[]));
         assert_eq!(assembler.batch(1 << 20, None, None).unwrap().rows(), 1, "the next one is whole");
+    }
+
+    #[test]
+    fn a_heartbeat_before_a_large_transaction_does_not_keep_it_in_memory() {
+        let mut assembler = BatchAssembler::new(end(10), Epoch(7));
+        assembler.push(AcceptedSegment { body: None, bytes: 0, ..segment(end(10), end(15), end(15), &[]) });
+        let at = |n: u64| Position::of(Lsn(90), Lsn(n), 1);
+        assembler.push(segment(end(15), at(20), end(15), &[(90, 20, 1)]));
+        assert!(!assembler.must_move(150), "there is room for more of it");
+        assembler.push(segment(at(20), at(30), end(15), &[(90, 30, 1)]));
+        assert!(!assembler.has_complete_rows() && !assembler.is_large_next(150));
+        assert!(assembler.must_move(150));
+        let batch = assembler.batch(1 << 20, None, None).unwrap();
+        assert_eq!((batch.to, batch.rows()), (end(15), 0));
+        assembler.applied(batch.to);
+        assert!(assembler.is_large_next(150) && !assembler.must_move(150));
     }
 
     #[test]

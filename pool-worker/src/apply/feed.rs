@@ -40,6 +40,13 @@ impl Feed {
         Feed { received, waiting, _task: AbortOnDropHandle::new(task) }
     }
 
+    /// One that gives nothing.
+    #[cfg(test)]
+    pub fn empty() -> Feed {
+        let ((_, received), (_, waiting)) = (mpsc::channel(1), watch::channel(None));
+        Feed { received, waiting, _task: AbortOnDropHandle::new(tokio::spawn(async {})) }
+    }
+
     /// The next segment. Cancel-safe.
     ///
     /// # Errors

@@ -160,7 +160,7 @@ async fn run(
                 moved_at = Instant::now();
             }
             None => {
-                log.release_permits();
+                log.release_permits(large);
                 tokio::select! {
                     changed = main.changed() => if changed.is_err() { return Err(ApplyError::Invalid) },
                     read = log.read() => read?,

@@ -279,8 +279,7 @@ impl Run<'_> {
                 Ok(true)
             }
             None => {
-                // Or the reader would never get to the end of the transaction that is held.
-                self.stream.release_permits();
+                self.stream.release_permits(self.large_bytes);
                 Ok(false)
             }
         }
@@ -291,6 +290,7 @@ impl Run<'_> {
         let assembler = &self.stream.assembler;
         assembler.has_complete_rows()
             || (assembler.complete_to() > assembler.at() && self.moved_at.elapsed() >= IDLE_MOVE_EVERY)
+            || assembler.must_move(self.large_bytes)
     }
 
     async fn apply(&mut self, batch: &Batch) -> Result<(), ApplyError> {

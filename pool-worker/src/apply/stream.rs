@@ -78,9 +78,12 @@ impl LogStream {
     }
 
     /// What is held of a transaction without its end gives its share of the bound back, or the reader would never get to that
-    /// end. One of which too much is held is given to the sink piece by piece instead.
-    pub fn release_permits(&mut self) {
-        self.permits.clear();
+    /// end. Not with more than `bytes_max` held: that is given to the sink piece by piece, or waits for somebody else (a replay for the
+    /// main stream), and the reader with it.
+    pub fn release_permits(&mut self, bytes_max: usize) {
+        if self.assembler.held_bytes() <= bytes_max {
+            self.permits.clear();
+        }
     }
 
     /// The next piece of a large transaction, with the wait for it.
@@ -120,5 +123,40 @@ impl LogStream {
     /// What the reader waits for, beyond the next record.
     pub fn waiting(&self) -> Option<Waiting> {
         self.feed.waiting()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use tokio::sync::Semaphore;
+    use wallaby_model::Lsn;
+
+    use super::super::assemble::AcceptedSegment;
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_held_above_the_bound_keeps_its_share_of_it() {
+        let room = Arc::new(Semaphore::new(1000));
+        let at = |n: u64| Position::of(Lsn(90), Lsn(n), 1);
+        let mut stream = LogStream::new(Feed::empty(), Position::before(Lsn(10)), Epoch(7));
+        let take = async |stream: &mut LogStream, n: u64| {
+            let (after, to) = (if n == 1 { Position::before(Lsn(10)) } else { at(n - 1) }, at(n));
+            let complete_to = Position::before(Lsn(10));
+            let segment =
+                AcceptedSegment { after, to, complete_to, epoch: Epoch(7), body: None, splice: None, bytes: 100 };
+            let permit = Arc::clone(&room).acquire_many_owned(100).await.unwrap();
+            stream.take(Fed { segment, sequence: n, permit });
+        };
+        take(&mut stream, 1).await;
+        take(&mut stream, 2).await;
+        stream.release_permits(200);
+        assert_eq!(room.available_permits(), 1000, "its end has to be read");
+        take(&mut stream, 3).await;
+        stream.release_permits(200);
+        assert_eq!(room.available_permits(), 900, "more would be read than may be held");
+        stream.assembler.take_piece(None, None).unwrap();
+        stream.release_permits(200);
+        assert_eq!(room.available_permits(), 1000);
     }
 }
