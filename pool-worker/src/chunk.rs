@@ -10,19 +10,18 @@ use std::time::{Duration, Instant};
 use wallaby_coordination::ChunkOutcome;
 use wallaby_model::condition::TaskPhase;
 use wallaby_model::run::{ChunkDone, Generation, PlannedRelation, RelationState, RunSpec, RunWish};
-use wallaby_model::{ChunkId, Epoch, RunId, SegmentBody, TaskKind};
+use wallaby_model::{ChunkId, Epoch, RunId, SegmentBody, TableChanges, TaskKind};
 use wallaby_postgres_source::{ChunkRequest, ConnectConfig, PartSink, SourceError, read_chunk};
-use wallaby_staging::{PutBudget, Puts, Shelf, SideGroup, SideKey, SideStore, StagingError};
+use wallaby_staging::{Puts, Shelf, SideGroup, SideKey, SideStore, StagingError};
 use wallaby_wire::splice::part_checksum;
 
 use crate::capture::{CaptureError, Directive};
 use crate::flows::{Demand, SourceDemand};
+use crate::places::Place;
 use crate::runs::RunView;
 use crate::task::{TaskContext, TaskEnd};
 use crate::{metrics, secret};
 
-/// Bytes of parts that are on their way to the side store.
-const IN_FLIGHT_BYTES: u32 = 8 << 20;
 /// How long a chunk waits for the run's owner to export another snapshot before it is given back.
 const PLAN_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a chunk that met a full side store waits before it is given back. The snapshot is not held meanwhile.
@@ -208,7 +207,7 @@ impl<'a> Parts<'a> {
         chunk: ChunkId,
         attempt: Epoch,
     ) -> Parts<'a> {
-        let puts = Puts::new(side, PutBudget::new(IN_FLIGHT_BYTES));
+        let puts = Puts::new(side, context.shared.chunk_puts.clone());
         let codec = demand.log.codec;
         Parts { context, codec, puts, run, chunk, attempt, number: 0, rows: 0, bytes: 0, checksums: Vec::new() }
     }
@@ -217,9 +216,25 @@ impl<'a> Parts<'a> {
 impl PartSink for Parts<'_> {
     type Error = CaptureError;
 
+    async fn huge_row(&mut self, bytes: usize) -> Option<Place> {
+        if bytes <= self.context.shared.chunk_puts.bytes() {
+            return None;
+        }
+        self.context.pulse.wait("its turn to pack a huge row");
+        let turn = self.context.shared.huge_rows.wait(&self.context.task).await;
+        self.context.pulse.wait("the source");
+        turn
+    }
+
     async fn part(&mut self, body: SegmentBody) -> Result<(), CaptureError> {
         let rows = body.rows() as u64;
+        if body.tables.iter().map(TableChanges::bytes).sum::<usize>() > self.context.shared.chunk_puts.bytes() {
+            // It goes alone, and is in memory twice and more while it is packed: not beside others on their way.
+            self.context.pulse.wait("room in the side store");
+            self.puts.settled().await?;
+        }
         let packed = wallaby_wire::encode(&body, self.codec)?;
+        drop(body);
         let key = SideKey::ChunkPart { run: self.run, chunk: self.chunk, attempt: self.attempt, number: self.number };
         self.checksums.extend_from_slice(&part_checksum(&packed).to_le_bytes());
         self.rows += rows;

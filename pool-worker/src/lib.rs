@@ -12,6 +12,8 @@
 //! | `detach` | sinks that need more of the log than it can hold |
 //! | `verify` | compares the source with a sink, once |
 //! | `flows` | what the flows ask of each task |
+//! | `memory` | the limit of this process, and how much of it goes where |
+//! | `places` | how many chunks are read or loaded at a time |
 //! | `runs` | the snapshot runs as the worker sees them |
 //!
 //! What decides is pure and tested by itself: `apply/assemble.rs`, `apply/tables.rs`, `run/core.rs`, `detach.rs`, `pulse.rs`, `backoff.rs`, `flows.rs::demand`.
@@ -25,9 +27,11 @@ mod detach;
 pub mod failpoint;
 mod flows;
 mod load;
+mod memory;
 mod metrics;
 mod offers;
 pub mod options;
+mod places;
 mod pulse;
 mod run;
 mod runs;

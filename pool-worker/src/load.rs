@@ -26,6 +26,8 @@ use crate::task::{Ending, TaskContext, TaskEnd};
 
 /// Parts that are fetched ahead of the sink.
 const AHEAD: u32 = 2;
+/// Parts that are larger in the mean have huge rows: they are fetched one by one, and one chunk of them is loaded at a time.
+const HUGE_PART_BYTES: u64 = 4 << 20;
 /// One part is waited for this long.
 const PART_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a chunk waits for the sink to prepare its table, or for the watch to show it, before it is given back.
@@ -94,6 +96,13 @@ async fn load(
     let side = context.shared.side(&context.task.flow, &demand.source.log).await?;
     let (factory, task) = factory(context, demand)?;
     let Some(mut loader) = factory.make_loader(task) else { return Ok(TaskEnd::Released(None)) };
+    let _turn = match has_huge_parts(&work.done) {
+        true => {
+            context.pulse.wait("its turn to write huge rows");
+            context.shared.huge_rows.wait(&context.task).await
+        }
+        false => None,
+    };
     let begun = Instant::now();
     let mut parts = StoredParts::new(context, side, run, chunk, &work.done);
     context.pulse.wait("the sink's answer");
@@ -120,6 +129,10 @@ async fn load(
         Ok(()) | Err(EtcdError::RunNotFound { .. }) => Ok(TaskEnd::Completed),
         Err(error) => Err(error.into()),
     }
+}
+
+fn has_huge_parts(done: &ChunkDone) -> bool {
+    done.bytes / u64::from(done.parts.max(1)) > HUGE_PART_BYTES
 }
 
 /// The sink's table, or the plan, is not where this chunk expects it: waits for a change of the run, then gives the task back.
@@ -174,6 +187,7 @@ struct StoredParts<'a> {
     chunk: ChunkId,
     attempt: Epoch,
     parts: u32,
+    fetched_ahead: u32,
     checksum: u64,
     ahead: VecDeque<Fetch>,
     asked: u32,
@@ -197,6 +211,7 @@ impl<'a> StoredParts<'a> {
             chunk,
             attempt: done.attempt,
             parts: done.parts,
+            fetched_ahead: if has_huge_parts(done) { 0 } else { AHEAD },
             checksum: done.checksum,
             ahead: VecDeque::new(),
             asked: 0,
@@ -212,7 +227,7 @@ impl<'a> StoredParts<'a> {
             let is_whole = part_checksum(&self.checksums) == self.checksum;
             return if is_whole { Ok(None) } else { Err(lost(0)) };
         }
-        while self.asked < self.parts && self.asked <= self.given.saturating_add(AHEAD) {
+        while self.asked < self.parts && self.asked <= self.given.saturating_add(self.fetched_ahead) {
             let (run, chunk, attempt, number) = (self.run, self.chunk, self.attempt, self.asked);
             let side = Arc::clone(&self.side);
             let get = async move { side.get(SideKey::ChunkPart { run, chunk, attempt, number }).await };
@@ -231,6 +246,7 @@ impl<'a> StoredParts<'a> {
         let bytes = bytes.ok_or_else(|| lost(self.given))?;
         let body = wallaby_wire::decode(&bytes).map_err(|_| lost(self.given))?;
         self.checksums.extend_from_slice(&part_checksum(&bytes).to_le_bytes());
+        drop(bytes);
         self.given += 1;
         self.context.pulse.wait("the sink's answer");
         Ok(Some(Arc::new(body)))

@@ -50,7 +50,15 @@ pub fn describe() {
     );
     describe_counter!("wallaby_tasks_wedged_total", "Tasks whose loop was silent and which the watchdog aborted");
     describe_counter!("wallaby_tasks_failed_total", "Tasks whose code failed");
-    describe_counter!("wallaby_offers_total", "Offers pulled, by outcome: taken, held, unwanted, unreadable, failed");
+    describe_counter!(
+        "wallaby_offers_total",
+        "Offers pulled, by outcome: taken, held, unwanted, unreadable, no_memory, failed"
+    );
+    describe_gauge!(
+        "wallaby_memory_limit_bytes",
+        Unit::Bytes,
+        "The limit by which this worker sizes what it keeps and reads ahead; 0 without one"
+    );
     describe_gauge!("wallaby_cache_bytes", Unit::Bytes, "Staged records kept in memory for the sinks of this worker");
 }
 
@@ -151,6 +159,10 @@ pub fn task_failed(task: &TaskId) {
 
 pub fn offer(outcome: &'static str) {
     counter!("wallaby_offers_total", "outcome" => outcome).increment(1);
+}
+
+pub fn memory(limit: Option<u64>) {
+    gauge!("wallaby_memory_limit_bytes").set(limit.unwrap_or(0) as f64);
 }
 
 pub fn cache(bytes: usize) {

@@ -51,13 +51,17 @@ pub struct Options {
     #[arg(long, env = "WALLABY_LEASE_TTL", default_value = "10s")]
     pub lease_ttl: Span,
 
-    /// Memory for segments that several sinks of a flow read.
-    #[arg(long, env = "WALLABY_CACHE_BYTES", default_value = "64Mi")]
-    pub cache_bytes: ByteSize,
+    /// The memory that this worker may take: what it keeps and reads ahead is sized by it. When absent: the limit of its cgroup.
+    #[arg(long, env = "WALLABY_MEMORY_LIMIT", value_name = "BYTES")]
+    pub memory_limit: Option<ByteSize>,
 
-    /// Memory for what one sink has read and not applied. Grows to a flow's `largeTransactionBytes` where that is more.
-    #[arg(long, env = "WALLABY_SINK_BUFFER_BYTES", default_value = "16Mi")]
-    pub sink_buffer_bytes: ByteSize,
+    /// Memory for segments that several sinks of a flow read. When absent: an eighth of the memory limit, at most 64Mi.
+    #[arg(long, env = "WALLABY_CACHE_BYTES")]
+    pub cache_bytes: Option<ByteSize>,
+
+    /// Memory for what one sink has read and not applied. When absent: a sixteenth of the memory limit, at most 16Mi.
+    #[arg(long, env = "WALLABY_SINK_BUFFER_BYTES")]
+    pub sink_buffer_bytes: Option<ByteSize>,
 
     /// Cut off from the log's servers for this long, a capture is given up: another worker may reach them.
     #[arg(long, env = "WALLABY_LOG_PATIENCE", default_value = "60s", hide = true)]

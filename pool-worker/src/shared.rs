@@ -6,11 +6,13 @@ use tokio::sync::OnceCell;
 use wallaby_coordination::{Coordination, WorkerSession};
 use wallaby_model::FlowId;
 use wallaby_model::flow::LogSpec;
-use wallaby_staging::{Connections, NatsTarget, SideStore, StagingError, SyncSource, open_side};
+use wallaby_staging::{Connections, NatsTarget, PutBudget, SideStore, StagingError, SyncSource, open_side};
 
 use crate::cache::RecordCache;
 use crate::failpoint::Failpoints;
+use crate::memory::Sizes;
 use crate::options::Options;
+use crate::places::Places;
 
 /// See the module.
 pub struct Shared {
@@ -24,14 +26,39 @@ pub struct Shared {
     pub failpoints: Failpoints,
     /// Staged records in memory.
     pub cache: Arc<RecordCache>,
+    /// What the parts of this worker may hold.
+    pub sizes: Sizes,
+    /// Bytes of chunks on their way to the side store, of all chunks that are read here.
+    pub chunk_puts: PutBudget,
+    /// For tasks that read or load chunks.
+    pub places: Places,
+    /// For those of them that pack or write rows larger than a message: each is in memory several times meanwhile, so they do it one
+    /// after the other.
+    pub huge_rows: Places,
     nats: OnceCell<Connections>,
 }
 
 impl Shared {
     /// Puts the parts together; connects to NATS when it is first needed.
-    pub fn new(options: Options, coordination: Coordination, session: WorkerSession, failpoints: Failpoints) -> Shared {
-        let cache = Arc::new(RecordCache::new(usize::try_from(options.cache_bytes.0).unwrap_or(usize::MAX)));
-        Shared { options, coordination, session, failpoints, cache, nats: OnceCell::new() }
+    pub fn new(
+        options: Options,
+        sizes: Sizes,
+        coordination: Coordination,
+        session: WorkerSession,
+        failpoints: Failpoints,
+    ) -> Shared {
+        Shared {
+            options,
+            coordination,
+            session,
+            failpoints,
+            cache: Arc::new(RecordCache::new(sizes.cache)),
+            sizes,
+            chunk_puts: PutBudget::new(sizes.chunk_puts),
+            places: Places::new(sizes.chunks),
+            huge_rows: Places::new(1),
+            nats: OnceCell::new(),
+        }
     }
 
     /// The NATS connections of this worker: made once, they heal themselves.

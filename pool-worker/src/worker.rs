@@ -11,6 +11,7 @@ use wallaby_model::{TaskId, WorkerId};
 
 use crate::failpoint::{Failpoint, Failpoints};
 use crate::flows::{Demand, Flow, FlowWatch, Flows, demand};
+use crate::memory::{self, Sizes};
 use crate::metrics;
 use crate::offers::{Offers, Pulled};
 use crate::options::Options;
@@ -69,7 +70,14 @@ pub async fn run(start: Start, shutdown: CancellationToken) -> Result<Outcome, w
     let session = WorkerSession::start(&coordination, name, info.clone(), session_options).await?;
     tracing::info!(worker = %session.worker(), ttl_ms = session.ttl().as_millis() as u64, "worker started");
     let watch = FlowWatch::start(&coordination);
-    let shared = Arc::new(Shared::new(options, coordination, session, failpoints));
+    let limit = options.memory_limit.map(|limit| limit.0).or_else(memory::limit);
+    let sizes = Sizes::new(&options, limit);
+    metrics::memory(limit);
+    match limit {
+        Some(limit_bytes) => tracing::info!(limit_bytes, ?sizes, "memory"),
+        None => tracing::info!(?sizes, "memory, without a limit"),
+    }
+    let shared = Arc::new(Shared::new(options, sizes, coordination, session, failpoints));
     let mut worker = Worker {
         shared,
         flows: watch.subscribe(),
@@ -150,6 +158,11 @@ impl Worker {
             metrics::offer("unreadable");
             return pulled.settle().await;
         };
+        let Ok(place) = self.shared.places.now(&offer.task) else {
+            // Another worker may have the memory; else it comes again.
+            metrics::offer("no_memory");
+            return pulled.give_back().await;
+        };
         match self.take(&offer.task).await {
             Ok(Some(context)) => {
                 metrics::offer("taken");
@@ -162,7 +175,7 @@ impl Worker {
                 let task = offer.task.clone();
                 self.tasks.spawn(async move {
                     task::own(context).await;
-                    drop(permit);
+                    drop((permit, place));
                     task
                 });
                 metrics::tasks(self.tasks.len());

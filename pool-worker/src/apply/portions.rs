@@ -18,8 +18,9 @@ use super::assemble::Piece;
 use super::stream::LogStream;
 use crate::pulse::Pulse;
 
-/// Parts that are fetched ahead of the sink.
+/// Parts that are fetched ahead of the sink, at most; and as many bytes, packed.
 const AHEAD: u32 = 2;
+const AHEAD_BYTES: u64 = 4 << 20;
 /// One object of the side store is waited for this long.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 
@@ -207,6 +208,12 @@ impl OpenSplice {
         self.next = self.next.max(wanted);
         let attempt = self.reader.manifest().attempt;
         while self.next < self.parts && self.next <= wanted.saturating_add(AHEAD) {
+            let ahead = &self.reader.manifest().parts[wanted as usize..=self.next as usize];
+            let is_much = ahead.iter().map(|part| part.bytes).sum::<u64>() > AHEAD_BYTES;
+            if self.next > wanted && is_much {
+                // A part with one huge row comes alone.
+                return;
+            }
             let (side, number) = (Arc::clone(&self.side), self.next);
             let fetch = async move { side.get(SideKey::Part { attempt, number }).await };
             self.ahead.push_back((number, AbortOnDropHandle::new(tokio::spawn(fetch))));

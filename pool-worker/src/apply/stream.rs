@@ -37,7 +37,7 @@ pub async fn feed(context: &TaskContext, start: Start) -> Result<Feed, ApplyErro
 
 /// The memory for what one reader has read and not applied.
 pub fn buffer_bytes(context: &TaskContext) -> usize {
-    usize::try_from(context.shared.options.sink_buffer_bytes.0).unwrap_or(usize::MAX)
+    context.shared.sizes.sink_buffer
 }
 
 impl LogStream {

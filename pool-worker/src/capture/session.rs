@@ -8,8 +8,8 @@ use wallaby_postgres_source::{
     SourceError, SourceIdentity, connect_control, ensure_publication, ensure_slot,
 };
 use wallaby_staging::{
-    Log, LogConfig, LogWriter, SegmentCache, TailClaims, TailVerdict, Takeover, WriterOptions, judge_tail, open_side,
-    sync_policy,
+    Log, LogConfig, LogWriter, PutBudget, SegmentCache, TailClaims, TailVerdict, Takeover, WriterOptions, judge_tail,
+    open_side, sync_policy,
 };
 
 use std::sync::Arc;
@@ -63,7 +63,10 @@ pub async fn run(
     options.row_bytes_max = log.body_bytes_max().saturating_sub(ROW_HEADROOM_BYTES);
     options.large_transaction_bytes = demand.source.large_transaction_bytes.0;
     options.slot_wait = SLOT_PATIENCE;
-    options.parts = owned.fallback.is_none().then(|| PartOptions::new(side.part_bytes_target()));
+    options.parts = owned.fallback.is_none().then(|| PartOptions {
+        open_bytes_max: context.shared.sizes.open_parts,
+        ..PartOptions::new(side.part_bytes_target())
+    });
     let mut prepared = Capture::prepare(options).await?;
 
     let previous = context
@@ -104,8 +107,9 @@ pub async fn run(
     let (capture, confirm) = prepared.start(writer.end(), previous.as_ref()).await?;
     context.lock.set_source(SourceSeen { system_identifier: identity.system_identifier, timeline: identity.timeline });
     owned.connection += 1;
+    let budget = PutBudget::new(context.shared.sizes.puts);
     let side_writer =
-        SideWriter::new(Arc::clone(&side), epoch, owned.connection, demand.log.codec, owned.living.clone());
+        SideWriter::new(Arc::clone(&side), epoch, owned.connection, demand.log.codec, budget, owned.living.clone());
     let sweeper = retention::Sweeper { side: Arc::clone(&side), epoch, living: owned.living.clone() };
     let _feedback =
         feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());

@@ -61,14 +61,21 @@ pub struct Kept {
 }
 
 impl SideWriter {
-    /// For the owner of `epoch`; `connection` counts its replication connections.
-    pub fn new(side: Arc<dyn SideStore>, epoch: Epoch, connection: u32, codec: Codec, living: Living) -> SideWriter {
+    /// For the owner of `epoch`; `connection` counts its replication connections. `budget` bounds what is on its way.
+    pub fn new(
+        side: Arc<dyn SideStore>,
+        epoch: Epoch,
+        connection: u32,
+        codec: Codec,
+        budget: PutBudget,
+        living: Living,
+    ) -> SideWriter {
         SideWriter {
             side,
             epoch,
             connection,
             codec,
-            budget: PutBudget::default(),
+            budget,
             living,
             encoder: SegmentEncoder::default(),
             attempts: HashMap::new(),
@@ -104,23 +111,29 @@ impl SideWriter {
     /// # Errors
     /// When it cannot be packed, or this or an earlier part of the transaction was refused.
     pub async fn put(&mut self, draft: PartDraft) -> Result<(), CaptureError> {
-        let attempt = self.attempt(draft.xid);
-        let body = self.encoder.encode(&draft.body, self.codec)?;
-        let open = self.attempts.entry(draft.xid).or_insert_with(|| OpenAttempt {
+        let PartDraft { xid, number, body, content_bytes, rows, last } = draft;
+        let attempt = self.attempt(xid);
+        let open = self.attempts.entry(xid).or_insert_with(|| OpenAttempt {
             puts: Puts::new(Arc::clone(&self.side), self.budget.clone()),
             parts: Vec::new(),
         });
-        if draft.number == 0 {
+        if content_bytes > self.budget.bytes() {
+            // It goes alone, and is in memory twice and more while it is packed: not beside others on their way.
+            open.puts.settled().await?;
+        }
+        let packed = self.encoder.encode(&body, self.codec)?;
+        drop(body);
+        if number == 0 {
             self.living.change(|living| _ = living.insert(attempt));
         }
         open.parts.push(ManifestPart {
-            rows: u32::try_from(draft.rows).unwrap_or(u32::MAX),
-            bytes: body.len() as u64,
-            checksum: part_checksum(&body),
+            rows: u32::try_from(rows).unwrap_or(u32::MAX),
+            bytes: packed.len() as u64,
+            checksum: part_checksum(&packed),
             // The commit LSN comes with the commit.
-            last: Position::of(Lsn::ZERO, draft.last.0, draft.last.1),
+            last: Position::of(Lsn::ZERO, last.0, last.1),
         });
-        open.puts.put(SideKey::Part { attempt, number: draft.number }, body).await?;
+        open.puts.put(SideKey::Part { attempt, number }, packed).await?;
         Ok(())
     }
 

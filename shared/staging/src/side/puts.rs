@@ -25,6 +25,11 @@ impl PutBudget {
     pub fn new(bytes: u32) -> PutBudget {
         PutBudget { room: Arc::new(Semaphore::new(bytes as usize)), bytes }
     }
+
+    /// How many that are.
+    pub fn bytes(&self) -> usize {
+        self.bytes as usize
+    }
 }
 
 impl Default for PutBudget {
