@@ -9,6 +9,7 @@
 //! | [`flow`] | the flow's file |
 //! | [`greeter`] | a NATS server that claims to be of another version |
 //! | [`disk`] | a disk of its own that can lose its power |
+//! | [`cgroup`] | a bound on the memory of one program |
 //!
 //! One system is a dozen processes, so tests take [`alone`] first. Each runs in a small form; with `WALLABY_PROVE=1` (`make prove`)
 //! the same tests repeat their faults, see [`rounds`].
@@ -16,6 +17,7 @@
 //! Panics are this crate's errors, as the test kit's: a test without its system has nothing to return to.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
+pub mod cgroup;
 pub mod disk;
 pub mod flow;
 pub mod greeter;

@@ -21,8 +21,23 @@ pub struct Program {
 impl Program {
     /// Starts `binary` under `name` with `args` and `env`, logging into `folder`.
     pub fn spawn(name: &str, binary: &str, folder: &Path, args: &[String], env: &[(String, String)]) -> Program {
+        Program::spawn_behind(&[], name, binary, folder, args, env)
+    }
+
+    /// The same, started by `launcher`: a command that becomes the program which its last arguments say.
+    pub fn spawn_behind(
+        launcher: &[String],
+        name: &str,
+        binary: &str,
+        folder: &Path,
+        args: &[String],
+        env: &[(String, String)],
+    ) -> Program {
         let metrics = PortLease::free().unwrap();
-        let mut spec = ProcessSpec::new(name, program(binary), folder).args(args.to_vec());
+        let mut command: Vec<String> = launcher.to_vec();
+        command.push(program(binary).display().to_string());
+        command.extend_from_slice(args);
+        let mut spec = ProcessSpec::new(name, command.remove(0), folder).args(command);
         spec.env.extend(env.iter().cloned());
         spec.env.push(("WALLABY_METRICS".to_owned(), format!("127.0.0.1:{}", metrics.port())));
         let process = Process::spawn(&spec).unwrap();

@@ -217,14 +217,32 @@ impl System {
         name
     }
 
+    /// The same, started by `launcher`, as [`Program::spawn_behind`] has it.
+    pub fn start_worker_behind(&mut self, launcher: &[String], variables: &[(&str, &str)]) -> String {
+        let name = self.next_name("worker");
+        let worker = self.spawn_worker_behind(launcher, &name, &name, variables);
+        self.workers.push(worker);
+        name
+    }
+
     /// Starts a worker that calls itself `name`, and is no worker of this system.
     pub fn spawn_worker(&self, program: &str, name: &str, variables: &[(&str, &str)]) -> Program {
+        self.spawn_worker_behind(&[], program, name, variables)
+    }
+
+    fn spawn_worker_behind(
+        &self,
+        launcher: &[String],
+        program: &str,
+        name: &str,
+        variables: &[(&str, &str)],
+    ) -> Program {
         let (ttl, capacity) = (format!("{}s", LEASE_TTL.as_secs()), self.plan.capacity.to_string());
         let args = ["--name", name, "--lease-ttl", &ttl, "--capacity", &capacity].map(str::to_owned);
         let mut environment = self.environment();
         let variables = variables.iter().filter(|(_, value)| !value.is_empty());
         environment.extend(variables.map(|(variable, value)| ((*variable).to_owned(), (*value).to_owned())));
-        Program::spawn(program, "wallaby-worker", self.folder.path(), &args, &environment)
+        Program::spawn_behind(launcher, program, "wallaby-worker", self.folder.path(), &args, &environment)
     }
 
     /// A worker by its name.
@@ -260,6 +278,11 @@ impl System {
             if said.code == 4 { Err(said.text) } else { Ok(said) }
         })
         .await
+    }
+
+    /// The plan's flow.
+    pub fn flow_file(&self) -> FlowFile {
+        self.plan.flow.clone()
     }
 
     /// Applies the plan's flow and waits until changes are captured and the sink knows where it begins.

@@ -6,6 +6,7 @@ mod detach;
 mod first_load;
 mod kills;
 mod measured;
+mod memory;
 mod mended;
 mod pauses;
 mod power;
