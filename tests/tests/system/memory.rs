@@ -349,7 +349,7 @@ async fn b2_a_reader_gets_every_row_of_a_transaction_of_any_size() {
 }
 
 fn free_disk() -> u64 {
-    let disk = rustix::fs::statvfs(&std::env::temp_dir()).unwrap();
+    let disk = rustix::fs::statvfs(std::env::temp_dir()).unwrap();
     disk.f_bavail * disk.f_frsize
 }
 
