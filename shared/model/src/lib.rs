@@ -13,6 +13,7 @@ pub mod record;
 pub mod run;
 pub mod schema;
 pub mod splice;
+pub mod trace;
 pub mod verify;
 
 pub use change::{Op, SegmentBody, TableChanges, Transaction};
@@ -22,3 +23,4 @@ pub use position::{Lsn, Position, PositionError};
 pub use record::{Codec, Record, RecordKind, ResumeInfo};
 pub use schema::{Column, ColumnType, ReplicaIdentity, SchemaId, TableName, TableSchema};
 pub use splice::{Attempt, Manifest, ManifestPart, Splice};
+pub use trace::{TraceParent, TraceParentError};
