@@ -7,18 +7,33 @@ mod error;
 mod logs;
 mod metrics_server;
 mod process;
+mod ratio;
 mod traceparent;
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use tokio_util::task::AbortOnDropHandle;
 
 pub use error::{Error, Result};
-pub use traceparent::{set_parent, traceparent};
+pub use ratio::{TraceRatio, TraceRatioError};
+pub use traceparent::{failed, link, set_parent, traceparent};
 
 /// Where the Prometheus endpoint listens when nothing is said: loopback, port 7118.
 pub const DEFAULT_METRICS_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 7118);
+
+/// The most links that one span carries; it says how many it had beyond.
+pub const LINKS_MAX: u32 = 128;
+
+/// Whether this process begins traces of its own: set once, when telemetry is.
+static BEGINS_TRACES: AtomicBool = AtomicBool::new(false);
+
+/// Whether a span that has no parent can be exported: spans go somewhere, and the share of new traces is not zero. Asked before such
+/// a span is made where that happens often, so that it costs nothing when nobody looks.
+pub fn begins_traces() -> bool {
+    BEGINS_TRACES.load(Ordering::Relaxed)
+}
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -41,8 +56,8 @@ pub struct TelemetryOptions {
     pub instance: Option<String>,
     /// Where spans go, over gRPC: `http://collector:4317`. `None`: nowhere.
     pub otlp_endpoint: Option<String>,
-    /// The share of new traces that is exported, 0 to 1. Traces that came in keep their sender's choice.
-    pub trace_ratio: f64,
+    /// The share of new traces that is exported. Traces that came in keep their sender's choice.
+    pub trace_ratio: TraceRatio,
     /// Where `GET /metrics` and `GET /healthz` are served; port 0 takes a free one. `None`: nowhere.
     pub metrics_listen: Option<SocketAddr>,
     /// How log lines look.
@@ -59,7 +74,7 @@ impl TelemetryOptions {
             version: version.into(),
             instance: None,
             otlp_endpoint: None,
-            trace_ratio: 1.0,
+            trace_ratio: TraceRatio::default(),
             metrics_listen: Some(DEFAULT_METRICS_LISTEN),
             log_format: LogFormat::Text,
             filter: None,
@@ -89,6 +104,7 @@ pub async fn init(options: TelemetryOptions) -> Result<Telemetry> {
     };
     let tracer = logs::tracer(&options)?;
     logs::install(&options, tracer.as_ref())?;
+    BEGINS_TRACES.store(tracer.is_some() && !options.trace_ratio.is_zero(), Ordering::Relaxed);
     let metrics_address = listener.as_ref().map(|(_, address)| *address);
     let metrics_server = match listener {
         Some((listener, _)) => Some(metrics_server::start(listener)?),

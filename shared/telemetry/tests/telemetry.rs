@@ -2,56 +2,14 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
-use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
-use opentelemetry_proto::tonic::trace::v1::Span;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio_stream::wrappers::TcpListenerStream;
-use wallaby_telemetry::{Error, LogFormat, TelemetryOptions, init, set_parent, traceparent};
-use wallaby_testkit::eventually;
-
-#[derive(Clone, Default)]
-struct Receiver {
-    spans: Arc<Mutex<Vec<(String, Span)>>>,
-}
-
-#[tonic::async_trait]
-impl TraceService for Receiver {
-    async fn export(
-        &self,
-        request: tonic::Request<ExportTraceServiceRequest>,
-    ) -> Result<tonic::Response<ExportTraceServiceResponse>, tonic::Status> {
-        for resource in request.into_inner().resource_spans {
-            let service = format!("{:?}", resource.resource);
-            let spans = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
-            self.spans.lock().unwrap().extend(spans.map(|span| (service.clone(), span)));
-        }
-        Ok(tonic::Response::new(ExportTraceServiceResponse::default()))
-    }
-}
-
-impl Receiver {
-    async fn start() -> (Receiver, SocketAddr) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let receiver = Receiver::default();
-        let service = TraceServiceServer::new(receiver.clone());
-        tokio::spawn(
-            tonic::transport::Server::builder()
-                .add_service(service)
-                .serve_with_incoming(TcpListenerStream::new(listener)),
-        );
-        (receiver, address)
-    }
-
-    fn span(&self, name: &str) -> Option<(String, Span)> {
-        self.spans.lock().unwrap().iter().find(|(_, span)| span.name == name).cloned()
-    }
-}
+use wallaby_telemetry::{
+    Error, LogFormat, TelemetryOptions, begins_traces, failed, init, link, set_parent, traceparent,
+};
+use wallaby_testkit::{Collector, eventually};
 
 async fn http(address: SocketAddr, request: &str) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
@@ -63,10 +21,10 @@ async fn http(address: SocketAddr, request: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn spans_and_metrics_arrive() {
-    let (receiver, collector) = Receiver::start().await;
+    let collector = Collector::start().await;
     let mut options = TelemetryOptions::new("wallaby-test", "1.2.3");
     options.instance = Some("worker-7".to_owned());
-    options.otlp_endpoint = Some(format!("http://{collector}"));
+    options.otlp_endpoint = Some(collector.endpoint());
     options.metrics_listen = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
     options.log_format = LogFormat::Json;
 
@@ -81,8 +39,10 @@ async fn spans_and_metrics_arrive() {
     let refused = init(TelemetryOptions { filter: Some("wallaby=loud".to_owned()), ..options.clone() }).await;
     assert!(matches!(refused, Err(Error::Filter { .. })));
 
+    assert!(!begins_traces());
     let telemetry = init(options.clone()).await.unwrap();
     assert!(matches!(init(options).await, Err(Error::Twice(_))));
+    assert!(begins_traces());
 
     // Capture writes a record, a sink in another process reads it: one trace.
     let header = {
@@ -92,13 +52,19 @@ async fn spans_and_metrics_arrive() {
     };
     {
         let reading = tracing::info_span!(target: "wallaby_test", "apply");
-        set_parent(&reading, &header);
+        set_parent(&reading, header.to_string().parse().unwrap());
         let _entered = reading.enter();
+        failed(&reading, &"the sink is away");
     }
     {
         let reading = tracing::info_span!(target: "wallaby_test", "orphan");
-        set_parent(&reading, "not a traceparent");
+        if let Ok(header) = "not a traceparent".parse() {
+            set_parent(&reading, header);
+        }
+        link(&reading, header);
         let _entered = reading.enter();
+        tracing::info!(target: "wallaby_test", "said on the way");
+        tracing::debug!(target: "wallaby_test", "said to nobody");
     }
     drop(tracing::info_span!(target: "h2", "somebody else's"));
 
@@ -119,15 +85,20 @@ async fn spans_and_metrics_arrive() {
     assert!(http(address, "POST /metrics HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 405"));
 
     telemetry.shutdown().await;
-    let (service, append) =
-        eventually(Duration::from_secs(10), "the span arrives", async || receiver.span("append").ok_or("no span"))
-            .await;
-    assert!(service.contains("wallaby-test") && service.contains("1.2.3") && service.contains("worker-7"), "{service}");
-    assert!(append.attributes.iter().any(|attribute| attribute.key == "rows"));
-    let (_, apply) = receiver.span("apply").unwrap();
-    assert_eq!(apply.trace_id, append.trace_id);
-    assert_eq!(apply.parent_span_id, append.span_id);
-    let (_, orphan) = receiver.span("orphan").unwrap();
-    assert_ne!(orphan.trace_id, append.trace_id);
-    assert!(receiver.span("somebody else's").is_none());
+    let append = eventually(Duration::from_secs(10), "the span arrives", async || {
+        collector.named("append").pop().ok_or("no span")
+    })
+    .await;
+    let resource = ["service.name", "service.version", "service.instance.id"].map(|key| append.resource[key].as_str());
+    assert_eq!(resource, ["wallaby-test", "1.2.3", "worker-7"]);
+    assert_eq!(append.attributes["rows"], "3");
+    assert_eq!(append.error, None);
+    let apply = collector.named("apply").remove(0);
+    assert_eq!((apply.trace, apply.parent), (append.trace, append.id));
+    assert_eq!(apply.error.as_deref(), Some("the sink is away"));
+    let orphan = collector.named("orphan").remove(0);
+    assert_ne!(orphan.trace, append.trace);
+    assert_eq!((orphan.parent, orphan.links), (0, vec![(append.trace, append.id)]));
+    assert_eq!(orphan.events, ["said on the way"]);
+    assert_eq!(collector.named("somebody else's").len(), 0);
 }

@@ -21,12 +21,14 @@
 //!
 //! Panics are this crate's errors: a test without its servers has nothing to return to.
 
+mod collector;
 mod database;
 mod eventually;
 mod scope;
 mod seed;
 mod shared;
 
+pub use collector::{Collector, ExportedSpan};
 pub use database::Database;
 pub use eventually::eventually;
 pub use scope::{EtcdScope, NatsScope};
