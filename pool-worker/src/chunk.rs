@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tracing::{Instrument, Span};
 use wallaby_coordination::ChunkOutcome;
 use wallaby_model::condition::TaskPhase;
 use wallaby_model::run::{ChunkDone, Generation, PlannedRelation, RelationState, RunSpec, RunWish};
@@ -20,7 +21,7 @@ use crate::flows::{Demand, SourceDemand};
 use crate::places::Place;
 use crate::runs::RunView;
 use crate::task::{TaskContext, TaskEnd};
-use crate::{metrics, secret};
+use crate::{metrics, secret, spans};
 
 /// How long a chunk waits for the run's owner to export another snapshot before it is given back.
 const PLAN_PATIENCE: Duration = Duration::from_secs(15);
@@ -54,11 +55,17 @@ pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
         Err(Idle::Over) => return TaskEnd::Completed,
         Err(Idle::NoSnapshot) => return TaskEnd::Released(None),
     };
-    let reading = read(context, demand, *run, *chunk, &work);
+    let span = spans::read_chunk(&context.task.flow, *run, *chunk, &work.relation.relation);
+    let reading = read(context, demand, *run, *chunk, &work, &span).instrument(span.clone());
     let outcome = tokio::select! {
         outcome = reading => outcome,
         _ = context.ending() => Ok(false),
     };
+    if let Err(error) = &outcome {
+        wallaby_telemetry::failed(&span, error);
+    }
+    // What comes now is waiting.
+    drop(span);
     match outcome {
         Ok(true) => TaskEnd::Completed,
         Ok(false) => {
@@ -124,6 +131,7 @@ async fn read(
     run: RunId,
     chunk: ChunkId,
     work: &Work,
+    span: &Span,
 ) -> Result<bool, CaptureError> {
     context.pulse.wait("etcd");
     let epoch = context.lock.fix_epoch(None).await?;
@@ -174,6 +182,7 @@ async fn read(
     match context.lock.put_chunk_done(run, chunk, &done).await? {
         ChunkOutcome::Ours => {
             metrics::chunk_read(&context.task.flow, done.rows, done.bytes, begun.elapsed());
+            spans::packed(span, done.rows, done.bytes);
             tracing::debug!(task = %context.task, rows = done.rows, bytes = done.bytes, parts = done.parts, "chunk read");
             Ok(true)
         }

@@ -15,6 +15,7 @@
 //! | `memory` | the limit of this process, and how much of it goes where |
 //! | `places` | how many chunks are read or loaded at a time |
 //! | `runs` | the snapshot runs as the worker sees them |
+//! | `spans` | what goes to a trace collector |
 //!
 //! What decides is pure and tested by itself: `apply/assemble.rs`, `apply/tables.rs`, `run/core.rs`, `detach.rs`, `pulse.rs`, `backoff.rs`, `flows.rs::demand`.
 
@@ -37,6 +38,7 @@ mod run;
 mod runs;
 mod secret;
 mod shared;
+mod spans;
 mod status;
 mod task;
 mod verify;

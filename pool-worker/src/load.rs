@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 use wallaby_connector_api::{ChunkLoad, ChunkParts, Directive, Loaded, SinkError, SinkFactory};
 use wallaby_coordination::Error as EtcdError;
 use wallaby_model::condition::TaskPhase;
@@ -20,9 +21,9 @@ use crate::apply::load::report_lost;
 use crate::apply::session::factory;
 use crate::backoff::Backoff;
 use crate::flows::{ApplyDemand, Demand};
-use crate::metrics;
 use crate::runs::RunView;
 use crate::task::{Ending, TaskContext, TaskEnd};
+use crate::{metrics, spans};
 
 /// Parts that are fetched ahead of the sink.
 const AHEAD: u32 = 2;
@@ -106,7 +107,15 @@ async fn load(
     let begun = Instant::now();
     let mut parts = StoredParts::new(context, side, run, chunk, &work.done);
     context.pulse.wait("the sink's answer");
-    let outcome = loader.load(&work.load, &mut parts).await;
+    let span = spans::load_chunk(&context.task.flow, sink, run, chunk, &work.load.table);
+    let outcome = loader.load(&work.load, &mut parts).instrument(span.clone()).await;
+    match &outcome {
+        Ok(Loaded::Now { rows }) => _ = span.record("rows", *rows as i64),
+        // Nothing was loaded: it was there, or is of no use any more.
+        Ok(Loaded::Before | Loaded::Stale) => {}
+        Err(error) => wallaby_telemetry::failed(&span, error),
+    }
+    drop(span);
     let error = parts.error.take();
     loader.close().await;
     let rows = match (outcome, error) {

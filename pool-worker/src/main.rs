@@ -40,6 +40,7 @@ async fn run(options: Options) -> anyhow::Result<()> {
     let telemetry = wallaby_telemetry::init(TelemetryOptions {
         instance: Some(name.to_string()),
         otlp_endpoint: options.otlp.clone(),
+        trace_ratio: options.trace_ratio,
         metrics_listen: Some(options.metrics),
         log_format: if options.log_format == "json" { LogFormat::Json } else { LogFormat::Text },
         filter: Some(options.log.clone()),

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use wallaby_connector_api::{Batch, BatchPart, TableFilter};
-use wallaby_model::{Epoch, Position, SegmentBody, Splice};
+use wallaby_model::{Epoch, Position, SegmentBody, Splice, TraceParent};
 
 /// A data segment, a splice or a heartbeat that the reader rule accepted.
 #[derive(Clone, Debug)]
@@ -27,6 +27,8 @@ pub struct AcceptedSegment {
     pub splice: Option<Splice>,
     /// Encoded bytes, for bounds.
     pub bytes: usize,
+    /// The span that it was made in, if somebody looks at traces.
+    pub made_in: Option<TraceParent>,
 }
 
 /// A piece of a large transaction.
@@ -175,6 +177,17 @@ impl BatchAssembler {
         Some(Batch { from: self.at, to, log_epoch: epoch, parts })
     }
 
+    /// The spans that what a batch up to `to` consists of was made in, in order.
+    pub fn made_in(&self, to: Position) -> impl Iterator<Item = TraceParent> {
+        let of_batch = self.plain().take_while(move |segment| segment.after.max(self.at) < to);
+        of_batch.filter_map(|segment| segment.made_in)
+    }
+
+    /// The span that the piece which is next was made in.
+    pub fn piece_made_in(&self) -> Option<TraceParent> {
+        self.held.front()?.made_in
+    }
+
     /// The next piece of the large transaction that is next, and of whole ones behind it up to `limit`; `None` when it has to be
     /// read first. What was given out is no longer held: after an error the log is read again.
     pub fn take_piece(&mut self, limit: Option<Position>, tables: Option<&Arc<TableFilter>>) -> Option<Piece> {
@@ -255,7 +268,8 @@ mod tests {
     }
 
     fn segment(after: Position, to: Position, complete_to: Position, rows: &[(u64, u64, u32)]) -> AcceptedSegment {
-        AcceptedSegment { after, to, complete_to, epoch: Epoch(7), body: Some(body(rows)), splice: None, bytes: 100 }
+        let (body, made_in) = (Some(body(rows)), TraceParent::new(1, to.commit.0, true));
+        AcceptedSegment { after, to, complete_to, epoch: Epoch(7), body, splice: None, bytes: 100, made_in }
     }
 
     fn end(lsn: u64) -> Position {
@@ -304,6 +318,28 @@ mod tests {
     }
 
     #[test]
+    fn a_batch_is_told_the_spans_of_its_segments_and_of_no_others() {
+        let mut assembler = BatchAssembler::new(end(10), Epoch(7));
+        let spans = |assembler: &BatchAssembler, to| assembler.made_in(to).map(|made| made.span()).collect::<Vec<_>>();
+        assembler.push(segment(end(10), end(20), end(20), &[(15, 11, 1)]));
+        assembler.push(segment(end(20), Position::of(Lsn(45), Lsn(31), 1), end(30), &[(25, 21, 1), (45, 31, 1)]));
+        assembler.push(AcceptedSegment {
+            made_in: None,
+            ..segment(Position::of(Lsn(45), Lsn(31), 1), end(50), end(50), &[(45, 32, 1)])
+        });
+        assembler.push(segment(end(50), end(60), end(60), &[(55, 51, 1)]));
+        let batch = assembler.batch(200, None, None).unwrap();
+        assert_eq!(batch.to, end(30));
+        assert_eq!(spans(&assembler, batch.to), [20, 45]);
+        assembler.applied(batch.to);
+        // A segment of two batches is of both.
+        assert_eq!(assembler.piece_made_in().map(|made| made.span()), Some(45));
+        assert_eq!(spans(&assembler, assembler.batch(1 << 20, None, None).unwrap().to), [45, 60]);
+        assembler.applied(end(60));
+        assert_eq!((assembler.piece_made_in(), spans(&assembler, end(60))), (None, vec![]));
+    }
+
+    #[test]
     fn rows_that_the_sink_has_are_left_out() {
         let mut assembler = BatchAssembler::new(end(10), Epoch(7));
         let seen = Position::of(Lsn(20), Lsn(11), 1);
@@ -325,6 +361,7 @@ mod tests {
             body: None,
             splice: None,
             bytes: 0,
+            made_in: None,
         });
         assert!(!assembler.has_complete_rows());
         let batch = assembler.batch(1 << 20, None, None).unwrap();

@@ -109,6 +109,7 @@ async fn share(accepted: Accepted, room: &Arc<Semaphore>, bytes: usize) -> Resul
 /// Decodes what the reader rule accepted; `None` for a record without rows that moves nothing (a fence).
 fn decode(accepted: Accepted) -> Result<Option<AcceptedSegment>, ApplyError> {
     let Accepted { staged, after, to, complete_to, log_epoch } = accepted;
+    let made_in = staged.traceparent;
     let splice = match &staged.record.kind {
         RecordKind::Splice { .. } => {
             let read = serde_json::from_slice::<Splice>(&staged.body);
@@ -133,6 +134,7 @@ fn decode(accepted: Accepted) -> Result<Option<AcceptedSegment>, ApplyError> {
         bytes: body.as_ref().map_or(0, |body: &Arc<SegmentBody>| body.tables.iter().map(TableChanges::bytes).sum()),
         body,
         splice,
+        made_in,
     }))
 }
 

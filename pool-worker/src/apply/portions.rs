@@ -8,8 +8,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Span;
 use wallaby_connector_api::{BatchPart, Portion, Portions, SinkError, TableFilter};
-use wallaby_model::{Epoch, Position, Splice};
+use wallaby_model::{Epoch, Position, Splice, TraceParent};
 use wallaby_staging::{SideKey, SideStore, StagingError};
 use wallaby_wire::splice::{SpliceReader, decode_manifest};
 
@@ -17,6 +18,7 @@ use super::ApplyError;
 use super::assemble::Piece;
 use super::stream::LogStream;
 use crate::pulse::Pulse;
+use crate::spans;
 
 /// Parts that are fetched ahead of the sink, at most; and as many bytes, packed.
 const AHEAD: u32 = 2;
@@ -31,6 +33,10 @@ pub struct LogPortions<'a> {
     tables: Option<Arc<TableFilter>>,
     limit: Option<Position>,
     pulse: &'a Pulse,
+    /// Of the whole: a child of the first record's, linked to that of each other one.
+    span: Span,
+    /// The span of the record that was taken last.
+    made_in: Option<TraceParent>,
     splice: Option<OpenSplice>,
     /// After the last rows.
     end: Option<(Position, Epoch)>,
@@ -50,13 +56,16 @@ impl<'a> LogPortions<'a> {
         tables: Option<Arc<TableFilter>>,
         limit: Option<Position>,
         pulse: &'a Pulse,
+        span: Span,
     ) -> LogPortions<'a> {
         LogPortions {
+            made_in: stream.assembler.piece_made_in(),
             stream,
             side,
             tables,
             limit,
             pulse,
+            span,
             splice: None,
             end: None,
             rows: 0,
@@ -70,6 +79,16 @@ impl<'a> LogPortions<'a> {
     /// # Errors
     /// The reading's error, or the sink's.
     pub fn finish<T>(self, outcome: Result<T, SinkError>) -> Result<Position, ApplyError> {
+        let (span, rows) = (self.span.clone(), self.rows);
+        let outcome = self.outcome(outcome);
+        match &outcome {
+            Ok(to) => spans::committed(&span, *to, rows),
+            Err(error) => wallaby_telemetry::failed(&span, error),
+        }
+        outcome
+    }
+
+    fn outcome<T>(self, outcome: Result<T, SinkError>) -> Result<Position, ApplyError> {
         match (outcome, self.error, self.end) {
             (Ok(_), _, Some((to, _))) => Ok(to),
             (Ok(_), ..) => Err(SinkError::Transient("the sink did not take a whole transaction".to_owned()).into()),
@@ -94,7 +113,12 @@ impl<'a> LogPortions<'a> {
                 }
             }
             self.pulse.wait("the rest of a large transaction in the log");
-            match self.stream.piece(self.limit, self.tables.as_ref()).await? {
+            let (piece, made_in) = self.stream.piece(self.limit, self.tables.as_ref()).await?;
+            if let Some(made_in) = made_in.filter(|_| made_in != self.made_in) {
+                wallaby_telemetry::link(&self.span, made_in);
+                self.made_in = Some(made_in);
+            }
+            match piece {
                 Piece::Part(None) => {}
                 Piece::Part(Some(part)) => return Ok(self.rows_of(part)),
                 Piece::Last { part, to, epoch } => {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument, Span};
 use wallaby_connector_api::{Batch, Sink, SinkError, TableLoads};
 use wallaby_model::run::TableStage;
 use wallaby_model::{Epoch, Position};
@@ -21,6 +22,7 @@ use super::portions::LogPortions;
 use super::stream::{self, LogStream};
 use super::tables::Replay;
 use crate::pulse::Pulse;
+use crate::spans;
 use crate::task::TaskContext;
 
 /// A replay that is no further behind asks for the hand-over.
@@ -142,9 +144,10 @@ async fn run(
         if at < stands.at && log.assembler.is_large_next(large) {
             check(context)?;
             let pulse = Pulse::default();
-            let mut portions =
-                LogPortions::new(&mut log, Arc::clone(&side), Some(Arc::clone(&filter)), Some(stands.at), &pulse);
-            let outcome = loads(sink)?.replay_large(&replay.tables, at, &mut portions).await;
+            let span = spans::replay(context, at, log.assembler.piece_made_in().into_iter());
+            let (side, filter) = (Arc::clone(&side), Some(Arc::clone(&filter)));
+            let mut portions = LogPortions::new(&mut log, side, filter, Some(stands.at), &pulse, span.clone());
+            let outcome = loads(sink)?.replay_large(&replay.tables, at, &mut portions).instrument(span).await;
             let to = portions.finish(outcome)?;
             log.applied(to);
             moved_at = Instant::now();
@@ -154,7 +157,16 @@ async fn run(
         match batch.filter(|batch| is_worth(batch, stands, moved_at) || log.assembler.held_bytes() >= large) {
             Some(batch) => {
                 check(context)?;
-                answered(loads(sink)?.replay(&replay.tables, &batch)).await?;
+                let span = match batch.parts.is_empty() {
+                    true => Span::none(),
+                    false => spans::replay(context, at, log.assembler.made_in(batch.to)),
+                };
+                let answer = answered(loads(sink)?.replay(&replay.tables, &batch)).instrument(span.clone()).await;
+                if let Err(error) = &answer {
+                    wallaby_telemetry::failed(&span, error);
+                }
+                answer?;
+                spans::committed(&span, batch.to, batch.rows() as u64);
                 crate::metrics::replayed(&context.task, batch.rows());
                 log.applied(batch.to);
                 moved_at = Instant::now();

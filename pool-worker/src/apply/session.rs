@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument, Span};
 use wallaby_connector_api::{Applied as Outcome, Batch, Faults, Opened, Sink, SinkFactory, SinkTask, TableFilter};
 use wallaby_coordination::{Key, Mark, PacedWriter};
 use wallaby_model::condition::{ConditionType, TaskPhase};
@@ -27,7 +28,7 @@ use crate::backoff::Backoff;
 use crate::failpoint::Failpoint;
 use crate::flows::ApplyDemand;
 use crate::task::TaskContext;
-use crate::{metrics, secret, status};
+use crate::{metrics, secret, spans, status};
 
 /// How often figures are brought up to date.
 const TICK: Duration = Duration::from_secs(1);
@@ -300,13 +301,17 @@ impl Run<'_> {
             return Err(ApplyError::Invalid);
         }
         let begun = Instant::now();
-        let patience = context.shared.options.sink_patience.0;
-        let outcome = tokio::time::timeout(patience, self.sink.apply(batch)).await;
-        let outcome = outcome.map_err(|_| ApplyError::Silent(patience.as_secs()))??;
-        context.pulse.beat();
-        let durable = match outcome {
-            Outcome::Durable(position) => position,
-            Outcome::Accepted => self.sink.barrier().await?,
+        let span = match batch.parts.is_empty() {
+            // It only moves the sink's position.
+            true => Span::none(),
+            false => spans::apply(context, batch.from, self.stream.assembler.made_in(batch.to)),
+        };
+        let durable = match self.commit(batch).instrument(span.clone()).await {
+            Ok(durable) => durable,
+            Err(error) => {
+                wallaby_telemetry::failed(&span, &error);
+                return Err(error);
+            }
         };
         if let Some(filter) = &self.loads.filter {
             for table in tables::strangers(filter, batch) {
@@ -316,10 +321,24 @@ impl Run<'_> {
             }
         }
         let rows = batch.rows();
+        spans::committed(&span, batch.to, rows as u64);
         self.applied.transactions += transactions_of(batch);
         self.applied_rows(rows as u64, last_commit(batch), begun);
         self.note(durable);
         Ok(())
+    }
+
+    /// Gives the batch to the sink; up to where that is durable then.
+    async fn commit(&mut self, batch: &Batch) -> Result<Position, ApplyError> {
+        let context = self.context;
+        let patience = context.shared.options.sink_patience.0;
+        let outcome = tokio::time::timeout(patience, self.sink.apply(batch)).await;
+        let outcome = outcome.map_err(|_| ApplyError::Silent(patience.as_secs()))??;
+        context.pulse.beat();
+        match outcome {
+            Outcome::Durable(position) => Ok(position),
+            Outcome::Accepted => Ok(self.sink.barrier().await?),
+        }
     }
 
     async fn apply_large(&mut self, filter: Option<Arc<TableFilter>>) -> Result<(), ApplyError> {
@@ -331,8 +350,10 @@ impl Run<'_> {
         self.move_hold().await?;
         let begun = Instant::now();
         let from = self.stream.assembler.at();
-        let mut portions = LogPortions::new(&mut self.stream, self.loads.side(), filter, None, &context.pulse);
-        let outcome = self.sink.apply_large(from, &mut portions).await;
+        let span = spans::apply(context, from, self.stream.assembler.piece_made_in().into_iter());
+        let side = self.loads.side();
+        let mut portions = LogPortions::new(&mut self.stream, side, filter, None, &context.pulse, span.clone());
+        let outcome = self.sink.apply_large(from, &mut portions).instrument(span).await;
         let (rows, committed) = (portions.rows, portions.committed_at_micros);
         let to = portions.finish(outcome)?;
         context.pulse.beat();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::OwnedSemaphorePermit;
 use wallaby_connector_api::TableFilter;
-use wallaby_model::{Epoch, Position};
+use wallaby_model::{Epoch, Position, TraceParent};
 use wallaby_staging::{Log, LogReader, ReaderOptions, SegmentCache, Start, Waiting};
 
 use super::ApplyError;
@@ -86,7 +86,7 @@ impl LogStream {
         }
     }
 
-    /// The next piece of a large transaction, with the wait for it.
+    /// The next piece of a large transaction, with the wait for it, and the span that it was made in.
     ///
     /// # Errors
     /// What ended the reading.
@@ -94,15 +94,16 @@ impl LogStream {
         &mut self,
         limit: Option<Position>,
         tables: Option<&Arc<TableFilter>>,
-    ) -> Result<Piece, ApplyError> {
+    ) -> Result<(Piece, Option<TraceParent>), ApplyError> {
         loop {
+            let made_in = self.assembler.piece_made_in();
             if let Some(piece) = self.assembler.take_piece(limit, tables) {
                 let given = match &piece {
                     Piece::Part(Some(part)) => part.up_to,
                     _ => Position::ZERO,
                 };
                 self.release_up_to(given);
-                return Ok(piece);
+                return Ok((piece, made_in));
             }
             self.read().await?;
         }

@@ -17,7 +17,7 @@ use super::{CaptureError, Owned};
 use crate::failpoint::Failpoint;
 use crate::flows::CaptureDemand;
 use crate::task::TaskContext;
-use crate::{metrics, status};
+use crate::{metrics, spans, status};
 
 /// How often figures and conditions are brought up to date.
 const TICK: Duration = Duration::from_secs(1);
@@ -108,7 +108,9 @@ async fn stream(
         }
         match event {
             CaptureEvent::Segment(draft) => {
+                let trace = spans::stage(&context.task.flow, writer.epoch(), writer.end(), draft.to);
                 let append = pack(stage, &mut encoder, writer, &draft)?;
+                spans::packed(&trace.span, draft.rows as u64, append.body.len() as u64);
                 owned.rows += draft.rows as u64;
                 owned.transactions += draft.body.transactions.len() as u64;
                 owned.bytes += append.body.len() as u64;
@@ -121,7 +123,7 @@ async fn stream(
                 // Taken whole or not at all, so an end in the middle loses nothing: it is read from the source again.
                 tokio::select! {
                     biased;
-                    taken = writer.append(append) => taken?,
+                    taken = writer.append_traced(append, trace) => taken?,
                     _ = &mut ending => return Ok(()),
                     error = &mut ended => return Err(error.into()),
                     error = log_silence(stage, server_end, writer, owned) => return Err(error),
@@ -154,6 +156,7 @@ async fn stream(
             CaptureEvent::Splice(draft) => {
                 context.pulse.wait("the side store");
                 let (xid, committed_at_micros) = (draft.transaction.xid, draft.transaction.committed_at_micros);
+                let trace = spans::stage(&context.task.flow, writer.epoch(), writer.end(), draft.to);
                 let kept = tokio::select! {
                     biased;
                     kept = side.keep(draft) => kept.map_err(|error| side_full(xid, error))?,
@@ -169,10 +172,11 @@ async fn stream(
                 owned.staged_last = Some((committed_at_micros, Instant::now()));
                 // Before the append: it may be durable right after it.
                 owned.unconfirmed.add(&kept);
+                spans::packed(&trace.span, kept.splice.rows, kept.splice.bytes);
                 context.pulse.wait("the log");
                 tokio::select! {
                     biased;
-                    taken = writer.splice(writer.end(), kept.to, &kept.splice) => taken?,
+                    taken = writer.splice(writer.end(), kept.to, &kept.splice, trace) => taken?,
                     _ = &mut ending => return Ok(()),
                     error = &mut ended => return Err(error.into()),
                     error = log_silence(stage, server_end, writer, owned) => return Err(error),

@@ -12,9 +12,10 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 use bytes::Bytes;
 use tokio::time::Instant;
+use tracing::Span;
 use wallaby_model::{Position, Record, RecordKind};
 
-use crate::record::{Incarnation, Link, Staged};
+use crate::record::{self, Incarnation, Link, Staged};
 use crate::rule::WINDOW_COUNT_MAX;
 
 /// One message to append.
@@ -28,6 +29,8 @@ pub struct Append {
     pub body: Bytes,
     /// What it takes of the stream's `max_bytes`, at most.
     pub stored_bytes: u64,
+    /// Ends with the message: once it is acknowledged, or given up.
+    pub span: Span,
 }
 
 impl Append {
@@ -336,7 +339,9 @@ impl Chain {
 impl Stored {
     /// The record as a reader will see it.
     pub fn staged(self, incarnation: Incarnation) -> Staged {
-        let Append { record, body, .. } = self.append;
-        Staged { sequence: self.sequence, incarnation: Some(incarnation), link: Some(self.link), record, body }
+        let Append { record, headers, body, .. } = self.append;
+        let traceparent = record::traceparent(&headers);
+        let (incarnation, link) = (Some(incarnation), Some(self.link));
+        Staged { sequence: self.sequence, incarnation, link, traceparent, record, body }
     }
 }

@@ -60,4 +60,4 @@ pub use sync::{SyncPolicy, SyncReport, SyncSource, sync_policy, sync_policy_with
 pub use tail::Tail;
 pub use takeover::Takeover;
 pub use waiting::{Wait, Waiting};
-pub use writer::{Acked, DataAppend, LogWriter, WriterOptions};
+pub use writer::{Acked, DataAppend, LogWriter, Trace, WriterOptions};

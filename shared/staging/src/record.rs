@@ -9,7 +9,7 @@ use std::str::FromStr;
 use async_nats::{HeaderMap, HeaderName};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use wallaby_model::{Codec, Epoch, FlowId, Nonce, Position, Record, RecordKind, ResumeInfo};
+use wallaby_model::{Codec, Epoch, FlowId, Nonce, Position, Record, RecordKind, ResumeInfo, TraceParent};
 
 /// The version of the headers that is written.
 pub const VERSION: u32 = 1;
@@ -30,6 +30,8 @@ const TO: HeaderName = HeaderName::from_static("Wallaby-To");
 const COMPLETE_TO: HeaderName = HeaderName::from_static("Wallaby-Complete-To");
 const ROWS: HeaderName = HeaderName::from_static("Wallaby-Rows");
 const CODEC: HeaderName = HeaderName::from_static("Wallaby-Codec");
+/// As W3C Trace Context names it.
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// Why a message is not a record.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -131,6 +133,17 @@ pub fn set_link(headers: &mut HeaderMap, link: Link) {
     headers.insert(LINK, link.to_string());
 }
 
+/// Writes into a record's headers which span it was made in.
+pub fn set_traceparent(headers: &mut HeaderMap, made_in: TraceParent) {
+    headers.insert(TRACEPARENT, made_in.to_string());
+}
+
+/// The span that a record was made in. `None` when nobody looks at traces, and when what stands there cannot be read: that is never a
+/// reason to refuse a record.
+pub fn traceparent(headers: &HeaderMap) -> Option<TraceParent> {
+    headers.get(TRACEPARENT)?.as_str().parse().ok()
+}
+
 /// A record as it stands in the log.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Staged {
@@ -140,6 +153,8 @@ pub struct Staged {
     pub incarnation: Option<Incarnation>,
     /// Its place in its owner's chain. A fence has none.
     pub link: Option<Link>,
+    /// The span that it was made in, if somebody looks at traces.
+    pub traceparent: Option<TraceParent>,
     /// The headers.
     pub record: Record,
     /// The body, as it was published.
@@ -227,7 +242,8 @@ pub fn decode(headers: &HeaderMap, body: Bytes, sequence: u64, flow: &FlowId) ->
         incarnation = Some(Incarnation(number));
         link = Some(parsed(headers, LINK, "Wallaby-Chain")?);
     }
-    Ok(Staged { sequence, incarnation, link, record: Record { flow: theirs, epoch, kind }, body })
+    let traceparent = traceparent(headers);
+    Ok(Staged { sequence, incarnation, link, traceparent, record: Record { flow: theirs, epoch, kind }, body })
 }
 
 fn decode_kind(headers: &HeaderMap) -> Result<RecordKind, RecordError> {
@@ -321,6 +337,7 @@ mod tests {
         #[test]
         fn records_come_back_as_they_went(
             kind in kind(), epoch in any::<u64>(), incarnation in any::<u64>(), chain in any::<u64>(), index in any::<u32>(),
+            trace in any::<u128>(), span in any::<u64>(), is_sampled in any::<bool>(),
         ) {
             let record = Record { flow: flow(), epoch: Epoch(epoch), kind };
             let is_fence = matches!(record.kind, RecordKind::Fence { .. });
@@ -330,8 +347,12 @@ mod tests {
             if let Some(link) = link {
                 set_link(&mut headers, link);
             }
+            let traceparent = TraceParent::new(trace, span, is_sampled);
+            if let Some(made_in) = traceparent {
+                set_traceparent(&mut headers, made_in);
+            }
             let body = Bytes::from_static(b"rows");
-            let staged = Staged { sequence: 7, incarnation, link, record, body: body.clone() };
+            let staged = Staged { sequence: 7, incarnation, link, traceparent, record, body: body.clone() };
             prop_assert_eq!(decode(&headers, body, 7, &flow()).unwrap(), staged);
         }
     }
@@ -343,9 +364,29 @@ mod tests {
         let kind = RecordKind::Data { from: at, to: at, complete_to: at, rows: u32::MAX, codec: Codec::None };
         let mut headers = encode(&Record { flow: long, epoch: Epoch(u64::MAX), kind }, Some(Incarnation(u64::MAX)));
         set_link(&mut headers, Link { chain: u64::MAX, index: u32::MAX });
+        set_traceparent(&mut headers, TraceParent::new(u128::MAX, u64::MAX, true).unwrap());
         let length: usize =
             headers.iter().map(|(name, values)| AsRef::<[u8]>::as_ref(name).len() + 4 + values[0].as_str().len()).sum();
         assert!(length + 200 < HEADER_BYTES_MAX, "{length}");
+    }
+
+    #[test]
+    fn a_traceparent_that_is_not_there_or_cannot_be_read_is_no_reason_to_refuse_a_record() {
+        let at = |lsn| Position::before(Lsn(lsn));
+        let kind = RecordKind::Heartbeat { from: at(1), to: at(2) };
+        let mut headers = encode(&Record { flow: flow(), epoch: Epoch(1), kind }, Some(Incarnation(1)));
+        set_link(&mut headers, Link { chain: 1, index: 0 });
+        let plain = read(&headers, &flow()).unwrap();
+        assert_eq!(plain.traceparent, None);
+        let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let long = format!("{good}{}", "0".repeat(1 << 16));
+        for garbage in ["", "-", "00", "garbage", &good[1..], &good.to_uppercase(), &long, "00-é-é-01"] {
+            headers.insert("traceparent", garbage);
+            assert_eq!(read(&headers, &flow()).unwrap(), plain, "{garbage:.80}");
+        }
+        headers.insert("traceparent", good);
+        let traced = read(&headers, &flow()).unwrap();
+        assert_eq!(traced, Staged { traceparent: Some(good.parse().unwrap()), ..plain });
     }
 
     #[test]

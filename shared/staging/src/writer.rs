@@ -11,7 +11,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use wallaby_model::{Codec, Epoch, Lsn, Nonce, Position, Record, RecordKind, ResumeInfo, Splice};
+use tracing::Span;
+use wallaby_model::{Codec, Epoch, Lsn, Nonce, Position, Record, RecordKind, ResumeInfo, Splice, TraceParent};
 
 use crate::chain::Append;
 use crate::error::{Result, StagingError};
@@ -91,6 +92,22 @@ pub struct DataAppend {
     pub body: Bytes,
 }
 
+/// Who looks at a record on its way.
+#[derive(Clone, Debug)]
+pub struct Trace {
+    /// Lives until the record is acknowledged or given up; its field `sequence` is filled in at the acknowledgement.
+    pub span: Span,
+    /// The same span for those who read the record: a header of it.
+    pub parent: Option<TraceParent>,
+}
+
+impl Trace {
+    /// Nobody.
+    pub const fn none() -> Trace {
+        Trace { span: Span::none(), parent: None }
+    }
+}
+
 /// The last acknowledged record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Acked {
@@ -156,7 +173,8 @@ impl LogWriter {
             waiting: WaitSender::new(),
             ended: watch::Sender::new(None),
         });
-        let resume = append(&log, epoch, incarnation, RecordKind::Resume { position, info }, Bytes::new());
+        let kind = RecordKind::Resume { position, info };
+        let resume = append(&log, epoch, incarnation, kind, Bytes::new(), Trace::none());
         let (commands, receiver) = mpsc::channel(1);
         let task = WriterTask::new(takeover, incarnation, Arc::clone(&shared), receiver, resume).await?;
         let writer = LogWriter { shared, epoch, incarnation, commands, task: tokio::spawn(task.run()) };
@@ -185,24 +203,32 @@ impl LogWriter {
     /// # Errors
     /// `TooLarge` and `NotContinuing` refuse this segment; `Fenced`, `EpochTaken`, `TailLost`, `Missing` end the writer.
     pub async fn append(&self, data: DataAppend) -> Result<()> {
+        self.append_traced(data, Trace::none()).await
+    }
+
+    /// [`LogWriter::append`], with somebody who looks at the segment on its way.
+    ///
+    /// # Errors
+    /// As [`LogWriter::append`].
+    pub async fn append_traced(&self, data: DataAppend, trace: Trace) -> Result<()> {
         let max = self.shared.log.body_bytes_max();
         if data.body.len() > max {
             return Err(StagingError::TooLarge { bytes: data.body.len(), max });
         }
         let DataAppend { from, to, complete_to, rows, codec, body } = data;
         let kind = RecordKind::Data { from, to, complete_to, rows, codec };
-        self.hand_in(from, to, kind, body).await
+        self.hand_in(from, to, kind, body, trace).await
     }
 
     /// Hands in a splice: the rest of a transaction whose parts and manifest are acknowledged by the side store. `to` is the end of
-    /// the transaction. As [`LogWriter::append`] otherwise.
+    /// the transaction. As [`LogWriter::append_traced`] otherwise.
     ///
     /// # Errors
     /// As [`LogWriter::append`].
-    pub async fn splice(&self, from: Position, to: Position, splice: &Splice) -> Result<()> {
+    pub async fn splice(&self, from: Position, to: Position, splice: &Splice, trace: Trace) -> Result<()> {
         // A splice is a handful of numbers: it always serialises, and always fits.
         let body = Bytes::from(serde_json::to_vec(splice).unwrap_or_default());
-        self.hand_in(from, to, RecordKind::Splice { from, to }, body).await
+        self.hand_in(from, to, RecordKind::Splice { from, to }, body, trace).await
     }
 
     /// Hands in that nothing happened with a commit LSN below `to`. One that does not lie past [`LogWriter::end`] is no news and
@@ -215,11 +241,11 @@ impl LogWriter {
         if to <= from {
             return Ok(());
         }
-        self.hand_in(from, to, RecordKind::Heartbeat { from, to }, Bytes::new()).await
+        self.hand_in(from, to, RecordKind::Heartbeat { from, to }, Bytes::new(), Trace::none()).await
     }
 
-    async fn hand_in(&self, from: Position, to: Position, kind: RecordKind, body: Bytes) -> Result<()> {
-        let append = append(&self.shared.log, self.epoch, self.incarnation, kind, body);
+    async fn hand_in(&self, from: Position, to: Position, kind: RecordKind, body: Bytes, trace: Trace) -> Result<()> {
+        let append = append(&self.shared.log, self.epoch, self.incarnation, kind, body, trace);
         let Ok(place) = self.commands.reserve().await else {
             return Err(self.ended().await);
         };
@@ -296,11 +322,14 @@ impl Drop for LogWriter {
 }
 
 /// Makes a message of a record.
-fn append(log: &Log, epoch: Epoch, incarnation: Incarnation, kind: RecordKind, body: Bytes) -> Append {
+fn append(log: &Log, epoch: Epoch, incarnation: Incarnation, kind: RecordKind, body: Bytes, trace: Trace) -> Append {
     let record = Record { flow: log.flow().clone(), epoch, kind };
-    let headers = record::encode(&record, Some(incarnation));
+    let mut headers = record::encode(&record, Some(incarnation));
+    if let Some(made_in) = trace.parent {
+        record::set_traceparent(&mut headers, made_in);
+    }
     let headers_max = headers.iter().map(|(_, values)| values.iter().map(|value| value.as_str().len()).sum::<usize>());
     let headers_max = headers_max.sum::<usize>() + HEADER_BYTES_MAX;
     let stored_bytes = (body.len() + headers_max + log.data_subject().len()) as u64 + STORED_OVERHEAD_BYTES;
-    Append { record, headers, body, stored_bytes }
+    Append { record, headers, body, stored_bytes, span: trace.span }
 }

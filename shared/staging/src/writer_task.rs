@@ -199,6 +199,7 @@ impl WriterTask {
                 for stored in self.chain.stored(token, sequence) {
                     self.failures = 0;
                     self.metrics.acknowledged(stored.sent_at.elapsed());
+                    stored.append.span.record("sequence", stored.sequence as i64);
                     self.count_stored(&stored.append, stored.sequence);
                     if let Some(cache) = &self.takeover.options.cache {
                         let key = SegmentKey {

@@ -9,3 +9,4 @@ mod making;
 mod reading;
 mod sharing;
 mod takeover;
+mod traces;

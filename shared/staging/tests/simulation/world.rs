@@ -76,7 +76,8 @@ impl World {
 
     fn store(&mut self, record: Record, incarnation: Option<Incarnation>, link: Option<Link>) -> u64 {
         self.last_sequence += 1;
-        self.stream.push(Staged { sequence: self.last_sequence, incarnation, link, record, body: Bytes::new() });
+        let (sequence, traceparent, body) = (self.last_sequence, None, Bytes::new());
+        self.stream.push(Staged { sequence, incarnation, link, traceparent, record, body });
         self.last_sequence
     }
 
@@ -309,5 +310,6 @@ fn data(from: u64, to: u64) -> RecordKind {
 }
 
 fn append(record: Record) -> Append {
-    Append { record, headers: HeaderMap::new(), body: Bytes::new(), stored_bytes: 100 }
+    let span = tracing::Span::none();
+    Append { record, headers: HeaderMap::new(), body: Bytes::new(), stored_bytes: 100, span }
 }
