@@ -11,6 +11,7 @@
 //! | [`view`] | what etcd says, as a fold of one watch |
 //! | [`present`] | the view as messages: conditions, phases, progress |
 //! | [`reason`] | refusals |
+//! | `request_spans` | a span for each request, for a trace collector |
 //! | [`backend`] | etcd and NATS, reached when they can be reached |
 
 pub mod backend;
@@ -18,6 +19,7 @@ pub mod metrics;
 pub mod options;
 pub mod present;
 pub mod reason;
+mod request_spans;
 mod runs;
 pub mod schedule;
 pub mod server;

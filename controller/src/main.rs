@@ -22,6 +22,7 @@ async fn main() -> ExitCode {
 async fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
     let telemetry = wallaby_telemetry::init(TelemetryOptions {
         otlp_endpoint: options.otlp.clone(),
+        trace_ratio: options.trace_ratio,
         metrics_listen: Some(options.metrics),
         log_format: if options.log_format == "json" { LogFormat::Json } else { LogFormat::Text },
         filter: Some(options.log.clone()),

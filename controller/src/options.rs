@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use wallaby_model::PoolId;
 use wallaby_model::flow::Span;
+use wallaby_telemetry::TraceRatio;
 
 /// The control plane: serves the API, offers tasks without an owner to the pool, and says how flows are.
 ///
@@ -68,6 +69,10 @@ pub struct Options {
     /// An OTLP collector (gRPC) that gets the traces, as http://host:4317.
     #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
     pub otlp: Option<String>,
+
+    /// The share of new traces that the collector gets, from 0 to 1. A trace that began elsewhere is kept or not as it was there.
+    #[arg(long, env = "OTEL_TRACES_SAMPLER_ARG", default_value_t)]
+    pub trace_ratio: TraceRatio,
 
     /// How log lines look.
     #[arg(long, env = "WALLABY_LOG_FORMAT", default_value = "text", value_parser = ["text", "json"])]

@@ -8,10 +8,12 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Router;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
+use tower::layer::util::{Identity as Unchanged, Stack};
 use wallaby_coordination::{Candidate, Key};
 use wallaby_proto::v1::flow_service_server::FlowServiceServer;
 use wallaby_proto::v1::operation_service_server::OperationServiceServer;
@@ -22,6 +24,7 @@ use wallaby_proto::v1::worker_service_server::WorkerServiceServer;
 
 use crate::backend::{Backend, Etcd, etcd_settings};
 use crate::options::Options;
+use crate::request_spans::RequestSpansLayer;
 use crate::schedule::{self, SchedulerParts};
 use crate::service::{FlowApi, OperationApi, SinkApi, SnapshotApi, VerifyApi, WorkerApi};
 
@@ -161,8 +164,11 @@ fn server_tls(options: &Options) -> Result<Option<ServerTlsConfig>, StartError> 
     Ok(Some(tls))
 }
 
-fn router(backend: &Backend, tls: Option<ServerTlsConfig>) -> Result<tonic::transport::server::Router, StartError> {
+type TracedRouter = Router<Stack<RequestSpansLayer, Unchanged>>;
+
+fn router(backend: &Backend, tls: Option<ServerTlsConfig>) -> Result<TracedRouter, StartError> {
     let mut server = Server::builder()
+        .layer(RequestSpansLayer)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)));
     if let Some(tls) = tls {
