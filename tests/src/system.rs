@@ -39,6 +39,8 @@ pub struct Plan {
     pub flow: FlowFile,
     /// A version that the log's servers claim to have, to our programs.
     pub nats_claims: Option<&'static str>,
+    /// Further variables in the environment of every program.
+    pub variables: Vec<(&'static str, String)>,
 }
 
 impl Default for Plan {
@@ -51,6 +53,7 @@ impl Default for Plan {
             postgres: PostgresOptions::default(),
             flow: FlowFile::default(),
             nats_claims: None,
+            variables: Vec::new(),
         }
     }
 }
@@ -188,7 +191,8 @@ impl System {
             ("SHOP_DSN", self.source_dsn()),
             ("WAREHOUSE_DSN", self.target_dsn()),
         ];
-        ours.into_iter().map(|(name, value)| (name.to_owned(), value)).chain(sinks).collect()
+        let ours = ours.into_iter().chain(self.plan.variables.clone());
+        ours.map(|(name, value)| (name.to_owned(), value)).chain(sinks).collect()
     }
 
     fn next_name(&mut self, kind: &str) -> String {

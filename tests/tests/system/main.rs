@@ -13,5 +13,6 @@ mod power;
 mod pressure;
 mod recreated;
 mod sharing;
+mod traces;
 mod verify;
 mod wedged;
