@@ -44,7 +44,7 @@ fn flow_status(view: &View, entry: &FlowEntry) -> v1::FlowStatus {
     let sinks: Vec<v1::Sink> = entry.record.document.spec.sinks.iter().map(|spec| sink(view, entry, spec)).collect();
     let mut conditions = vec![accepted(view, entry)];
     conditions.extend(
-        [ConditionType::SourceReady, ConditionType::Capturing, ConditionType::SlotHealthy]
+        [ConditionType::SourceReady, ConditionType::Capturing, ConditionType::SlotHealthy, ConditionType::LogHealthy]
             .map(|kind| capture.condition(kind)),
     );
     conditions.insert(3, snapshot::complete(view, entry, None));
@@ -177,7 +177,11 @@ fn phase(view: &View, entry: &FlowEntry, conditions: &[Condition], sinks: &[v1::
     let works = |sink: &v1::Sink| delivering(sink) || loads_only || (is_loading && !has_error(sink));
     let is_false = |condition: &Condition| condition.status == ConditionStatus::False;
     let of_capture = |condition: &&Condition| !loads_only || condition.kind == ConditionType::SnapshotComplete;
-    let counts = |condition: &&Condition| !(is_loading && condition.kind == ConditionType::SnapshotComplete);
+    // A shorter replay window takes nothing from any reader.
+    let counts = |condition: &&Condition| {
+        condition.kind != ConditionType::LogHealthy
+            && !(is_loading && condition.kind == ConditionType::SnapshotComplete)
+    };
     let has_false = conditions.iter().filter(of_capture).filter(counts).any(is_false);
     match (has_false || !running.into_iter().all(works), is_loading) {
         (true, _) => v1::Phase::Degraded,

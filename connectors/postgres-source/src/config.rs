@@ -8,47 +8,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use wallaby_postgres_dsn::{ConfigError, SslMode, TlsSettings};
+
 mod dsn;
-
-/// Why a connection string is refused.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
-    /// The text as a whole has no readable form.
-    #[error("the dsn cannot be read: {0}")]
-    Form(&'static str),
-    /// A parameter that we do not know.
-    #[error("dsn parameter {0:?} is unknown")]
-    Unknown(String),
-    /// A parameter with a value that does not fit.
-    #[error("dsn parameter {name}: {reason}")]
-    Value {
-        /// The parameter.
-        name: &'static str,
-        /// What it must be.
-        reason: String,
-    },
-    /// A parameter that is needed.
-    #[error("dsn parameter {0} is missing")]
-    Missing(&'static str),
-}
-
-/// How TLS is used; libpq's `sslmode`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub enum SslMode {
-    /// Never.
-    Disable,
-    /// Only when the server refuses a connection without.
-    Allow,
-    /// When the server can. The default, as with libpq.
-    #[default]
-    Prefer,
-    /// Always; the certificate is not looked at, unless `sslrootcert` is given.
-    Require,
-    /// Always, with a certificate of a trusted authority.
-    VerifyCa,
-    /// Always, with a certificate of a trusted authority for this very host.
-    VerifyFull,
-}
 
 /// Whether SCRAM is bound to the TLS channel; libpq's `channel_binding`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -69,15 +31,6 @@ pub enum Host {
     Tcp(String),
     /// The folder of a Unix socket.
     Unix(PathBuf),
-}
-
-/// Trusted authorities; libpq's `sslrootcert`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RootCert {
-    /// Those of the platform (`sslrootcert=system`).
-    System,
-    /// A PEM file.
-    File(PathBuf),
 }
 
 /// TCP keepalives, so that a peer that vanished is noticed.
@@ -102,10 +55,7 @@ pub struct ConnectConfig {
     pub(crate) password: Option<String>,
     pub(crate) dbname: String,
     pub(crate) application_name: String,
-    pub(crate) sslmode: SslMode,
-    pub(crate) sslrootcert: Option<RootCert>,
-    pub(crate) sslcert: Option<PathBuf>,
-    pub(crate) sslkey: Option<PathBuf>,
+    pub(crate) tls: TlsSettings,
     pub(crate) channel_binding: ChannelBinding,
     pub(crate) connect_timeout: Duration,
     pub(crate) keepalives: Keepalives,
@@ -158,7 +108,7 @@ impl ConnectConfig {
 
     /// How TLS is used.
     pub fn sslmode(&self) -> SslMode {
-        self.sslmode
+        self.tls.mode
     }
 
     /// `host:port` or the path of the socket, for messages.
@@ -183,7 +133,7 @@ impl fmt::Debug for ConnectConfig {
             .field("password", &self.password.as_ref().map(|_| "(hidden)"))
             .field("dbname", &self.dbname)
             .field("application_name", &self.application_name)
-            .field("sslmode", &self.sslmode)
+            .field("sslmode", &self.tls.mode)
             .field("channel_binding", &self.channel_binding)
             .finish_non_exhaustive()
     }

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use rustls::pki_types::ServerName;
@@ -31,7 +32,7 @@ pub(crate) enum Encryption {
 
 /// The attempts that an `sslmode` allows, in order. Unix sockets never encrypt, as with libpq.
 pub(crate) fn attempts(config: &ConnectConfig) -> &'static [Encryption] {
-    match (&config.host, config.sslmode) {
+    match (&config.host, config.tls.mode) {
         (Host::Unix(_), _) | (_, SslMode::Disable) => &[Encryption::Off],
         (_, SslMode::Allow) => &[Encryption::Off, Encryption::Required],
         (_, SslMode::Prefer) => &[Encryption::Offered, Encryption::Off],
@@ -163,7 +164,8 @@ async fn negotiate(
         _ => return Err(refused("the server did not answer the request for TLS; is it PostgreSQL?")),
     }
     let name = ServerName::try_from(host.to_owned()).map_err(|error| refused(&format!("host: {error}")))?;
-    let connector = TlsConnector::from(tls::client_config(config)?);
+    let failed = |reason| SourceError::Tls { target: config.target(), reason };
+    let connector = TlsConnector::from(Arc::new(config.tls.client_config().map_err(failed)?));
     let stream = connector.connect(name, stream).await.map_err(|error| refused(&error.to_string()))?;
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let end_point = certificate.and_then(|certificate| tls::server_end_point(certificate));

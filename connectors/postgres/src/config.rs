@@ -4,11 +4,11 @@ use std::fmt;
 use std::time::Duration;
 
 use tokio_postgres::config::SslMode as TransportMode;
+use tokio_postgres_rustls::MakeRustlsConnect;
 use wallaby_connector_api::{Faults, SinkError};
 use wallaby_model::TableName;
 use wallaby_model::flow::{PostgresSinkSpec, SinkMode};
-
-use crate::tls::{Tls, Verify};
+use wallaby_postgres_dsn::{ConfigError, SslMode, TlsSettings, key_values, pairs};
 
 /// A server that does not answer within this is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -19,7 +19,7 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
 #[derive(Clone)]
 pub struct PostgresSinkConfig {
     pub(crate) connection: tokio_postgres::Config,
-    pub(crate) tls: Tls,
+    tls: TlsSettings,
     schema: String,
     pub(crate) faults: Faults,
 }
@@ -44,12 +44,12 @@ impl PostgresSinkConfig {
     pub fn new(dsn: &str, spec: &PostgresSinkSpec) -> Result<PostgresSinkConfig, SinkError> {
         let SinkMode::Upsert = spec.mode;
         check_template(&spec.schema)?;
-        let (plain, tls) = split_tls(dsn)?;
+        let (plain, tls) = split_tls(dsn).map_err(|error| refused(format!("the sink's {error}")))?;
         let mut connection: tokio_postgres::Config = plain.parse().map_err(|error: tokio_postgres::Error| {
             let cause = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
             refused(format!("the sink's dsn cannot be read: {cause}"))
         })?;
-        connection.ssl_mode(tls.transport_mode());
+        connection.ssl_mode(transport_mode(tls.mode));
         if connection.get_connect_timeout().is_none() {
             connection.connect_timeout(CONNECT_TIMEOUT);
         }
@@ -94,6 +94,15 @@ impl PostgresSinkConfig {
         format!("{user}@{host}:{port}/{}", self.connection.get_dbname().unwrap_or(user))
     }
 
+    /// The TLS connector. Reads the certificate files.
+    pub(crate) fn connector(&self) -> Result<MakeRustlsConnect, SinkError> {
+        let failed = |reason| SinkError::Configuration {
+            reason: format!("the sink's TLS settings do not work: {reason}"),
+            remedy: "Correct sslmode, sslrootcert, sslcert or sslkey in the sink's dsn".to_owned(),
+        };
+        Ok(MakeRustlsConnect::new(self.tls.client_config().map_err(failed)?))
+    }
+
     /// The role that connects, for remedies.
     pub(crate) fn role(&self) -> &str {
         self.connection.get_user().unwrap_or("the sink's role")
@@ -124,110 +133,26 @@ fn check_template(template: &str) -> Result<(), SinkError> {
 }
 
 /// Takes the TLS parameters out of a dsn: tokio-postgres does not know them all.
-fn split_tls(dsn: &str) -> Result<(String, Tls), SinkError> {
-    let mut tls = Tls::default();
-    let is_url = dsn.starts_with("postgres://") || dsn.starts_with("postgresql://");
-    if is_url {
-        let Some((base, query)) = dsn.split_once('?') else { return Ok((dsn.to_owned(), tls)) };
-        let mut kept = Vec::new();
-        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            if !take_tls(&mut tls, name, &percent_decoded(value)?)? {
-                kept.push(pair);
-            }
-        }
-        let query = kept.join("&");
-        let plain = if query.is_empty() { base.to_owned() } else { format!("{base}?{query}") };
-        return Ok((plain, tls));
-    }
-    let mut plain = String::new();
-    for (name, value) in key_values(dsn)? {
-        if !take_tls(&mut tls, &name, &value)? {
-            let quoted = value.replace('\\', "\\\\").replace('\'', "\\'");
-            plain.push_str(&format!("{name}='{quoted}' "));
+fn split_tls(dsn: &str) -> Result<(String, TlsSettings), ConfigError> {
+    let mut tls = TlsSettings::default();
+    let mut plain = Vec::new();
+    for pair in pairs(dsn)? {
+        if !tls.take(&pair.0, &pair.1)? {
+            plain.push(pair);
         }
     }
-    Ok((plain, tls))
+    tls.check()?;
+    Ok((key_values(&plain), tls))
 }
 
-fn take_tls(tls: &mut Tls, name: &str, value: &str) -> Result<bool, SinkError> {
-    match name {
-        "sslmode" => {
-            (tls.mode, tls.verify) = match value {
-                "disable" => (TransportMode::Disable, Verify::Nothing),
-                // libpq's `allow` tries without first: for a server that takes both, that is no TLS.
-                "allow" | "prefer" => (TransportMode::Prefer, Verify::Nothing),
-                "require" => (TransportMode::Require, Verify::Nothing),
-                "verify-ca" => (TransportMode::Require, Verify::Authority),
-                "verify-full" => (TransportMode::Require, Verify::Host),
-                _ => {
-                    let known = "disable, allow, prefer, require, verify-ca or verify-full";
-                    return Err(refused(format!("the sink's dsn parameter sslmode must be {known}")));
-                }
-            };
-        }
-        "sslrootcert" => tls.root = Some(value.to_owned()),
-        "sslcert" => tls.certificate = Some(value.into()),
-        "sslkey" => tls.key = Some(value.into()),
-        _ => return Ok(false),
+/// What tokio-postgres is told: it tries as libpq does, but for `allow`, which tries without first: for a server that takes both,
+/// that is no TLS.
+fn transport_mode(mode: SslMode) -> TransportMode {
+    match mode {
+        SslMode::Disable => TransportMode::Disable,
+        SslMode::Allow | SslMode::Prefer => TransportMode::Prefer,
+        SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => TransportMode::Require,
     }
-    Ok(true)
-}
-
-fn percent_decoded(text: &str) -> Result<String, SinkError> {
-    let bad = || refused("the sink's dsn has a broken % escape".to_owned());
-    let mut out = Vec::with_capacity(text.len());
-    let mut bytes = text.bytes();
-    while let Some(byte) = bytes.next() {
-        if byte != b'%' {
-            out.push(byte);
-            continue;
-        }
-        let digit = |byte: Option<u8>| byte.and_then(|b| char::from(b).to_digit(16)).ok_or_else(bad);
-        let (high, low) = (digit(bytes.next())?, digit(bytes.next())?);
-        out.push(u8::try_from(high * 16 + low).map_err(|_| bad())?);
-    }
-    String::from_utf8(out).map_err(|_| bad())
-}
-
-/// libpq's `name = 'va\'lue'` pairs.
-fn key_values(dsn: &str) -> Result<Vec<(String, String)>, SinkError> {
-    let bad = || refused("the sink's dsn is neither a postgres:// URL nor key=value pairs".to_owned());
-    let mut pairs = Vec::new();
-    let mut rest = dsn.trim();
-    while !rest.is_empty() {
-        let (name, after) = rest.split_once('=').ok_or_else(bad)?;
-        let after = after.trim_start();
-        let quoted = after.starts_with('\'');
-        let mut value = String::new();
-        let mut end = after.len();
-        let mut escaped = false;
-        let mut closed = !quoted;
-        for (at, letter) in after.char_indices().skip(usize::from(quoted)) {
-            match letter {
-                _ if escaped => {
-                    value.push(letter);
-                    escaped = false;
-                }
-                '\\' => escaped = true,
-                '\'' if quoted => {
-                    (closed, end) = (true, at + 1);
-                    break;
-                }
-                _ if !quoted && letter.is_whitespace() => {
-                    end = at;
-                    break;
-                }
-                _ => value.push(letter),
-            }
-        }
-        if !closed || escaped {
-            return Err(bad());
-        }
-        pairs.push((name.trim().to_owned(), value));
-        rest = after[end..].trim_start();
-    }
-    Ok(pairs)
 }
 
 #[cfg(test)]
@@ -258,8 +183,9 @@ mod tests {
         let words = r"host=b port=1 user=a password='s x' dbname=c sslmode=verify-full sslrootcert=/tmp/ca.pem";
         for dsn in [url, words] {
             let config = PostgresSinkConfig::new(dsn, &spec("x")).unwrap();
-            assert_eq!(config.tls.verify, Verify::Host, "{dsn}");
-            assert_eq!(config.tls.root.as_deref(), Some("/tmp/ca.pem"));
+            assert_eq!(config.tls.mode, SslMode::VerifyFull, "{dsn}");
+            assert_eq!(config.tls.root, Some(wallaby_postgres_dsn::RootCert::File("/tmp/ca.pem".into())));
+            assert_eq!(config.connection.get_options(), dsn.contains("options").then_some("-c x=y"));
             assert_eq!(config.connection.get_password(), Some(&b"s x"[..]));
             assert_eq!(config.target(), "a@b:1/c");
         }

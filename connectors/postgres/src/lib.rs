@@ -34,7 +34,6 @@ mod metrics;
 mod schema;
 mod session;
 mod sink;
-mod tls;
 mod transaction;
 mod verify;
 mod write;

@@ -73,7 +73,7 @@ pub(crate) async fn connect_as(
     let mut connection = config.connection.clone();
     connection.application_name(name);
     let doing = || format!("connecting to the sink at {}", config.target());
-    let (client, driver) = connection.connect(config.tls.connector()?).await.doing(doing)?;
+    let (client, driver) = connection.connect(config.connector()?).await.doing(doing)?;
     let connection = tokio::spawn(async move {
         // Every request that is under way gets the error too.
         if let Err(error) = driver.await {

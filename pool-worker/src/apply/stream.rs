@@ -144,8 +144,16 @@ mod tests {
         let take = async |stream: &mut LogStream, n: u64| {
             let (after, to) = (if n == 1 { Position::before(Lsn(10)) } else { at(n - 1) }, at(n));
             let complete_to = Position::before(Lsn(10));
-            let segment =
-                AcceptedSegment { after, to, complete_to, epoch: Epoch(7), body: None, splice: None, bytes: 100 };
+            let segment = AcceptedSegment {
+                after,
+                to,
+                complete_to,
+                epoch: Epoch(7),
+                body: None,
+                splice: None,
+                bytes: 100,
+                made_in: None,
+            };
             let permit = Arc::clone(&room).acquire_many_owned(100).await.unwrap();
             stream.take(Fed { segment, sequence: n, permit });
         };

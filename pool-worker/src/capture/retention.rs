@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{PurgeOutcome, TaskLock};
+use wallaby_model::condition::ConditionType;
 use wallaby_model::{Epoch, Position};
 use wallaby_staging::{
     Log, LogInfo, RESERVE_BYTES, Retention, SideStore, StagingError, Sweep, log_begins, sweep_transactions,
@@ -15,6 +16,7 @@ use wallaby_staging::{
 
 use super::side::Living;
 use crate::detach::Overrun;
+use crate::status::StatusBoard;
 
 /// How often it is looked whether there is room.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -32,6 +34,7 @@ pub fn start(
     replay_window: Duration,
     sweeper: Sweeper,
     mut overrun: Overrun,
+    status: StatusBoard,
 ) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         let mut retention = Retention::new(&log);
@@ -60,6 +63,7 @@ pub fn start(
                 is_short = has_purged.is_some() && is_short_of_room(&log).await;
                 again = is_short && !window.now.is_zero();
             }
+            window.tell(&status);
             // Everything went that the holds allow: who holds it now, and goes on holding it, is cut off.
             if was_short && window.now.is_zero() && is_short_of_room(&log).await {
                 if let Err(error) = overrun.detach().await {
@@ -94,6 +98,19 @@ impl Window {
         }
         let half = self.now / 2;
         self.now = if half < WINDOW_LEAST { Duration::ZERO } else { half };
+    }
+
+    /// Says whether the wish is fulfilled (protocol.md, "retention": it is shortened, with a condition).
+    fn tell(&self, status: &StatusBoard) {
+        let (now, wanted) = (self.now.as_secs(), self.wanted.as_secs());
+        if self.now >= self.wanted {
+            return status.condition(ConditionType::LogHealthy, true, "ReplayWindowKept", "");
+        }
+        let message = format!(
+            "the log was short of room: segments that no reader needs any more stay for {now} s, not for the {wanted} s of \
+             spec.log.replayWindow; this grows back while there is room. Raise spec.log.maxBytes, or ask for a shorter window"
+        );
+        status.condition(ConditionType::LogHealthy, false, "ReplayWindowShortened", &message);
     }
 }
 

@@ -113,8 +113,14 @@ pub async fn run(
     let sweeper = retention::Sweeper { side: Arc::clone(&side), epoch, living: owned.living.clone() };
     let _feedback =
         feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
-    let _retention =
-        retention::start(log.clone(), context.lock.clone(), demand.log.replay_window.0, sweeper, Overrun::of(context));
+    let _retention = retention::start(
+        log.clone(),
+        context.lock.clone(),
+        demand.log.replay_window.0,
+        sweeper,
+        Overrun::of(context),
+        context.status.clone(),
+    );
     let _publication = publication::start(&config, publication_of(demand), context.lock.clone());
     let (figures, _figures) = figures::start(config, demand.slot.clone());
     context.status.condition(ConditionType::SourceReady, true, "Ready", "");

@@ -36,6 +36,8 @@ pub enum ConditionType {
     SnapshotComplete,
     /// The slot exists, is ours, and holds back less WAL than allowed.
     SlotHealthy,
+    /// The log has room: segments that no reader needs any more stay for the whole replay window.
+    LogHealthy,
     /// A sink or stream takes changes.
     Delivering,
     /// A sink or stream is within its lag.

@@ -1,124 +1,14 @@
-//! The two spellings of a connection string, and the meaning of each parameter.
+//! The meaning of each parameter of the source's connection string.
 
 use std::time::Duration;
 
-use super::{ChannelBinding, ConfigError, ConnectConfig, Host, Keepalives, RootCert, SslMode};
+use wallaby_postgres_dsn::{Pairs, SslMode, TlsSettings};
+
+use super::{ChannelBinding, ConfigError, ConnectConfig, Host, Keepalives};
 
 /// Reads either spelling.
 pub(super) fn parse(dsn: &str) -> Result<ConnectConfig, ConfigError> {
-    let pairs = match dsn.strip_prefix("postgres://").or_else(|| dsn.strip_prefix("postgresql://")) {
-        Some(rest) => url_pairs(rest)?,
-        None if dsn.contains("://") => {
-            return Err(ConfigError::Form("a URL must begin with postgres:// or postgresql://"));
-        }
-        None => key_value_pairs(dsn)?,
-    };
-    build(pairs)
-}
-
-type Pairs = Vec<(String, String)>;
-
-fn url_pairs(rest: &str) -> Result<Pairs, ConfigError> {
-    let (before_query, query) = match rest.split_once('?') {
-        Some((before, query)) => (before, Some(query)),
-        None => (rest, None),
-    };
-    let (authority, path) = match before_query.split_once('/') {
-        Some((authority, path)) => (authority, Some(path)),
-        None => (before_query, None),
-    };
-    let mut pairs = Pairs::new();
-    let mut put = |name: &str, raw: &str| -> Result<(), ConfigError> {
-        if !raw.is_empty() {
-            pairs.push((name.to_owned(), percent_decode(raw)?));
-        }
-        Ok(())
-    };
-    let host_port = match authority.rsplit_once('@') {
-        Some((credentials, host_port)) => {
-            match credentials.split_once(':') {
-                Some((user, password)) => {
-                    put("user", user)?;
-                    put("password", password)?;
-                }
-                None => put("user", credentials)?,
-            }
-            host_port
-        }
-        None => authority,
-    };
-    if host_port.contains(',') {
-        return Err(ConfigError::Value {
-            name: "host",
-            reason: "one host only: logical decoding reads one server".into(),
-        });
-    }
-    let (host, port) = if let Some(inner) = host_port.strip_prefix('[') {
-        let (address, after) = inner.split_once(']').ok_or(ConfigError::Form("an address in [ has no ]"))?;
-        (address, after.strip_prefix(':').unwrap_or(""))
-    } else {
-        host_port.split_once(':').unwrap_or((host_port, ""))
-    };
-    put("host", host)?;
-    put("port", port)?;
-    put("dbname", path.unwrap_or(""))?;
-    for parameter in query.unwrap_or("").split('&').filter(|parameter| !parameter.is_empty()) {
-        let (name, value) = parameter.split_once('=').ok_or(ConfigError::Form("a parameter after ? has no ="))?;
-        pairs.push((percent_decode(name)?, percent_decode(value)?));
-    }
-    Ok(pairs)
-}
-
-fn percent_decode(text: &str) -> Result<String, ConfigError> {
-    let bad = ConfigError::Form("a % is not followed by two hexadecimal digits of UTF-8 text");
-    let mut out = Vec::with_capacity(text.len());
-    let mut bytes = text.bytes();
-    while let Some(byte) = bytes.next() {
-        if byte != b'%' {
-            out.push(byte);
-            continue;
-        }
-        let mut digit = || bytes.next().and_then(|digit| (digit as char).to_digit(16));
-        match (digit(), digit()) {
-            (Some(high), Some(low)) => out.push((high * 16 + low) as u8),
-            _ => return Err(bad),
-        }
-    }
-    String::from_utf8(out).map_err(|_| bad)
-}
-
-/// `name = value` separated by blanks; values may stand in single quotes; `\` takes the next character as it is.
-fn key_value_pairs(text: &str) -> Result<Pairs, ConfigError> {
-    let mut pairs = Pairs::new();
-    let mut rest = text.chars().peekable();
-    loop {
-        while rest.next_if(|c| c.is_whitespace()).is_some() {}
-        if rest.peek().is_none() {
-            return Ok(pairs);
-        }
-        let mut name = String::new();
-        while let Some(c) = rest.next_if(|c| !c.is_whitespace() && *c != '=') {
-            name.push(c);
-        }
-        while rest.next_if(|c| c.is_whitespace()).is_some() {}
-        if rest.next() != Some('=') {
-            return Err(ConfigError::Form("expected postgres://… or name=value pairs: a name has no ="));
-        }
-        while rest.next_if(|c| c.is_whitespace()).is_some() {}
-        let quoted = rest.next_if_eq(&'\'').is_some();
-        let mut value = String::new();
-        loop {
-            match rest.next() {
-                Some('\\') => value.extend(rest.next()),
-                Some('\'') if quoted => break,
-                Some(c) if !quoted && c.is_whitespace() => break,
-                Some(c) => value.push(c),
-                None if quoted => return Err(ConfigError::Form("a quoted value has no closing quote")),
-                None => break,
-            }
-        }
-        pairs.push((name, value));
-    }
+    build(wallaby_postgres_dsn::pairs(dsn)?)
 }
 
 fn build(pairs: Pairs) -> Result<ConnectConfig, ConfigError> {
@@ -132,10 +22,7 @@ fn build(pairs: Pairs) -> Result<ConnectConfig, ConfigError> {
         password: None,
         dbname: String::new(),
         application_name: "wallaby".into(),
-        sslmode: SslMode::default(),
-        sslrootcert: None,
-        sslcert: None,
-        sslkey: None,
+        tls: TlsSettings::default(),
         channel_binding: ChannelBinding::default(),
         connect_timeout: Duration::from_secs(10),
         keepalives: Keepalives {
@@ -147,6 +34,9 @@ fn build(pairs: Pairs) -> Result<ConnectConfig, ConfigError> {
         allow_cleartext_password: false,
     };
     for (name, value) in pairs {
+        if config.tls.take(&name, &value)? {
+            continue;
+        }
         match name.as_str() {
             "host" | "hostaddr" => host = Some(parse_host(value)?),
             "port" => config.port = number("port", &value, 1, u64::from(u16::MAX))? as u16,
@@ -156,11 +46,6 @@ fn build(pairs: Pairs) -> Result<ConnectConfig, ConfigError> {
             "application_name" | "fallback_application_name" => {
                 config.application_name = without_nul("application_name", value)?
             }
-            "sslmode" => config.sslmode = sslmode(&value)?,
-            "sslrootcert" if value == "system" => config.sslrootcert = Some(RootCert::System),
-            "sslrootcert" => config.sslrootcert = Some(RootCert::File(value.into())),
-            "sslcert" => config.sslcert = Some(value.into()),
-            "sslkey" => config.sslkey = Some(value.into()),
             "channel_binding" => config.channel_binding = channel_binding(&value)?,
             "connect_timeout" => {
                 config.connect_timeout = Duration::from_secs(number("connect_timeout", &value, 1, 3600)?)
@@ -177,7 +62,7 @@ fn build(pairs: Pairs) -> Result<ConnectConfig, ConfigError> {
                 config.allow_cleartext_password = match value.as_str() {
                     "true" | "1" => true,
                     "false" | "0" => false,
-                    _ => return Err(value_error("allow_cleartext_password", "must be true or false")),
+                    _ => return Err(ConfigError::value("allow_cleartext_password", "must be true or false")),
                 }
             }
             _ => return Err(ConfigError::Unknown(name)),
@@ -186,41 +71,20 @@ fn build(pairs: Pairs) -> Result<ConnectConfig, ConfigError> {
     config.host = host.ok_or(ConfigError::Missing("host"))?;
     config.user = user.filter(|user| !user.is_empty()).ok_or(ConfigError::Missing("user"))?;
     config.dbname = dbname.filter(|dbname| !dbname.is_empty()).unwrap_or_else(|| config.user.clone());
-    check_together(&config)?;
+    config.tls.check()?;
+    if config.channel_binding == ChannelBinding::Require && config.tls.mode == SslMode::Disable {
+        return Err(ConfigError::value("channel_binding", "require needs TLS, and sslmode is disable"));
+    }
     Ok(config)
 }
 
-fn check_together(config: &ConnectConfig) -> Result<(), ConfigError> {
-    if config.sslcert.is_some() != config.sslkey.is_some() {
-        let name = if config.sslcert.is_some() { "sslkey" } else { "sslcert" };
-        return Err(ConfigError::Missing(name));
-    }
-    if config.sslmode == SslMode::VerifyCa && config.sslrootcert.is_none() {
-        return Err(value_error("sslrootcert", "sslmode=verify-ca needs the authority's certificate here"));
-    }
-    if config.sslrootcert == Some(RootCert::System) && config.sslmode != SslMode::VerifyFull {
-        return Err(value_error(
-            "sslmode",
-            "sslrootcert=system needs sslmode=verify-full: anybody can get a certificate of a public authority",
-        ));
-    }
-    if config.channel_binding == ChannelBinding::Require && config.sslmode == SslMode::Disable {
-        return Err(value_error("channel_binding", "require needs TLS, and sslmode is disable"));
-    }
-    Ok(())
-}
-
-fn value_error(name: &'static str, reason: &str) -> ConfigError {
-    ConfigError::Value { name, reason: reason.to_owned() }
-}
-
 fn without_nul(name: &'static str, value: String) -> Result<String, ConfigError> {
-    if value.contains('\0') { Err(value_error(name, "must not hold a zero byte")) } else { Ok(value) }
+    if value.contains('\0') { Err(ConfigError::value(name, "must not hold a zero byte")) } else { Ok(value) }
 }
 
 fn parse_host(value: String) -> Result<Host, ConfigError> {
     if value.contains(',') {
-        return Err(value_error("host", "one host only: logical decoding reads one server"));
+        return Err(ConfigError::value("host", "one host only: logical decoding reads one server"));
     }
     if value.is_empty() {
         return Err(ConfigError::Missing("host"));
@@ -233,24 +97,12 @@ fn number(name: &'static str, text: &str, least: u64, most: u64) -> Result<u64, 
     parsed.ok_or_else(|| ConfigError::Value { name, reason: format!("must be a whole number from {least} to {most}") })
 }
 
-fn sslmode(text: &str) -> Result<SslMode, ConfigError> {
-    Ok(match text {
-        "disable" => SslMode::Disable,
-        "allow" => SslMode::Allow,
-        "prefer" => SslMode::Prefer,
-        "require" => SslMode::Require,
-        "verify-ca" => SslMode::VerifyCa,
-        "verify-full" => SslMode::VerifyFull,
-        _ => return Err(value_error("sslmode", "must be disable, allow, prefer, require, verify-ca or verify-full")),
-    })
-}
-
 fn channel_binding(text: &str) -> Result<ChannelBinding, ConfigError> {
     Ok(match text {
         "disable" => ChannelBinding::Disable,
         "prefer" => ChannelBinding::Prefer,
         "require" => ChannelBinding::Require,
-        _ => return Err(value_error("channel_binding", "must be disable, prefer or require")),
+        _ => return Err(ConfigError::value("channel_binding", "must be disable, prefer or require")),
     })
 }
 

@@ -249,7 +249,12 @@ static LOG: Object = object(&[
         "Copies of the log.",
     ),
     may("maxBytes", Shape::Size, "10Gi", "Reserved by the servers when the log is made. Data stops 16Mi below it."),
-    may("replayWindow", Shape::Span, "1h", "How long segments stay that no reader needs any more."),
+    may(
+        "replayWindow",
+        Shape::Span,
+        "1h",
+        "How long segments stay that no reader needs any more. While the log is short of room it is less, and the condition `LogHealthy` says so.",
+    ),
     may(
         "durability",
         Shape::Choice(&[pick(
