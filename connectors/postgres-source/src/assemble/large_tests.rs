@@ -271,6 +271,58 @@ fn little_that_is_left_of_a_streamed_transaction_is_a_segment_and_nothing_a_hear
     assert_eq!(assembler.take_heartbeat(std::time::Instant::now()), Some(Position::before(Lsn(42))));
 }
 
+/// A message of `pg_logical_emit_message`, part of its transaction.
+fn logical(lsn: u64, prefix: &str) -> Vec<u8> {
+    let mut message = vec![b'M', 1];
+    message.extend_from_slice(&lsn.to_be_bytes());
+    message.extend_from_slice(prefix.as_bytes());
+    message.extend_from_slice(&[0, 0, 0, 0, 1, b'x']);
+    message
+}
+
+#[test]
+fn h07_messages_also_of_rolled_back_savepoints_change_no_row_no_position_and_no_survivor() {
+    let large = "v".repeat(5000);
+    let mut messages = vec![(Lsn(10), start(7, true)), (Lsn(0), of(7, &relation(1, &["id", "v"])))];
+    // Before, between and at the place of rows. 8 is rolled back, and 9, which had nothing but messages; a message comes under the
+    // xid of the whole transaction.
+    for n in 0..6_u64 {
+        let sub = if n % 2 == 0 { 7 } else { 8 };
+        messages.push((Lsn(10 + n), of(7, &logical(10 + n, "ddl"))));
+        messages.push((Lsn(10 + n), of(sub, &insert(1, n as u32, &large))));
+        messages.push((Lsn(10 + n), of(7, &logical(10 + n, "ddl"))));
+        messages.push((Lsn(10 + n), of(sub, &insert(1, 100 + n as u32, "at the same LSN"))));
+    }
+    messages.extend([(Lsn(15), stop()), (Lsn(31), abort(7, 8)), (Lsn(32), abort(7, 9))]);
+    messages.push((Lsn(40), stream_commit(7, 40, 41)));
+    // One of which only messages are left, and one that had nothing else.
+    messages.extend([(Lsn(50), start(17, true)), (Lsn(0), of(17, &relation(1, &["id", "v"])))]);
+    messages.extend([(Lsn(50), of(18, &insert(1, 1, "gone"))), (Lsn(51), of(17, &logical(51, "ddl")))]);
+    messages.extend([(Lsn(51), stop()), (Lsn(52), abort(17, 18)), (Lsn(53), stream_commit(17, 53, 54))]);
+    messages.extend([(Lsn(60), start(27, true)), (Lsn(60), of(27, &logical(60, "ddl"))), (Lsn(60), stop())]);
+    messages.extend([(Lsn(61), abort(27, 28)), (Lsn(62), stream_commit(27, 62, 63))]);
+    // One that is not streamed.
+    messages.extend([(Lsn(70), begin(71, 3)), (Lsn(70), logical(70, "ddl")), (Lsn(70), insert(2, 1, "x"))]);
+    messages.push((Lsn(71), commit(71, 72)));
+    let read = |messages: &[(Lsn, Vec<u8>)]| {
+        let mut assembler = with_shapes(limits(), 4, Position::before(Lsn(5)));
+        run(&mut assembler, messages, &mut |shape_| shape(shape_.oid), &|_| false).unwrap()
+    };
+    let got = read(&messages);
+    let is_row = |(_, message): &&(Lsn, Vec<u8>)| message[0] != b'M';
+    let without: Vec<(Lsn, Vec<u8>)> = messages.iter().filter(is_row).cloned().collect();
+    assert_eq!(messages.len() - without.len(), 15);
+    let wanted = read(&without);
+    assert_eq!(got.rows, wanted.rows);
+    let place = |row: &Seen| (row.0.change, row.0.index);
+    let places: Vec<(Lsn, u32)> = got.rows.iter().map(place).collect();
+    let at = |lsn, index| (Lsn(lsn), index);
+    assert_eq!(places, [at(10, 1), at(10, 2), at(12, 1), at(12, 2), at(14, 1), at(14, 2), at(70, 1)]);
+    let aborted: Vec<&[(u32, u32)]> = got.splices.iter().map(|splice| &splice.aborted[..]).collect();
+    assert_eq!(aborted, [[(8, 8)]], "9 had no rows, and the other transactions have none left");
+    assert_eq!((got.end, got.segments), (Position::before(Lsn(72)), 1));
+}
+
 #[test]
 fn h12_each_streamed_transaction_decodes_with_its_own_shape() {
     let mut messages = vec![(Lsn(1), begin(3, 1)), (Lsn(0), relation(1, &["a"])), (Lsn(1), texts(1, &["before"]))];

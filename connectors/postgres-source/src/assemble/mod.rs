@@ -145,7 +145,8 @@ impl Assembler {
             Message::Commit(commit) => self.commit(commit),
             Message::Relation(relation) => Ok(Step::Shape(RelationShape::of(&relation))),
             // Where a type or a transaction comes from changes no row; logical messages are not asked for, and have no
-            // rows. One of a rolled-back savepoint would come all the same, under the savepoint's xid (hazard 7).
+            // rows. One of a rolled-back savepoint would come all the same, and under the xid of the whole transaction: which
+            // savepoint it is of, only its content could say (hazard 7).
             Message::Type(_) | Message::Origin { .. } | Message::Logical(_) => Ok(Step::Taken),
             Message::StreamStart(start) => self.stream_start(start),
             Message::StreamStop => Ok(self.stream_stop()),

@@ -178,7 +178,7 @@ impl Truncate {
 /// `pg_logical_emit_message`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogicalMessage<'a> {
-    /// The transaction, inside of a streamed block.
+    /// The transaction, inside of a streamed block: the whole one, not the sub-transaction as with rows.
     pub xid: Option<u32>,
     /// Part of a transaction, or by itself.
     pub transactional: bool,

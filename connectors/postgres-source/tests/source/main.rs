@@ -7,6 +7,7 @@ mod extras;
 mod faults;
 mod fixtures;
 mod kit;
+mod messages;
 mod older;
 mod ready;
 mod streamed;
