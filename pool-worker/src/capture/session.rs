@@ -110,7 +110,8 @@ pub async fn run(
     let budget = PutBudget::new(context.shared.sizes.puts);
     let side_writer =
         SideWriter::new(Arc::clone(&side), epoch, owned.connection, demand.log.codec, budget, owned.living.clone());
-    let sweeper = retention::Sweeper { side: Arc::clone(&side), epoch, living: owned.living.clone() };
+    let coordination = context.shared.coordination.clone();
+    let sweeper = retention::Sweeper { side: Arc::clone(&side), coordination, epoch, living: owned.living.clone() };
     let _feedback =
         feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
     let _retention = retention::start(
