@@ -17,6 +17,7 @@ use wallaby_staging::{Puts, Shelf, SideGroup, SideKey, SideStore, StagingError};
 use wallaby_wire::splice::part_checksum;
 
 use crate::capture::{CaptureError, Directive};
+use crate::failpoint::Failpoint;
 use crate::flows::{Demand, SourceDemand};
 use crate::places::Place;
 use crate::runs::RunView;
@@ -249,6 +250,7 @@ impl PartSink for Parts<'_> {
         self.rows += rows;
         self.bytes += packed.len() as u64;
         self.number += 1;
+        self.context.stop_at(Failpoint::StopBeforeChunkPart).await;
         self.context.pulse.wait("room in the side store");
         self.puts.put(key, packed).await?;
         self.context.pulse.wait("the source");

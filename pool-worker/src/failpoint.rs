@@ -23,15 +23,24 @@ pub enum Failpoint {
     /// The capture loop keeps the next segment at hand from SIGUSR1 to SIGUSR2, with nothing else on its way to the log, and
     /// the log's writer does not look for a younger owner by itself: a zombie appends for certain, and the chain must refuse it.
     HoldAppend,
+    /// The capture loop stands still, once, after it sent off a part of a large transaction.
+    StopAfterPart,
+    /// The capture loop stands still, once, when a large transaction's parts and manifest are acknowledged and its splice is not sent.
+    StopAfterManifest,
+    /// The reader of a chunk stands still, once, with a part at hand that is not on its way to the side store.
+    StopBeforeChunkPart,
 }
 
 impl Failpoint {
-    const ALL: [(&'static str, Failpoint); 5] = [
+    const ALL: [(&'static str, Failpoint); 8] = [
         ("no-self-fencing", Failpoint::NoSelfFencing),
         ("keep-older-sessions", Failpoint::KeepOlderSessions),
         ("hang-capture", Failpoint::HangCapture),
         ("hang-apply", Failpoint::HangApply),
         ("hold-append", Failpoint::HoldAppend),
+        ("stop-after-part", Failpoint::StopAfterPart),
+        ("stop-after-manifest", Failpoint::StopAfterManifest),
+        ("stop-before-chunk-part", Failpoint::StopBeforeChunkPart),
     ];
 }
 
@@ -45,6 +54,8 @@ struct Switches {
     fired: Mutex<BTreeSet<Failpoint>>,
     /// Whether SIGUSR1 came after the last SIGUSR2.
     holds: watch::Sender<bool>,
+    /// Where a loop stands still now.
+    stopped: watch::Sender<BTreeSet<Failpoint>>,
 }
 
 impl Failpoints {
@@ -110,6 +121,27 @@ impl Failpoints {
         let _ = self.0.holds.subscribe().wait_for(|holds| !holds).await;
     }
 
+    /// Stands still here, once, when the failpoint is on: until [`Failpoints::let_go`], or until a test ends the worker.
+    pub async fn stop(&self, failpoint: Failpoint) {
+        if !self.fires_once(failpoint) {
+            return;
+        }
+        tracing::warn!(?failpoint, "standing still for a test");
+        self.0.stopped.send_modify(|stopped| _ = stopped.insert(failpoint));
+        // The sender lives as long as this value.
+        let _ = self.0.stopped.subscribe().wait_for(|stopped| !stopped.contains(&failpoint)).await;
+    }
+
+    /// Returns once a loop stands still here.
+    pub async fn reached(&self, failpoint: Failpoint) {
+        let _ = self.0.stopped.subscribe().wait_for(|stopped| stopped.contains(&failpoint)).await;
+    }
+
+    /// Lets a loop go on that stands still here.
+    pub fn let_go(&self, failpoint: Failpoint) {
+        self.0.stopped.send_modify(|stopped| _ = stopped.remove(&failpoint));
+    }
+
     /// The failpoints that are on.
     pub fn on(&self) -> impl Iterator<Item = Failpoint> + '_ {
         self.0.on.iter().copied()
@@ -130,5 +162,18 @@ mod tests {
         assert!(!on.fires_once(Failpoint::HangApply));
         assert!(Failpoints::parse("nonsense").unwrap_err().contains("nonsense"));
         assert_eq!(Failpoints::parse("").unwrap().on().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_loop_stands_still_once_until_it_is_let_go() {
+        let on = Failpoints::parse("stop-after-part").unwrap();
+        let stopped = on.clone();
+        let standing = tokio::spawn(async move { stopped.stop(Failpoint::StopAfterPart).await });
+        on.reached(Failpoint::StopAfterPart).await;
+        assert!(!standing.is_finished());
+        on.let_go(Failpoint::StopAfterPart);
+        standing.await.unwrap();
+        on.stop(Failpoint::StopAfterPart).await;
+        on.stop(Failpoint::StopAfterManifest).await;
     }
 }

@@ -9,6 +9,7 @@ use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Mark, TaskLock};
 use wallaby_model::{TaskId, TaskKind};
 
+use crate::failpoint::Failpoint;
 use crate::flows::{Demand, Flows, demand};
 use crate::pulse::{Pulse, SILENCE_MAX};
 use crate::runs::RunBoard;
@@ -112,6 +113,14 @@ impl TaskContext {
         match ending {
             Some(Ending::ResumeAsked) => None,
             other => other,
+        }
+    }
+
+    /// A failpoint: stands still here until a test lets go, or ends the worker.
+    pub async fn stop_at(&self, failpoint: Failpoint) {
+        if self.shared.failpoints.is_on(failpoint) {
+            self.pulse.wait("a test");
+            self.shared.failpoints.stop(failpoint).await;
         }
     }
 

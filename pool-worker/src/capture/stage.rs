@@ -152,6 +152,7 @@ async fn stream(
                     _ = &mut ending => return Ok(()),
                     error = &mut ended => return Err(error.into()),
                 }
+                context.stop_at(Failpoint::StopAfterPart).await;
             }
             CaptureEvent::Splice(draft) => {
                 context.pulse.wait("the side store");
@@ -163,6 +164,7 @@ async fn stream(
                     _ = &mut ending => return Ok(()),
                     error = &mut ended => return Err(error.into()),
                 };
+                context.stop_at(Failpoint::StopAfterManifest).await;
                 if !context.is_valid_now() {
                     return Err(CaptureError::Invalid);
                 }

@@ -2,7 +2,11 @@
 //! happens when somebody dies in the middle.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
+mod large;
+mod rewrites;
+mod runs;
 mod scene;
+mod wire;
 
 use std::sync::Arc;
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream;
@@ -10,12 +11,15 @@ use clap::Parser;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Coordination, Key};
+use wallaby_model::condition::TaskStatus;
+use wallaby_model::flow::{FlowDocument, SnapshotMode};
 use wallaby_model::offer::{OFFER_CONSUMER, Offer, offer_stream, offer_subject, offer_subjects};
-use wallaby_model::run::{RunState, RunWish, TableStage};
-use wallaby_model::{ChunkId, FlowId, PoolId, RunId, SinkId, TaskId, TaskKind, WorkerId};
-use wallaby_pool_worker::failpoint::Failpoints;
+use wallaby_model::run::{RunPlan, RunState, RunWish, TableStage};
+use wallaby_model::{Attempt, ChunkId, FlowId, Lsn, PoolId, Position, RunId, SinkId, TaskId, TaskKind, WorkerId};
+use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
 use wallaby_pool_worker::options::Options;
 use wallaby_pool_worker::worker::{self, Start};
+use wallaby_staging::{Connections, Log, NatsTarget, Shelf, SideGroup, open_side};
 use wallaby_testkit::*;
 
 /// How long a load of a few rows may take on a busy machine.
@@ -30,13 +34,32 @@ pub struct Scene {
     pub flow: FlowId,
     pub sink: SinkId,
     pool: PoolId,
+    gate: Gate,
     _etcd: EtcdScope<'static>,
 }
 
-/// A worker of this process; it ends when dropped.
+/// What of a run is offered: the rest of it waits.
+#[derive(Debug)]
+struct Gate {
+    /// Chunks of a relation with a lower number than this.
+    chunks: AtomicU32,
+    /// Whether loads are.
+    loads: AtomicBool,
+}
+
+/// A worker of this process; dropped, it is cut off where it stands.
 pub struct Running {
-    _shutdown: CancellationToken,
-    _task: AbortOnDropHandle<worker::Outcome>,
+    shutdown: CancellationToken,
+    task: AbortOnDropHandle<worker::Outcome>,
+}
+
+impl Running {
+    /// Asks it to end, and waits until it has handed everything over.
+    pub async fn end(self) {
+        self.shutdown.cancel();
+        let outcome = tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap();
+        assert_eq!(outcome, worker::Outcome::Drained);
+    }
 }
 
 impl Scene {
@@ -59,14 +82,25 @@ impl Scene {
             sink: SinkId::new("target").unwrap(),
             pool: PoolId::new(id).unwrap(),
             nats,
+            gate: Gate { chunks: AtomicU32::new(u32::MAX), loads: AtomicBool::new(true) },
             _etcd: etcd,
         };
         scene.make_queue().await;
         scene
     }
 
+    /// From now on only this many chunks of each relation are offered.
+    pub fn offer_chunks(&self, chunks: u32) {
+        self.gate.chunks.store(chunks, Ordering::Relaxed);
+    }
+
+    /// Whether loads are offered from now on.
+    pub fn offer_loads(&self, loads: bool) {
+        self.gate.loads.store(loads, Ordering::Relaxed);
+    }
+
     /// The flow's file.
-    pub fn document(&self, tables: &str, snapshot: &str, more: &str) -> wallaby_model::flow::FlowDocument {
+    pub fn document(&self, tables: &str, snapshot: &str, more: &str) -> FlowDocument {
         let (flow, source, target) = (&self.flow, self.source.dsn(), self.target.dsn());
         let text = format!(
             r#"
@@ -87,6 +121,13 @@ spec:
 "#
         );
         wallaby_model::flow::parse(&text, "test").unwrap()
+    }
+
+    /// The flow's file for `public.t`, which is read in chunks of half a MiB.
+    pub fn in_chunks(&self, snapshot: &str) -> FlowDocument {
+        let mut document = self.document("public.t", snapshot, "");
+        document.spec.log.side_store = serde_json::from_str(r#"{ "jetstream": { "chunksMax": "2Mi" } }"#).unwrap();
+        document
     }
 
     async fn make_queue(&self) {
@@ -122,9 +163,15 @@ spec:
 
     async fn offer(&self) -> Result<(), String> {
         let flow = self.coordination.flow(&self.flow).await.map_err(|error| error.to_string())?;
-        let mut wanted = vec![TaskId::capture(&self.flow)];
-        for sink in &flow.record.document.spec.sinks {
-            wanted.push(TaskId::apply(&self.flow, &sink.name));
+        let spec = &flow.record.document.spec;
+        let is_captured = spec.source.postgres.snapshot != SnapshotMode::Only;
+        let mut wanted = Vec::new();
+        if is_captured {
+            wanted.push(TaskId::capture(&self.flow));
+        }
+        // Without a capture, sinks are needed as long as something is loaded into them.
+        if is_captured || self.has_open_run().await? {
+            wanted.extend(spec.sinks.iter().map(|sink| TaskId::apply(&self.flow, &sink.name)));
         }
         wanted.extend(self.run_tasks().await.map_err(|error| error.to_string())?);
         let locks = self.coordination.locks(&self.flow).await.map_err(|error| error.to_string())?;
@@ -139,6 +186,11 @@ spec:
         Ok(())
     }
 
+    async fn has_open_run(&self) -> Result<bool, String> {
+        let runs = self.coordination.runs(&self.flow).await.map_err(|error| error.to_string())?;
+        Ok(runs.iter().any(|run| !run.is_over()))
+    }
+
     async fn run_tasks(&self) -> wallaby_coordination::Result<Vec<TaskId>> {
         let mut wanted = Vec::new();
         let task = |kind| TaskId { flow: self.flow.clone(), kind };
@@ -147,7 +199,8 @@ spec:
             let Some(plan) = run.plan else { continue };
             let chunks = self.coordination.run_chunks(&self.flow, run.run).await?;
             let may_read = plan.snapshot().is_some() && run.spec.wish == RunWish::Go;
-            let open = plan.chunks().filter(|chunk| !chunks.contains_key(chunk));
+            let gate = self.gate.chunks.load(Ordering::Relaxed);
+            let open = plan.chunks().filter(|chunk| !chunks.contains_key(chunk) && chunk.number < gate);
             wanted.extend(open.filter(|_| may_read).take(4).map(|chunk| task(TaskKind::Chunk(run.run, chunk))));
             for (sink, state) in self.coordination.sink_runs(&self.flow, run.run).await? {
                 let loaded = self.coordination.run_loaded(&self.flow, run.run, &sink).await?;
@@ -156,7 +209,8 @@ spec:
                     state.tables.get(&table) == Some(&TableStage::Copying)
                 };
                 let loads = plan.chunks().filter(|chunk| chunks.contains_key(chunk) && !loaded.contains_key(chunk));
-                let loads = loads.filter(is_copying).take(4);
+                let may_load = self.gate.loads.load(Ordering::Relaxed) && run.spec.wish != RunWish::Cancel;
+                let loads = loads.filter(is_copying).take(if may_load { 4 } else { 0 });
                 wanted.extend(loads.map(|chunk| task(TaskKind::Load(sink.clone(), run.run, chunk))));
             }
         }
@@ -164,31 +218,100 @@ spec:
     }
 
     pub fn worker(&self, name: &str) -> Running {
+        self.worker_with(name, Failpoints::default())
+    }
+
+    /// A worker with failpoints.
+    pub fn worker_with(&self, name: &str, failpoints: Failpoints) -> Running {
+        self.worker_at(name, failpoints, &self.nats.url())
+    }
+
+    /// A worker that reaches NATS in a way of its own.
+    pub fn worker_at(&self, name: &str, failpoints: Failpoints, nats: &str) -> Running {
         let monitoring = self.nats.cluster().monitoring_urls().join(",");
-        self.start(name, &["--nats-monitoring", &monitoring])
+        self.start(name, failpoints, &["--nats", nats, "--nats-monitoring", &monitoring])
+    }
+
+    /// A worker with room for this many tasks.
+    pub fn worker_of(&self, name: &str, capacity: u32) -> Running {
+        let monitoring = self.nats.cluster().monitoring_urls().join(",");
+        let more = ["--nats", &self.nats.url(), "--nats-monitoring", &monitoring, "--capacity", &capacity.to_string()];
+        self.start(name, Failpoints::default(), &more)
     }
 
     /// A worker that does not know when the servers sync: for minutes, Postgres is told of nothing that it stages.
     pub fn wary_worker(&self, name: &str) -> Running {
-        self.start(name, &[])
+        self.start(name, Failpoints::default(), &["--nats", &self.nats.url()])
     }
 
-    fn start(&self, name: &str, more: &[&str]) -> Running {
-        let nats = self.nats.url();
-        let mut arguments = vec!["wallaby-worker", "--nats", &nats];
+    fn start(&self, name: &str, failpoints: Failpoints, more: &[&str]) -> Running {
+        let mut arguments = vec!["wallaby-worker", "--lease-ttl", "2s", "--pool", self.pool.as_str()];
         arguments.extend(more);
-        arguments.extend(["--lease-ttl", "2s", "--pool", self.pool.as_str()]);
         let start = Start {
             options: Options::try_parse_from(arguments).unwrap(),
             name: WorkerId::new(name).unwrap(),
             coordination: self.coordination.clone(),
-            failpoints: Failpoints::default(),
+            failpoints,
             address: String::new(),
         };
         let shutdown = CancellationToken::new();
         let asked = shutdown.clone();
         let task = tokio::spawn(async move { worker::run(start, asked).await.unwrap() });
-        Running { _shutdown: shutdown, _task: AbortOnDropHandle::new(task) }
+        Running { shutdown, task: AbortOnDropHandle::new(task) }
+    }
+
+    /// The log's and the side store's servers.
+    async fn connections(&self) -> Result<Connections, String> {
+        let target = NatsTarget { servers: vec![self.nats.url()], name: "test".to_owned(), ..NatsTarget::default() };
+        Connections::open(&target).await.map_err(|error| error.to_string())
+    }
+
+    /// Where the log ends.
+    pub async fn log_end(&self) -> Result<Position, String> {
+        let log = Log::new(self.flow.clone(), self.connections().await?);
+        let tail = log.tail().await.map_err(|error| error.to_string())?;
+        tail.end.ok_or_else(|| "the log carries no position".to_owned())
+    }
+
+    /// What stands on a shelf of the side store.
+    pub async fn on_shelf(&self, shelf: Shelf) -> Result<Vec<SideGroup>, String> {
+        let flow = self.coordination.flow(&self.flow).await.map_err(|error| error.to_string())?;
+        let side = open_side(&self.flow, &flow.record.document.spec.log, &self.connections().await?);
+        side.map_err(|error| error.to_string())?.list(shelf).await.map_err(|error| error.to_string())
+    }
+
+    /// The attempts at large transactions that have parts in the side store.
+    pub async fn attempts(&self) -> Result<BTreeSet<Attempt>, String> {
+        let attempt = |group| if let SideGroup::Attempt(attempt) = group { Some(attempt) } else { None };
+        Ok(self.on_shelf(Shelf::Transactions).await?.into_iter().filter_map(attempt).collect())
+    }
+
+    /// The stream that a shelf stands in.
+    pub async fn stream_of(&self, shelf: Shelf) -> jetstream::stream::Stream {
+        let prefix = if shelf == Shelf::Transactions { "SIDE" } else { "CHUNKS" };
+        self.nats.jetstream().get_stream(format!("{prefix}_{}", self.flow)).await.unwrap()
+    }
+
+    /// The state of the stream that a shelf stands in.
+    pub async fn shelf(&self, shelf: Shelf) -> jetstream::stream::State {
+        self.stream_of(shelf).await.get_info().await.unwrap().state
+    }
+
+    /// What a task says of itself.
+    pub async fn status_of(&self, task: &TaskId) -> Result<TaskStatus, String> {
+        let entry = self.coordination.get(&Key::TaskStatus(task.clone())).await.map_err(|error| error.to_string())?;
+        entry.ok_or("it says nothing")?.decode().map_err(|error| error.to_string())
+    }
+
+    /// The end of the source's WAL.
+    pub async fn wal_end(&self) -> Lsn {
+        lsn(&self.source, "SELECT pg_current_wal_lsn()::text").await
+    }
+
+    /// What Postgres was told.
+    pub async fn confirmed(&self) -> Lsn {
+        let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE database = current_database()";
+        lsn(&self.source, sql).await
     }
 
     /// Waits until a query gives the same on both sides.
@@ -219,6 +342,27 @@ spec:
             }
         })
         .await;
+    }
+
+    /// The plan of a run.
+    pub async fn plan(&self, run: u32) -> Result<RunPlan, String> {
+        let entry = self.coordination.run(&self.flow, RunId(run)).await.map_err(|error| error.to_string())?;
+        entry.plan.ok_or_else(|| "there is no plan".to_owned())
+    }
+
+    /// Waits until so many chunks of a run are read.
+    pub async fn chunks_read(&self, run: u32, wanted: usize) {
+        self.until(&format!("{wanted} chunks are read"), async || {
+            let read = self.coordination.run_chunks(&self.flow, RunId(run)).await.map_err(|error| error.to_string())?;
+            if read.len() == wanted { Ok(()) } else { Err(format!("{} are", read.len())) }
+        })
+        .await;
+    }
+
+    /// Waits until a worker stands still at a failpoint.
+    pub async fn stands_at(&self, failpoints: &Failpoints, failpoint: Failpoint) {
+        let reached = tokio::time::timeout(PATIENCE, failpoints.reached(failpoint)).await;
+        assert!(reached.is_ok(), "{failpoint:?} was not reached; {}", self.statuses().await);
     }
 
     /// Waits for an answer; a failure says what the tasks said of themselves.
@@ -260,6 +404,10 @@ spec:
         }
         said
     }
+}
+
+async fn lsn(client: &tokio_postgres::Client, sql: &str) -> Lsn {
+    client.query_one(sql, &[]).await.unwrap().get::<_, String>(0).parse().unwrap()
 }
 
 pub async fn rows(client: &tokio_postgres::Client, sql: &str) -> Result<Vec<String>, String> {

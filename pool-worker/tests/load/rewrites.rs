@@ -1,0 +1,74 @@
+//! Tables that are rewritten while a run reads them, from end to end (hazard 1).
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use wallaby_model::condition::TaskPhase;
+use wallaby_model::run::RunState;
+use wallaby_model::{ChunkId, RunId, TaskId};
+
+use crate::scene::*;
+use crate::{ALL, fill};
+
+/// Two of six chunks are read, the table is rewritten, and the others are offered at once: whatever they read under the old snapshot is
+/// void, and the table starts again.
+///
+/// `remedy`: what the stopped sink asks for, because its table is of the old shape.
+async fn rewritten(name: &str, rewrite: &str, remedy: Option<&str>) {
+    let scene = Arc::new(Scene::new(name).await);
+    fill(&scene, 20_000).await;
+    // Rows move when the table is rewritten: half of each page is free, and the index has another order.
+    let holes = "CREATE INDEX t_back ON t (id DESC); DELETE FROM t WHERE id % 2 = 0";
+    scene.source.batch_execute(holes).await.unwrap();
+    scene.offer_chunks(2);
+    scene.coordination.create_flow(scene.in_chunks("initial")).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    scene.chunks_read(1, 2).await;
+    let plan = scene.plan(1).await.unwrap();
+    assert!(plan.relations[0].chunks() >= 5, "{} chunks", plan.relations[0].chunks());
+    scene.source.batch_execute("UPDATE t SET n = n - 1 WHERE id % 501 = 0").await.unwrap();
+    scene.source.batch_execute(rewrite).await.unwrap();
+    scene.offer_chunks(u32::MAX);
+    scene
+        .until("the table starts again", async || match scene.plan(1).await?.relations[0].restart {
+            0 => Err("not yet".to_owned()),
+            _ => Ok(()),
+        })
+        .await;
+    let read = scene.coordination.run_chunks(&scene.flow, RunId(1)).await.unwrap();
+    let before: BTreeSet<ChunkId> = read.into_keys().filter(|chunk| chunk.restart == 0).collect();
+    let chunk = |number| ChunkId { table: 0, restart: 0, number };
+    assert_eq!(before, BTreeSet::from([chunk(0), chunk(1)]), "a chunk was read of the rewritten table");
+    let after = "INSERT INTO t (id, pad) VALUES (30000, 'new'); DELETE FROM t WHERE id % 701 = 0";
+    scene.source.batch_execute(after).await.unwrap();
+    if let Some(remedy) = remedy {
+        let apply = TaskId::apply(&scene.flow, &scene.sink);
+        scene
+            .until("the sink stops and says what to do", async || match scene.status_of(&apply).await?.phase {
+                TaskPhase::Stopped => Ok(()),
+                phase => Err(format!("{phase:?}")),
+            })
+            .await;
+        scene.target.batch_execute(remedy).await.unwrap();
+        let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+        scene.coordination.resume_flow(&seen).await.unwrap();
+    }
+    scene.run_is(1, RunState::Done).await;
+    scene.equal(ALL).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h01_vacuum_full_moves_rows_past_what_was_read() {
+    rewritten("vacuum", "VACUUM FULL t", None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h01_cluster_turns_the_rows_round() {
+    rewritten("cluster", "CLUSTER t USING t_back", None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h01_another_type_reads_as_empty_under_the_snapshot() {
+    rewritten("retyped", "ALTER TABLE t ALTER n TYPE bigint", Some("ALTER TABLE t ALTER n TYPE bigint")).await;
+}
