@@ -26,7 +26,7 @@ test: tools ## Run all tests against real servers; prints the slowest ten and th
 prove: tools ## Run the tests at their full sizes: every fault several times. Takes long
 	@WALLABY_PROVE=1 tools/test.sh
 
-loadtest: tools ## Measure on this machine, in release mode, and write a report (about ten minutes, machine at rest)
+loadtest: tools ## Measure on this machine, in release mode, and write a report (about twenty minutes, machine at rest)
 	@cargo build --locked --release --workspace --bins
 	@"$(CARGO_TARGET_DIR)/release/wallaby-loadtest" run
 
