@@ -7,7 +7,6 @@ mod kit;
 
 mod changes;
 mod shapes;
-mod speed;
 
 use std::time::Duration;
 
