@@ -6,17 +6,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{
-    Change, Coordination, Detached, Entry, FlowEntry, FlowStatus, Key, LockEntry, WatchEvent, WorkerInfo,
+    Change, Coordination, Detached, Entry, FlowEntry, FlowStatus, Key, LockEntry, Revision, WatchEvent, WorkerInfo,
 };
 use wallaby_model::condition::TaskStatus;
 use wallaby_model::verify::OperationResult;
 use wallaby_model::{FlowId, RunId, SinkId, TaskId, WorkerId};
 
 use crate::runs::RunView;
+
+/// How long an answer waits for the watch to show what was just written.
+const REACH_PATIENCE: Duration = Duration::from_secs(2);
 
 /// One task as etcd has it.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -42,6 +46,8 @@ pub struct View {
     operations: BTreeMap<FlowId, BTreeMap<u32, OperationView>>,
     /// Why tasks cannot be offered to workers now. Not from etcd: this controller's own experience.
     queue_error: Option<String>,
+    /// What was written up to here is in it.
+    revision: Revision,
 }
 
 /// An operation as the scheduler needs to know it.
@@ -132,16 +138,24 @@ impl View {
     /// Takes an event of the watch in.
     pub fn take(&mut self, event: WatchEvent) {
         match event {
-            WatchEvent::Snapshot { entries, .. } => {
-                *self = View { queue_error: self.queue_error.take(), ..View::default() };
+            WatchEvent::Snapshot { entries, revision } => {
+                *self = View { queue_error: self.queue_error.take(), revision, ..View::default() };
                 entries.iter().for_each(|entry| self.put(entry));
             }
             WatchEvent::Changes(changes) => {
                 for change in changes {
-                    match change {
-                        Change::Put(entry) => self.put(&entry),
-                        Change::Deleted { key, .. } => self.delete(&key),
-                    }
+                    let revision = match change {
+                        Change::Put(entry) => {
+                            self.put(&entry);
+                            entry.mod_revision
+                        }
+                        Change::Deleted { key, revision } => {
+                            self.delete(&key);
+                            revision
+                        }
+                    };
+                    // All changes of one revision come in one event.
+                    self.revision = self.revision.max(revision);
                 }
             }
         }
@@ -298,6 +312,16 @@ impl LiveView {
     /// Says why tasks cannot be offered to workers now, or that they can.
     pub fn say_queue(&self, error: Option<String>) {
         self.view.write().unwrap_or_else(PoisonError::into_inner).set_queue_error(error);
+    }
+
+    /// Waits until what was written at `revision` is in the view, so that whoever wrote sees it in the next answer. Not for long: an
+    /// answer from an older view is better than none.
+    pub async fn reaches(&self, revision: Revision) {
+        let mut version = self.version();
+        let reached = version.wait_for(|_| self.with(|view| view.revision >= revision));
+        if tokio::time::timeout(REACH_PATIENCE, reached).await.is_err() {
+            tracing::debug!(%revision, "answering before the watch showed what was written");
+        }
     }
 
     /// Counts the changes; 0 before the first snapshot.

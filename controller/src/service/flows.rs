@@ -30,7 +30,7 @@ impl FlowApi {
 
     async fn create(&self, request: v1::CreateFlowRequest) -> Result<v1::CreateFlowResponse, ApiError> {
         let document = valid_document(request.flow.as_ref())?;
-        let entry = self.store.backend.etcd()?.coordination.create_flow(document).await?;
+        let entry = self.store.create(document).await?;
         tracing::info!(flow = %entry.flow, "flow created");
         Ok(v1::CreateFlowResponse { flow: Some(self.store.show(&entry)?) })
     }

@@ -42,6 +42,7 @@ impl SnapshotApi {
             match self.store.backend.etcd()?.coordination.create_run(&seen, spec).await {
                 Ok(entry) => {
                     tracing::info!(%flow, run = %entry.run, "snapshot run asked for");
+                    self.store.backend.etcd()?.view.reaches(entry.spec_revision).await;
                     return self.show(&seen, &entry);
                 }
                 // A pause or a label that came between is no reason to refuse.
@@ -57,6 +58,7 @@ impl SnapshotApi {
         let entry = self.store.read(&flow).await?;
         let changed = self.store.backend.etcd()?.coordination.set_run_wish(&flow, run, wish).await?;
         tracing::info!(%flow, %run, ?wish, "snapshot run is wanted otherwise");
+        self.store.backend.etcd()?.view.reaches(changed.spec_revision).await;
         self.show(&entry, &changed)
     }
 

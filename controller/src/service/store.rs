@@ -31,6 +31,17 @@ impl Store {
         Ok(self.backend.etcd()?.view.with(|view| present::flow(view, entry)))
     }
 
+    /// What was just written, once the view shows it with all that was written beside it: runs, holds.
+    async fn written(&self, entry: FlowEntry) -> Result<FlowEntry, ApiError> {
+        self.backend.etcd()?.view.reaches(entry.revision).await;
+        Ok(entry)
+    }
+
+    /// Makes a flow.
+    pub async fn create(&self, document: FlowDocument) -> Result<FlowEntry, ApiError> {
+        self.written(self.backend.etcd()?.coordination.create_flow(document).await?).await
+    }
+
     /// Changes the document of a flow until nobody comes between. `edit` says false when there is nothing to change.
     pub async fn edit(
         &self,
@@ -56,7 +67,7 @@ impl Store {
     /// Writes a document in the place of the one that was seen.
     pub async fn replace(&self, seen: &FlowEntry, document: FlowDocument) -> Result<FlowEntry, ApiError> {
         let starts = self.starts(&seen.record.document, &document).await?;
-        Ok(self.backend.etcd()?.coordination.update_flow(seen, document, &starts).await?)
+        self.written(self.backend.etcd()?.coordination.update_flow(seen, document, &starts).await?).await
     }
 
     /// Where each sink that is new starts to read: at the log's end.
@@ -83,7 +94,7 @@ impl Store {
             let seen = coordination.flow(flow).await?;
             match coordination.resume_flow(&seen).await {
                 Err(CoordinationError::FlowChanged { .. }) => {}
-                outcome => return Ok(outcome?),
+                outcome => return self.written(outcome?).await,
             }
         }
         Err(ApiError::new(Reason::FlowChanged, format!("flow {flow} changes all the time; try again")))
@@ -97,7 +108,7 @@ impl Store {
             check_etag(&seen, etag)?;
             match coordination.mark_flow_deleting(&seen).await {
                 Err(CoordinationError::FlowChanged { .. }) if etag.is_empty() => {}
-                outcome => return Ok(outcome?),
+                outcome => return self.written(outcome?).await,
             }
         }
         Err(ApiError::new(Reason::FlowChanged, format!("flow {flow} changes all the time; try again")))

@@ -6,8 +6,9 @@ use tokio_stream::StreamExt;
 use tonic::Code;
 use wallaby_controller::{Controller, StartError};
 use wallaby_model::api;
-use wallaby_model::flow::{ByteSize, SecretRef};
+use wallaby_model::flow::{ByteSize, SecretRef, SnapshotMode};
 use wallaby_proto::v1;
+use wallaby_proto::v1::snapshot_service_client::SnapshotServiceClient;
 use wallaby_testkit::eventually;
 
 use crate::setup::{PATIENCE, Running, Scopes, document, reason, task};
@@ -223,4 +224,25 @@ async fn what_cannot_start_says_why() {
     options.tls_key = Some("/nowhere/key.pem".into());
     let Err(error) = Controller::start(options).await else { panic!("no certificate") };
     assert!(error.to_string().contains("/nowhere/cert.pem"), "{error}");
+}
+
+/// Lists and conditions come from a watch, which is a little behind: not behind the one who asks.
+#[tokio::test]
+async fn what_was_just_written_stands_in_the_next_answer() {
+    let scopes = Scopes::create("own-writes").await;
+    let running = Running::ready(&scopes.place).await;
+    let mut snapshots = SnapshotServiceClient::new(running.channel.clone());
+    for n in 0..20 {
+        let name = format!("flow-{n}");
+        let mut flow = document(&name);
+        flow.spec.source.postgres.snapshot = SnapshotMode::Initial;
+        let made = running.create(&flow).await.unwrap();
+        let run = format!("flows/{name}/snapshots/1");
+        let open: Vec<String> = made.status.unwrap().snapshots.into_iter().map(|snapshot| snapshot.name).collect();
+        assert_eq!(open, std::slice::from_ref(&run), "the answer itself shows the run");
+        let request = v1::ListSnapshotsRequest { parent: "flows/-".into() };
+        let listed = snapshots.list_snapshots(request).await.unwrap().into_inner().snapshots;
+        assert!(listed.iter().any(|snapshot| snapshot.name == run), "{run} is not among {} runs", listed.len());
+    }
+    running.controller.stop().await;
 }
