@@ -46,6 +46,31 @@ async fn an_open_loop_commits_every_transaction_once() {
     assert_eq!(found, (300, 1_000_010, 1_000_309, 300));
 }
 
+/// However short the load is: a sink that makes a table at its first row has all of them, and can be compared.
+#[tokio::test]
+async fn a_shop_that_opens_sends_a_row_of_every_table_and_one_that_is_open_none() {
+    let postgres = Postgres::start(PostgresOptions::default()).await.unwrap();
+    let dsn = database(&postgres, "shop").await;
+    shop::create_schema(&dsn).await.unwrap();
+    let client = postgres.connect("shop").await.unwrap();
+    client.batch_execute("SELECT pg_create_logical_replication_slot('s', 'test_decoding')").await.unwrap();
+    let options = || LoadOptions { dsn: dsn.clone(), seed: 42, rows_per_second: Some(1), writers: 1 };
+    Load::start(options()).await.unwrap().stop().await.unwrap();
+    let read = "SELECT data FROM pg_logical_slot_get_changes('s', NULL, NULL)";
+    let changes: Vec<String> = client.query(read, &[]).await.unwrap().iter().map(|row| row.get(0)).collect();
+    for table in shop::TABLES {
+        let insert = format!("table {table}: INSERT");
+        assert!(changes.iter().any(|change| change.starts_with(&insert)), "no row of {table}");
+    }
+    let first_orders = async || {
+        let found = client.query_one("SELECT count(*) FROM orders WHERE total = 1.99", &[]).await.unwrap();
+        found.get::<_, i64>(0)
+    };
+    assert_eq!(first_orders().await, 1);
+    Load::start(options()).await.unwrap().stop().await.unwrap();
+    assert_eq!(first_orders().await, 1);
+}
+
 /// Runs the shop's load, copies the database by Postgres' own means, and compares.
 #[tokio::test]
 async fn a_copy_of_the_shop_is_equal_and_each_kind_of_difference_is_found() {

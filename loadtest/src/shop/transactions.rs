@@ -48,7 +48,9 @@ pub(crate) fn next(random: &mut StdRng, orders: i64) -> String {
     unreachable!("the ticket is below the sum of the weights")
 }
 
-/// The transactions that fill the catalog of an empty shop. They do nothing in one that has it.
+/// The transactions that open an empty shop: its catalog, a first order and a first cart. They do nothing in one that has them.
+///
+/// After them every table of [`super::TABLES`] has a row, so whoever follows the changes meets each, however short the traffic.
 pub(crate) fn opening(random: &mut StdRng) -> Vec<String> {
     let customers = format!(
         "INSERT INTO customers (id, email, name, address, tags, balance, score) \
@@ -64,7 +66,12 @@ pub(crate) fn opening(random: &mut StdRng) -> Vec<String> {
          FROM generate_series(1, {PRODUCTS}) n ON CONFLICT DO NOTHING; \
          INSERT INTO inventory SELECT w, sku, 100, clock_timestamp() FROM products, unnest(ARRAY['east','north','west']) w ON CONFLICT DO NOTHING;"
     );
-    [customers, products].into_iter().map(|sql| format!("BEGIN; {sql} COMMIT")).collect()
+    let first_order = "WITH first AS (INSERT INTO orders (customer_id, total) SELECT 1, 1.99 \
+         WHERE NOT EXISTS (SELECT FROM orders) RETURNING id, customer_id), \
+         line AS (INSERT INTO order_items (order_id, line, sku, quantity, price) \
+         SELECT first.id, 1, sku, 1, price FROM first, products WHERE number = 1) \
+         INSERT INTO carts (customer_id, content) SELECT customer_id, '{\"items\": []}' FROM first ON CONFLICT DO NOTHING;";
+    [&customers, &products, first_order].into_iter().map(|sql| format!("BEGIN; {sql} COMMIT")).collect()
 }
 
 /// A product's current key, looked up by its lasting number.
