@@ -8,7 +8,7 @@ import { createInterface } from "node:readline";
 
 const SLOWEST = 10;
 /** A binary that takes longer than this is killed and counts as failed, in seconds. */
-const TIMEOUT_S = Number(process.env.WALLABY_TEST_TIMEOUT_S ?? 1800);
+const TIMEOUT_S = Number(process.env.WALLABY_TEST_TIMEOUT_S ?? (process.env.WALLABY_PROVE ? 10800 : 1800));
 
 const separator = process.argv.indexOf("--");
 const cargoOptions = process.argv.slice(2, separator < 0 ? undefined : separator);
