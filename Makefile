@@ -16,7 +16,8 @@ tools: ## Install protoc, nats-server, etcd, PostgreSQL and versitygw into the c
 build: tools ## Build everything
 	cargo build --locked --workspace
 
-demo: tools ## Start everything here, kill a worker while rows flow, compare; KEEP=1 leaves it running
+demo: ## Start everything here, kill a worker while rows flow, compare; KEEP=1 leaves it running
+	@tools/install.sh protoc nats-server etcd postgres
 	@cargo build --locked --quiet --workspace --bins
 	@"$(CARGO_TARGET_DIR)/debug/wallaby-demo"
 

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use foyer::{Cache, CacheBuilder, EvictionConfig, FifoConfig};
+use foyer_memory::{Cache, CacheBuilder, EvictionConfig, FifoConfig};
 use wallaby_staging::{SegmentCache, SegmentKey, SharedPulls, Staged};
 
 /// Bytes that a record costs beside its body.
