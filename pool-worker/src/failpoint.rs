@@ -29,10 +29,41 @@ pub enum Failpoint {
     StopAfterManifest,
     /// The reader of a chunk stands still, once, with a part at hand that is not on its way to the side store.
     StopBeforeChunkPart,
+    /// A new flow's capture stands still, once, when the publication is made and the slot is not.
+    StopAfterPublicationMade,
+    /// A new flow's capture stands still, once, when the slot is made and the log does not say where it begins.
+    StopAfterSlotMade,
+    /// The capture stands still, once, when the log has its resume record and etcd no checkpoint that says so.
+    StopAfterResume,
+    /// The purge stands still, once, when etcd has the purge point and the log is as it was.
+    StopBeforePurge,
+    /// The purge stands still, once, when the log was purged and nobody acted upon that.
+    StopAfterPurge,
+    /// An apply task stands still, once, with its sink opened and nothing else done there.
+    StopAfterSinkOpened,
+    /// A first load stands still, once, when the sink has made a table and etcd does not know it.
+    StopAfterTableMade,
+    /// An apply task stands still, once, when the sink has all that it needs but the position where its stream begins.
+    StopBeforeStream,
+    /// The removal of a flow stands still, once, before anything of it went.
+    StopBeforeRemoval,
+    /// The same, when the slot is gone.
+    StopAfterSlotDropped,
+    /// The same, when the publication is gone too.
+    StopAfterPublicationDropped,
+    /// The same, when the side store is gone too.
+    StopAfterSideRemoved,
+    /// The same, when everything is gone but the flow's keys.
+    StopAfterLogDeleted,
 }
 
 impl Failpoint {
-    const ALL: [(&'static str, Failpoint); 8] = [
+    /// Its name in the list.
+    pub fn name(self) -> &'static str {
+        Failpoint::ALL.iter().find(|(_, known)| *known == self).map_or("", |(name, _)| name)
+    }
+
+    const ALL: [(&'static str, Failpoint); 21] = [
         ("no-self-fencing", Failpoint::NoSelfFencing),
         ("keep-older-sessions", Failpoint::KeepOlderSessions),
         ("hang-capture", Failpoint::HangCapture),
@@ -41,6 +72,19 @@ impl Failpoint {
         ("stop-after-part", Failpoint::StopAfterPart),
         ("stop-after-manifest", Failpoint::StopAfterManifest),
         ("stop-before-chunk-part", Failpoint::StopBeforeChunkPart),
+        ("stop-after-publication-made", Failpoint::StopAfterPublicationMade),
+        ("stop-after-slot-made", Failpoint::StopAfterSlotMade),
+        ("stop-after-resume", Failpoint::StopAfterResume),
+        ("stop-before-purge", Failpoint::StopBeforePurge),
+        ("stop-after-purge", Failpoint::StopAfterPurge),
+        ("stop-after-sink-opened", Failpoint::StopAfterSinkOpened),
+        ("stop-after-table-made", Failpoint::StopAfterTableMade),
+        ("stop-before-stream", Failpoint::StopBeforeStream),
+        ("stop-before-removal", Failpoint::StopBeforeRemoval),
+        ("stop-after-slot-dropped", Failpoint::StopAfterSlotDropped),
+        ("stop-after-publication-dropped", Failpoint::StopAfterPublicationDropped),
+        ("stop-after-side-removed", Failpoint::StopAfterSideRemoved),
+        ("stop-after-log-deleted", Failpoint::StopAfterLogDeleted),
     ];
 }
 

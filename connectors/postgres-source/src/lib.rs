@@ -39,7 +39,7 @@ pub use metrics::describe_metrics;
 pub use preflight::{Finding, Status, preflight};
 pub use prepare::{Prepared, SourceIdentity};
 pub use replication::{Feedback, Frame, FrameReader, GulpPolicy, ReplicationClient, StartOptions, Streaming};
-pub use sessions::SessionOwner;
+pub use sessions::{SessionOwner, evict};
 pub use setup::{
     PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot, widen_publication,
 };

@@ -54,7 +54,10 @@ const POLL_EVERY: Duration = Duration::from_millis(20);
 
 /// Ends all sessions of this task that are not younger than `owner`, `client`'s own apart, and waits until the slot is
 /// free. Returns how many were ended.
-pub(crate) async fn evict(
+///
+/// # Errors
+/// `SlotInUse` when somebody else reads the slot; `Fenced` when a younger owner does.
+pub async fn evict(
     client: &tokio_postgres::Client,
     owner: &SessionOwner,
     slot: &str,

@@ -10,6 +10,7 @@ use wallaby_model::{Position, SinkId};
 
 use super::load::{Loads, Stepped};
 use super::{ApplyError, finish, session, tables};
+use crate::failpoint::Failpoint;
 use crate::flows::ApplyDemand;
 use crate::task::TaskContext;
 
@@ -71,6 +72,7 @@ pub async fn load(
                 return Ok(Some(from));
             }
             Stepped::Moved => {
+                context.stop_at(Failpoint::StopAfterTableMade).await;
                 context.pulse.beat();
                 continue;
             }

@@ -63,6 +63,7 @@ pub async fn run(
     if opened.sessions_ended > 0 {
         tracing::info!(task = %context.task, ended = opened.sessions_ended, "sessions of an older owner were ended");
     }
+    context.stop_at(Failpoint::StopAfterSinkOpened).await;
     let outcome = drive(context, demand, applied, backoff, sink.as_mut(), opened).await;
     sink.close().await;
     outcome
@@ -164,6 +165,7 @@ async fn drive(
         }
         None if is_cut_off || demand.snapshot != SnapshotMode::Never => {
             let Some(from) = first::load(context, demand, sink, &mut loads).await? else { return Ok(()) };
+            context.stop_at(Failpoint::StopBeforeStream).await;
             // The log's epoch there is not known: any that is met is younger.
             sink.start_at(from, Epoch::default()).await?;
             let feed = stream::feed(context, start_of(context, from, None)).await?;
@@ -173,6 +175,7 @@ async fn drive(
             let mut feed = stream::feed(context, hold(context, &demand.sink.name).await?).await?;
             let Some(fed) = first_record(context, &mut feed).await? else { return Ok(()) };
             let (position, epoch) = feed::beginning(&fed);
+            context.stop_at(Failpoint::StopBeforeStream).await;
             sink.start_at(position, epoch).await?;
             let mut stream = LogStream::new(feed, position, epoch);
             stream.take(fed);

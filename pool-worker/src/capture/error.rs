@@ -199,10 +199,15 @@ impl CaptureError {
     }
 }
 
-/// What a person mends at the source without telling us: worth another try by itself.
+/// What a person mends at the source without telling us: worth another try by itself. Nothing was changed there, or staged, before it was
+/// found out.
 fn is_mended_elsewhere(error: &SourceError) -> bool {
-    matches!(
-        error.reason(),
-        "AuthenticationFailed" | "PrivilegeMissing" | "WalLevelTooLow" | "SlotInUse" | "TableMissing"
-    )
+    match error {
+        SourceError::WalLevel { .. }
+        | SourceError::SlotInUse { .. }
+        | SourceError::TableMissing { .. }
+        | SourceError::TableWithoutKey { .. } => true,
+        // Also the server's own refusals.
+        error => matches!(error.reason(), "AuthenticationFailed" | "PrivilegeMissing"),
+    }
 }

@@ -18,6 +18,7 @@ use wallaby_staging::{
 use super::CaptureError;
 use super::side::Living;
 use crate::detach::Overrun;
+use crate::failpoint::{Failpoint, Failpoints};
 use crate::status::StatusBoard;
 
 /// How often it is looked whether there is room.
@@ -37,6 +38,7 @@ pub fn start(
     sweeper: Sweeper,
     mut overrun: Overrun,
     status: StatusBoard,
+    failpoints: Failpoints,
 ) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         let mut retention = Retention::new(&log);
@@ -60,7 +62,7 @@ pub fn start(
                 if is_short {
                     window.shrink(&log);
                 }
-                let Ok(has_purged) = purge(&log, &lock, &mut retention, window.now).await else { return };
+                let Ok(has_purged) = purge(&log, &lock, &mut retention, window.now, &failpoints).await else { return };
                 purged_to = has_purged.unwrap_or(purged_to);
                 is_short = has_purged.is_some() && is_short_of_room(&log).await;
                 again = is_short && !window.now.is_zero();
@@ -166,6 +168,7 @@ async fn purge(
     lock: &TaskLock,
     retention: &mut Retention,
     window: Duration,
+    failpoints: &Failpoints,
 ) -> Result<Option<Position>, ()> {
     // The lowest hold decides; our own wish has no bound.
     let wanted = Position { commit: wallaby_model::Lsn(u64::MAX), ..Position::ZERO };
@@ -178,10 +181,12 @@ async fn purge(
             return Ok(None);
         }
     };
+    failpoints.stop(Failpoint::StopBeforePurge).await;
     if let Err(error) = retention.purge(up_to, window, SystemTime::now()).await {
         tracing::warn!(flow = %log.flow(), %error, "the log was not purged");
         return Ok(None);
     }
+    failpoints.stop(Failpoint::StopAfterPurge).await;
     Ok(Some(up_to))
 }
 

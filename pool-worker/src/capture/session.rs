@@ -5,7 +5,7 @@ use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::{Nonce, Position, ResumeInfo, TaskId};
 use wallaby_postgres_source::{
     Capture, CaptureOptions, ConnectConfig, PartOptions, Prepared, PublicationWanted, SessionOwner, SlotWanted,
-    SourceError, SourceIdentity, connect_control, ensure_publication, ensure_slot,
+    SourceError, SourceIdentity, connect_control, ensure_publication, ensure_slot, evict,
 };
 use wallaby_staging::{
     Log, LogConfig, LogWriter, PutBudget, SegmentCache, TailClaims, TailVerdict, Takeover, WriterOptions, judge_tail,
@@ -58,7 +58,7 @@ pub async fn run(
     enter(context, TaskPhase::SlotWait, "the source");
     let is_first_start = takeover.as_ref().is_some_and(|takeover| is_first_start(context, takeover));
     let owner = SessionOwner { prefix: context.task.session_prefix(), epoch };
-    set_up_source(&config, demand, is_first_start).await?;
+    set_up_source(context, &config, &owner, demand, is_first_start).await?;
     let mut options = CaptureOptions::new(config.clone(), owner, &demand.slot, &demand.publication);
     options.row_bytes_max = log.body_bytes_max().saturating_sub(ROW_HEADROOM_BYTES);
     options.large_transaction_bytes = demand.source.large_transaction_bytes.0;
@@ -92,6 +92,7 @@ pub async fn run(
         prepared.verify(position, previous.as_ref()).await?;
         let info = resume_info(demand, prepared.identity(), rewind);
         let writer = takeover.resume(position, info).await?;
+        context.stop_at(Failpoint::StopAfterResume).await;
         let mark = Mark { position, stream: Some(log.stream().to_owned()), seq_hint: None };
         // From here on an empty log is a lost log: said before anything can be staged.
         context.lock.put_checkpoint(mark).await?;
@@ -121,6 +122,7 @@ pub async fn run(
         sweeper,
         Overrun::of(context),
         context.status.clone(),
+        context.shared.failpoints.clone(),
     );
     let _publication = publication::start(&config, publication_of(demand), context.lock.clone());
     let (figures, _figures) = figures::start(config, demand.slot.clone());
@@ -177,7 +179,13 @@ fn publication_of(demand: &CaptureDemand) -> PublicationWanted {
 }
 
 /// Publication first, committed; then the slot. A slot that was lost later is never made again in silence.
-async fn set_up_source(config: &ConnectConfig, demand: &CaptureDemand, is_first: bool) -> Result<(), CaptureError> {
+async fn set_up_source(
+    context: &TaskContext,
+    config: &ConnectConfig,
+    owner: &SessionOwner,
+    demand: &CaptureDemand,
+    is_first: bool,
+) -> Result<(), CaptureError> {
     let control = connect_control(config).await?;
     let wanted = publication_of(demand);
     if !is_first {
@@ -185,6 +193,11 @@ async fn set_up_source(config: &ConnectConfig, demand: &CaptureDemand, is_first:
         ensure_publication(&control, &PublicationWanted { create: false, ..wanted.clone() }).await?;
     }
     ensure_publication(&control, &wanted).await?;
+    context.stop_at(Failpoint::StopAfterPublicationMade).await;
+    if is_first {
+        // An owner that died while it made the slot left half a one behind: that looks like a slot, and goes with the session.
+        evict(&control, owner, &demand.slot, SLOT_PATIENCE).await?;
+    }
     let slot = SlotWanted {
         name: demand.slot.clone(),
         create: demand.source.slot.create && is_first,
@@ -192,6 +205,7 @@ async fn set_up_source(config: &ConnectConfig, demand: &CaptureDemand, is_first:
         timeout: SLOT_PATIENCE,
     };
     ensure_slot(config, &control, &slot).await?;
+    context.stop_at(Failpoint::StopAfterSlotMade).await;
     Ok(())
 }
 

@@ -2,7 +2,9 @@
 //! happens when somebody dies in the middle.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
+mod kills;
 mod large;
+mod mended;
 mod rewrites;
 mod runs;
 mod scene;
