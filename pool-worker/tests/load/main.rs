@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
 mod large;
+mod lost;
 mod rewrites;
 mod runs;
 mod scene;
+mod timelines;
 mod wire;
 
 use std::sync::Arc;
