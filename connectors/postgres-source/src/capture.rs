@@ -1,5 +1,6 @@
 //! The loop of a capture task: bytes in, segments and heartbeats out.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -38,6 +39,8 @@ pub struct CaptureOptions {
     /// Asks for transactions while they are in progress, and cuts large ones into parts. `None`: there is no side store, or it
     /// is full; every transaction becomes segments when it commits.
     pub parts: Option<PartOptions>,
+    /// Commit LSNs of transactions that become parts from their first row on: a splice of each stands in the log already.
+    pub whole: BTreeSet<Lsn>,
     /// With fewer publishes than this in flight, a whole transaction is flushed as soon as nothing more is readable.
     pub eager_in_flight: u32,
     /// How long older owners may take to let go of the slot.
@@ -90,6 +93,7 @@ impl CaptureOptions {
             row_bytes_max: (1 << 20) - (64 << 10),
             large_transaction_bytes: 64 << 20,
             parts: None,
+            whole: BTreeSet::new(),
             eager_in_flight: 2,
             slot_wait: Duration::from_secs(30),
             heartbeat_every: Duration::from_secs(1),
@@ -161,12 +165,14 @@ impl Capture {
             heartbeat_every: options.heartbeat_every,
         };
         let shutdown_watch = tokio::spawn(close_when_control_ends(control.end_watch(), feedback.clone()));
+        let mut assembler = Assembler::new(limits, protocol, log_end);
+        assembler.keep_whole(options.whole.clone());
         Capture {
             options,
             control,
             reader,
             feedback,
-            assembler: Assembler::new(limits, protocol, log_end),
+            assembler,
             shape: None,
             failed: None,
             received: Lsn::ZERO,

@@ -245,6 +245,17 @@ pub enum SourceError {
         /// The end of the log.
         log_end: Position,
     },
+    /// The server is in an older state than the one that we staged from.
+    #[error(
+        "the source's WAL ends at {wal_end}, before the log, which ends at {log_end:?}: the server was set back to an older \
+         state; transactions between them are in the log and not in the source"
+    )]
+    SourceSetBack {
+        /// Where the server's WAL ends.
+        wal_end: Lsn,
+        /// The end of the log.
+        log_end: Position,
+    },
     /// `wal_level` is below `logical`.
     #[error("wal_level is {found}, logical decoding needs logical")]
     WalLevel {
@@ -348,6 +359,7 @@ impl SourceError {
             SourceError::SlotWaits { .. } => "SlotWaits",
             SourceError::OtherSystem { .. } => "OtherSystem",
             SourceError::TimelineDiverged { .. } => "TimelineDiverged",
+            SourceError::SourceSetBack { .. } => "SourceSetBack",
             SourceError::WalLevel { .. } => "WalLevel",
             SourceError::SnapshotGone { .. } => "SnapshotGone",
             SourceError::Rewritten { .. } => "Rewritten",
@@ -404,7 +416,7 @@ impl SourceError {
             ),
             SourceError::SlotWaits { .. } => "End these transactions, or wait until they end: it is tried again".into(),
             SourceError::OtherSystem { .. } => "Point the source's dsn at the cluster the log was made from, or delete the flow and create it again".into(),
-            SourceError::TimelineDiverged { .. } => {
+            SourceError::TimelineDiverged { .. } | SourceError::SourceSetBack { .. } => {
                 "Compare source and sinks, repair the difference, then delete the flow and create it again".into()
             }
             SourceError::WalLevel { .. } => "ALTER SYSTEM SET wal_level = 'logical'; then restart the server".into(),

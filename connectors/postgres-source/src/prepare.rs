@@ -1,6 +1,7 @@
 //! What happens before streaming: identity, slot and publication are checked, and nothing is streamed that does not
 //! continue the log.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio_postgres::types::Type;
@@ -29,6 +30,8 @@ pub struct Prepared {
     control: Control,
     replication: ReplicationClient,
     identity: SourceIdentity,
+    /// Where the server's WAL ended when it was asked who it is.
+    wal_end: Lsn,
     slot: SlotState,
     sessions_ended: u32,
 }
@@ -48,7 +51,7 @@ impl Prepared {
         let slot = read_slot(&control, &options.slot).await?;
         slot.check_usable(options.connect.dbname())?;
         check_publication(&control, &options.publication).await?;
-        Ok(Prepared { options, control, replication, identity, slot, sessions_ended })
+        Ok(Prepared { options, control, replication, identity, wal_end: system.wal_end, slot, sessions_ended })
     }
 
     /// Which cluster the source is; goes into the log's `resume` record.
@@ -59,6 +62,11 @@ impl Prepared {
     /// The slot. The first resume of a new flow is `(confirmed_flush, 0)`.
     pub fn slot(&self) -> &SlotState {
         &self.slot
+    }
+
+    /// Says of which transactions a splice stands in the log past its end: they become parts whole ([`CaptureOptions::whole`]).
+    pub fn keep_whole(&mut self, commits: BTreeSet<Lsn>) {
+        self.options.whole = commits;
     }
 
     /// How many sessions of older owners were ended.
@@ -73,7 +81,7 @@ impl Prepared {
     /// is none.
     ///
     /// # Errors
-    /// `OtherSystem`, `TimelineDiverged` and `SlotMoved` are definite.
+    /// `OtherSystem`, `TimelineDiverged`, `SourceSetBack` and `SlotMoved` are definite.
     pub async fn verify(&mut self, log_end: Position, previous: Option<&SourceIdentity>) -> Result<(), SourceError> {
         if let Some(previous) = previous {
             let history = match previous.timeline == self.identity.timeline {
@@ -83,6 +91,10 @@ impl Prepared {
             let reached = log_end.commit.max(self.slot.confirmed_flush);
             check_identity(previous, &self.identity, &history, reached, log_end)?;
         }
+        // What was staged had been flushed: a server whose WAL ends before it is an older state of the one it came from.
+        if self.wal_end < log_end.commit {
+            return Err(SourceError::SourceSetBack { wal_end: self.wal_end, log_end });
+        }
         self.slot.check_not_past(log_end)
     }
 
@@ -90,7 +102,7 @@ impl Prepared {
     /// [`Prepared::verify`].
     ///
     /// # Errors
-    /// `OtherSystem`, `TimelineDiverged`, `SlotMoved`, `SlotLost` and the like are definite.
+    /// `OtherSystem`, `TimelineDiverged`, `SourceSetBack`, `SlotMoved`, `SlotLost` and the like are definite.
     pub async fn start(
         mut self,
         log_end: Position,

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::side::SideWriter;
-use super::splices::{Unconfirmed, find_broken};
+use super::splices::{Looked, Unconfirmed, find_broken};
 use super::{CaptureError, Fallback, Owned, enter, feedback, figures, publication, retention, stage};
 use crate::backoff::Backoff;
 use crate::detach::Overrun;
@@ -74,56 +74,73 @@ pub async fn run(
         .source()
         .map(|seen| SourceIdentity { system_identifier: seen.system_identifier, timeline: seen.timeline });
     enter(context, TaskPhase::Resuming, "the log");
-    let confirmed = Position::before(prepared.slot().confirmed_flush);
-    let tail = match &takeover {
-        Some(takeover) => *takeover.tail(),
-        None => log.tail().await?,
+    let sweeper = retention::Sweeper {
+        side: Arc::clone(&side),
+        coordination: context.shared.coordination.clone(),
+        epoch,
+        living: owned.living.clone(),
     };
-    context.pulse.wait("the side store");
+    let retain = || {
+        let (log, lock, window) = (log.clone(), context.lock.clone(), demand.log.replay_window.0);
+        let (overrun, failpoints) = (Overrun::of(context), context.shared.failpoints.clone());
+        retention::start(log, lock, window, sweeper, overrun, context.status.clone(), failpoints)
+    };
+    let confirmed = Position::before(prepared.slot().confirmed_flush);
     owned.unconfirmed = Unconfirmed::default();
-    let broken = find_broken(&log, side.as_ref(), confirmed, &tail, &owned.unconfirmed).await?;
-    if let Some(takeover) = takeover {
-        let (mut position, mut rewind) = resume_position(context, &takeover, &mut prepared).await?;
-        if let Some(broken) = broken {
-            tracing::error!(task = %context.task, commit = %broken.commit, resume = %broken.resume, "the side store lost parts of a transaction: publishing it again");
-            (position, rewind) = (position.min(broken.resume), true);
+    let _retention = match takeover {
+        Some(takeover) => {
+            context.pulse.wait("the side store");
+            let looked = find_broken(&log, side.as_ref(), confirmed, takeover.tail(), &owned.unconfirmed).await?;
+            let (mut position, mut rewind) = resume_position(context, &takeover, &mut prepared).await?;
+            if let Some(broken) = looked.broken {
+                tracing::error!(task = %context.task, commit = %broken.commit, resume = %broken.resume, "the side store lost parts of a transaction: publishing it again");
+                (position, rewind) = (position.min(broken.resume), true);
+            }
+            if is_cut(position, &looked) {
+                (position, rewind) = (Position::before(position.commit).max(confirmed), true);
+            }
+            prepared.keep_whole(looked.again);
+            // Before the resume record is written: one of a server that is refused would vouch for it to the next owner.
+            prepared.verify(position, previous.as_ref()).await?;
+            let info = resume_info(demand, prepared.identity(), rewind);
+            let writer = takeover.resume(position, info).await?;
+            context.stop_at(Failpoint::StopAfterResume).await;
+            vouch(context, &prepared, &log, writer.end()).await?;
+            owned.writer = Some(writer);
+            retain()
         }
-        // Before the resume record is written: one of a server that is refused would vouch for it to the next owner.
-        prepared.verify(position, previous.as_ref()).await?;
-        let info = resume_info(demand, prepared.identity(), rewind);
-        let writer = takeover.resume(position, info).await?;
-        context.stop_at(Failpoint::StopAfterResume).await;
-        let mark = Mark { position, stream: Some(log.stream().to_owned()), seq_hint: None };
-        // From here on an empty log is a lost log: said before anything can be staged.
-        context.lock.put_checkpoint(mark).await?;
-        owned.writer = Some(writer);
-    } else if let Some(broken) = broken {
-        // The log goes back only with a new chain: it is taken over again, by us.
-        owned.writer = None;
-        return Err(CaptureError::PartLost { commit: broken.commit });
-    }
+        None => {
+            let Some(writer) = owned.writer.as_ref() else { return Err(CaptureError::Invalid) };
+            // A full log takes what was handed in only once something was purged.
+            let retention = retain();
+            tokio::select! {
+                // Before it is looked at: a splice that is still on its way would not be found, and not be looked after.
+                settled = writer.settled() => settled?,
+                _ = context.ending() => return Ok(super::close(owned).await),
+            }
+            context.pulse.wait("the side store");
+            let tail = log.tail().await?;
+            let looked = find_broken(&log, side.as_ref(), confirmed, &tail, &owned.unconfirmed).await?;
+            let cut = is_cut(writer.end(), &looked).then_some(writer.end().commit);
+            if let Some(commit) = looked.broken.map(|broken| broken.commit).or(cut) {
+                // The log goes back only with a new chain: it is taken over again, by us.
+                owned.writer = None;
+                return Err(CaptureError::PartLost { commit });
+            }
+            prepared.keep_whole(looked.again);
+            prepared.verify(writer.end(), previous.as_ref()).await?;
+            vouch(context, &prepared, &log, writer.end()).await?;
+            retention
+        }
+    };
     let Some(writer) = owned.writer.as_ref() else { return Err(CaptureError::Invalid) };
-    writer.settled().await?;
-    let identity = prepared.identity().clone();
     let (capture, confirm) = prepared.start(writer.end(), previous.as_ref()).await?;
-    context.lock.set_source(SourceSeen { system_identifier: identity.system_identifier, timeline: identity.timeline });
     owned.connection += 1;
     let budget = PutBudget::new(context.shared.sizes.puts);
     let side_writer =
         SideWriter::new(Arc::clone(&side), epoch, owned.connection, demand.log.codec, budget, owned.living.clone());
-    let coordination = context.shared.coordination.clone();
-    let sweeper = retention::Sweeper { side: Arc::clone(&side), coordination, epoch, living: owned.living.clone() };
     let _feedback =
         feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
-    let _retention = retention::start(
-        log.clone(),
-        context.lock.clone(),
-        demand.log.replay_window.0,
-        sweeper,
-        Overrun::of(context),
-        context.status.clone(),
-        context.shared.failpoints.clone(),
-    );
     let _publication = publication::start(&config, publication_of(demand), context.lock.clone());
     let (figures, _figures) = figures::start(config, demand.slot.clone());
     context.status.condition(ConditionType::SourceReady, true, "Ready", "");
@@ -143,6 +160,21 @@ pub async fn run(
         _ => {}
     }
     outcome
+}
+
+/// Says in etcd what is staged, and of which server. Before anything can be: from then on an empty log is a lost log.
+async fn vouch(context: &TaskContext, prepared: &Prepared, log: &Log, end: Position) -> Result<(), CaptureError> {
+    let identity = prepared.identity();
+    let source = SourceSeen { system_identifier: identity.system_identifier.clone(), timeline: identity.timeline };
+    context.lock.set_source(source);
+    let mark = Mark { position: end, stream: Some(log.stream().to_owned()), seq_hint: None };
+    context.lock.put_checkpoint(mark).await?;
+    Ok(())
+}
+
+/// Whether the log ends inside of a transaction that has to come again whole.
+fn is_cut(end: Position, looked: &Looked) -> bool {
+    !end.is_between_transactions() && looked.again.contains(&end.commit)
 }
 
 /// Makes or checks the log.

@@ -4,7 +4,7 @@
 //! Before replication starts, every part of each splice above what Postgres was told is read. And before Postgres is told that a splice
 //! is flushed, its manifest and its youngest part are looked for: an acknowledged tail of a stream is lost from its end.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,8 +26,18 @@ pub struct Broken {
     pub resume: Position,
 }
 
-/// Looks through the splices that end past `confirmed`, up to the log's end, and reads every part behind them. The first one that
-/// lacks something.
+/// What the look through the splices of a log found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Looked {
+    /// The first one that lacks something.
+    pub broken: Option<Broken>,
+    /// Commit LSNs of the splices past where the log goes on: of the broken one and those behind it, and of what an owner gave up
+    /// that rewound the log and came no further. Their transactions come again, and must be kept whole: a reader before such a splice
+    /// takes everything of the transaction from what its manifest names then.
+    pub again: BTreeSet<Lsn>,
+}
+
+/// Looks through the splices that end past `confirmed`, and reads every part behind those up to the log's end.
 ///
 /// # Errors
 /// When log or side store cannot be read.
@@ -37,9 +47,9 @@ pub async fn find_broken(
     confirmed: Position,
     tail: &Tail,
     unconfirmed: &Unconfirmed,
-) -> Result<Option<Broken>, StagingError> {
-    if tail.end.is_none_or(|end| end <= confirmed) {
-        return Ok(None);
+) -> Result<Looked, StagingError> {
+    if tail.end.is_none() {
+        return Ok(Looked::default());
     }
     let at = Start::At { position: confirmed, epoch: None, sequence_hint: None };
     match find_from(log, side, at, confirmed, tail, unconfirmed).await {
@@ -58,11 +68,12 @@ async fn find_from(
     confirmed: Position,
     tail: &Tail,
     unconfirmed: &Unconfirmed,
-) -> Result<Option<Broken>, StagingError> {
+) -> Result<Looked, StagingError> {
     let mut reader = LogReader::new(log, start, ReaderOptions::default());
+    let mut looked = Looked::default();
     loop {
         if reader.next_sequence().is_some_and(|next| next > tail.last_sequence) {
-            return Ok(None);
+            return Ok(looked);
         }
         let accepted = match tokio::time::timeout(LOOK, reader.next()).await {
             Ok(accepted) => accepted?,
@@ -73,13 +84,18 @@ async fn find_from(
             && accepted.to > confirmed
         {
             let commit = splice.transaction.commit;
+            if looked.broken.is_some() || Some(accepted.to) > tail.end {
+                looked.again.insert(commit);
+                continue;
+            }
             if let Some(attempt) = whole_attempt(side, commit).await? {
                 unconfirmed.add(&Kept { splice, attempt, to: accepted.to });
                 continue;
             }
             // Between two transactions, so that the log's end is known as that of a whole one.
             let begin = if from.is_between_transactions() { from } else { Position::before(commit) };
-            return Ok(Some(Broken { commit, resume: begin.max(confirmed) }));
+            looked.broken = Some(Broken { commit, resume: begin.max(confirmed) });
+            looked.again.insert(commit);
         }
     }
 }
@@ -176,22 +192,42 @@ async fn is_youngest_there(side: &dyn SideStore, commit: Lsn, attempt: Attempt) 
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
     use bytes::Bytes;
-    use wallaby_model::{Epoch, FlowId, ManifestPart, Transaction};
-    use wallaby_staging::{ObjectSide, Quotas, Shelf, SideGroup};
+    use wallaby_model::flow::Replicas;
+    use wallaby_model::{Codec, Epoch, FlowId, ManifestPart, Nonce, ResumeInfo, Transaction};
+    use wallaby_staging::{
+        Connections, DataAppend, LogConfig, LogWriter, NatsTarget, ObjectSide, Quotas, Retention, Shelf, SideGroup,
+        SyncPolicy, Takeover, Trace, WriterOptions,
+    };
+    use wallaby_testkit::NatsScope;
     use wallaby_wire::splice::{encode_manifest, part_checksum};
 
     use super::*;
 
-    /// A transaction with its commit at `commit`, of two parts, kept in `side`.
-    async fn keep(side: &ObjectSide, commit: u64) -> Kept {
-        let attempt = Attempt { epoch: Epoch(3), connection: 1, xid: commit as u32 };
+    /// A folder for the parts of a flow, and the flow.
+    async fn side(folder: &tempfile::TempDir) -> ObjectSide {
+        let quotas = Quotas { transactions: 1 << 20, chunks: 1 << 20 };
+        let side = ObjectSide::in_folder(folder.path(), FlowId::new("shop").unwrap(), quotas).unwrap();
+        side.ensure(Shelf::Transactions).await.unwrap();
+        side
+    }
+
+    fn attempt(epoch: u64, commit: u64) -> Attempt {
+        Attempt { epoch: Epoch(epoch), connection: 1, xid: commit as u32 }
+    }
+
+    fn part(attempt: Attempt, number: u32) -> SideKey {
+        SideKey::Part { attempt, number }
+    }
+
+    /// A transaction with its commit at `commit` and its end 8 after it, of two parts, kept in `side`.
+    async fn keep_as(side: &ObjectSide, attempt: Attempt, commit: u64) -> Kept {
         let transaction = Transaction { commit: Lsn(commit), xid: attempt.xid, committed_at_micros: 0 };
         let mut parts = Vec::new();
         for number in 0..2 {
             let body = Bytes::from(format!("part {number} of {commit}"));
             let last = Position { commit: Lsn(commit), change: Lsn(commit - 5 + u64::from(number)), index: 0 };
             parts.push(ManifestPart { rows: 1, bytes: body.len() as u64, checksum: part_checksum(&body), last });
-            side.put(SideKey::Part { attempt, number }, body).await.unwrap();
+            side.put(part(attempt, number), body).await.unwrap();
         }
         let manifest = Manifest { version: 1, attempt, transaction, parts, aborted: Vec::new() };
         let body = encode_manifest(&manifest).unwrap();
@@ -200,12 +236,19 @@ mod tests {
         Kept { splice, attempt, to: Position::before(Lsn(commit + 8)) }
     }
 
+    async fn keep(side: &ObjectSide, commit: u64) -> Kept {
+        keep_as(side, attempt(3, commit), commit).await
+    }
+
+    /// Takes a part away.
+    fn lose(folder: &tempfile::TempDir, attempt: Attempt, number: u32) {
+        std::fs::remove_file(folder.path().join(format!("shop/part/{attempt}/{number}"))).unwrap();
+    }
+
     #[tokio::test]
     async fn h09_postgres_is_not_told_of_a_splice_whose_youngest_part_is_lost() {
         let folder = tempfile::tempdir().unwrap();
-        let quotas = Quotas { transactions: 1 << 20, chunks: 1 << 20 };
-        let side = ObjectSide::in_folder(folder.path(), FlowId::new("shop").unwrap(), quotas).unwrap();
-        side.ensure(Shelf::Transactions).await.unwrap();
+        let side = side(&folder).await;
         let unconfirmed = Unconfirmed::default();
         let (first, second) = (keep(&side, 100).await, keep(&side, 200).await);
         unconfirmed.add(&first);
@@ -214,9 +257,186 @@ mod tests {
         assert_eq!(unconfirmed.allow(&side, Lsn(50)).await, Lsn(50));
         assert_eq!(unconfirmed.allow(&side, Lsn(150)).await, Lsn(150));
         side.delete(SideGroup::Attempt(second.attempt)).await.unwrap();
+        assert_eq!(unconfirmed.allow(&side, Lsn(150)).await, Lsn(150), "it is not durable in the log either");
+        assert_eq!(unconfirmed.lost(), None);
+        // Its very end is past it: Postgres is told that everything that commits before is flushed.
+        assert_eq!(unconfirmed.allow(&side, second.to.commit).await, Lsn(200));
         assert_eq!(unconfirmed.allow(&side, Lsn(300)).await, Lsn(200));
         assert_eq!(unconfirmed.lost(), Some(Lsn(200)));
         assert_eq!(whole_attempt(&side, Lsn(100)).await.unwrap(), Some(first.attempt));
         assert_eq!(whole_attempt(&side, Lsn(200)).await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn h09_postgres_is_told_only_of_what_was_kept_for_this_very_splice() {
+        let folder = tempfile::tempdir().unwrap();
+        let side = side(&folder).await;
+        let told = async |kept: &Kept| {
+            let unconfirmed = Unconfirmed::default();
+            unconfirmed.add(kept);
+            let allowed = unconfirmed.allow(&side, Lsn(1000)).await;
+            assert_eq!(unconfirmed.lost(), (allowed != Lsn(1000)).then_some(kept.splice.transaction.commit));
+            allowed
+        };
+        assert_eq!(told(&keep(&side, 100).await).await, Lsn(1000));
+        let without = keep(&side, 200).await;
+        side.delete(SideGroup::Manifest(Lsn(200))).await.unwrap();
+        assert_eq!(told(&without).await, Lsn(200), "no manifest");
+        let without = keep(&side, 300).await;
+        lose(&folder, without.attempt, 1);
+        assert_eq!(told(&without).await, Lsn(300), "no youngest part");
+        let other = keep(&side, 400).await;
+        lose(&folder, other.attempt, 1);
+        side.put(part(other.attempt, 1), Bytes::from_static(b"PART 1 OF 400")).await.unwrap();
+        assert_eq!(told(&other).await, Lsn(400), "another part of the same length");
+        // What an older owner kept and the manifest no longer names can be swept at any time.
+        let older = keep_as(&side, attempt(3, 500), 500).await;
+        let younger = keep_as(&side, attempt(4, 500), 500).await;
+        assert_eq!(told(&older).await, Lsn(500), "a younger attempt");
+        assert_eq!(told(&younger).await, Lsn(1000));
+    }
+
+    #[tokio::test]
+    async fn h09_postgres_is_told_of_no_splice_while_the_side_store_cannot_be_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let side = side(&folder).await;
+        let unconfirmed = Unconfirmed::default();
+        unconfirmed.add(&keep(&side, 100).await);
+        let (manifests, away) = (folder.path().join("shop/manifest"), folder.path().join("away"));
+        std::fs::rename(&manifests, &away).unwrap();
+        std::os::unix::fs::symlink(&manifests, &manifests).unwrap();
+        assert!(side.get(SideKey::Manifest { commit: Lsn(100) }).await.is_err(), "the test shows nothing");
+        assert_eq!(unconfirmed.allow(&side, Lsn(1000)).await, Lsn(100));
+        assert_eq!(unconfirmed.lost(), None, "it is not known to be lost");
+        std::fs::remove_file(&manifests).unwrap();
+        std::fs::rename(&away, &manifests).unwrap();
+        assert_eq!(unconfirmed.allow(&side, Lsn(1000)).await, Lsn(1000));
+    }
+
+    /// A log of real servers, for splices of what is in `side`.
+    async fn log(nats: &NatsScope<'_>) -> Log {
+        let target = NatsTarget { servers: vec![nats.url()], name: "splices".to_owned(), ..NatsTarget::default() };
+        let connections = Connections::open(&target).await.unwrap();
+        let log = Log::new(FlowId::new(nats.prefix().replace('_', "-")).unwrap(), connections);
+        let config = LogConfig { replicas: Replicas::Exactly(1), max_bytes: 64 << 20 };
+        log.ensure(&config).await.unwrap();
+        log
+    }
+
+    async fn take_over(log: &Log, epoch: u64) -> Takeover {
+        let options = WriterOptions { sync: SyncPolicy::Always, ..WriterOptions::default() };
+        LogWriter::take_over(log, Epoch(epoch), Nonce::random(), options).await.unwrap()
+    }
+
+    async fn resume(takeover: Takeover, at: Position, rewind: bool) -> LogWriter {
+        let info = ResumeInfo {
+            system_identifier: "7".to_owned(),
+            timeline: 1,
+            slot: "s".to_owned(),
+            publication: "p".to_owned(),
+            rewind,
+        };
+        takeover.resume(at, info).await.unwrap()
+    }
+
+    async fn append(writer: &LogWriter, kept: &Kept) {
+        writer.splice(writer.end(), kept.to, &kept.splice, Trace::none()).await.unwrap();
+        writer.settled().await.unwrap();
+    }
+
+    /// What [`find_broken`] finds, and what it leaves to be looked after.
+    async fn find(
+        log: &Log,
+        side: &ObjectSide,
+        confirmed: u64,
+    ) -> (Option<(u64, Position)>, VecDeque<(Position, Lsn, Attempt)>) {
+        let (broken, left, _) = look(log, side, confirmed).await;
+        (broken, left)
+    }
+
+    /// The same, with the transactions that come again.
+    async fn look(
+        log: &Log,
+        side: &ObjectSide,
+        confirmed: u64,
+    ) -> (Option<(u64, Position)>, VecDeque<(Position, Lsn, Attempt)>, Vec<u64>) {
+        let (tail, unconfirmed) = (log.tail().await.unwrap(), Unconfirmed::default());
+        let looked = find_broken(log, side, Position::before(Lsn(confirmed)), &tail, &unconfirmed).await.unwrap();
+        let left = unconfirmed.state().splices.clone();
+        let broken = looked.broken.map(|broken| (broken.commit.0, broken.resume));
+        (broken, left, looked.again.iter().map(|commit| commit.0).collect())
+    }
+
+    fn left(kept: &[&Kept]) -> VecDeque<(Position, Lsn, Attempt)> {
+        kept.iter().map(|kept| (kept.to, kept.splice.transaction.commit, kept.attempt)).collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn h09_an_owner_looks_after_the_splices_that_it_finds() {
+        let (nats, folder) = (NatsScope::one_node("splices").await, tempfile::tempdir().unwrap());
+        let (log, side) = (log(&nats).await, side(&folder).await);
+        let at = |lsn| Position::before(Lsn(lsn));
+        let writer = resume(take_over(&log, 3).await, at(10), false).await;
+        let (first, second, third) = (keep(&side, 100).await, keep(&side, 200).await, keep(&side, 300).await);
+        append(&writer, &first).await;
+        append(&writer, &second).await;
+        // The third one's beginning stands in the log.
+        let inside = Position { commit: Lsn(300), change: Lsn(250), index: 1 };
+        let data = DataAppend {
+            from: writer.end(),
+            to: inside,
+            complete_to: second.to,
+            rows: 1,
+            codec: Codec::None,
+            body: Bytes::from_static(b"x"),
+        };
+        writer.append(data).await.unwrap();
+        append(&writer, &third).await;
+        assert_eq!(find(&log, &side, 50).await, (None, left(&[&first, &second, &third])));
+        assert_eq!(find(&log, &side, 108).await, (None, left(&[&second, &third])), "Postgres was told of the first");
+        // Whatever part it is that is gone.
+        lose(&folder, second.attempt, 0);
+        assert_eq!(look(&log, &side, 50).await, (Some((200, first.to)), left(&[&first]), vec![200, 300]));
+        assert_eq!(find(&log, &side, 150).await, (Some((200, at(150))), left(&[])), "never before what was confirmed");
+        assert_eq!(find(&log, &side, 208).await, (None, left(&[&third])));
+        lose(&folder, third.attempt, 1);
+        // Inside a transaction the log cannot go on.
+        assert_eq!(find(&log, &side, 208).await, (Some((300, at(300))), left(&[])));
+        assert_eq!(find(&log, &side, 308).await, (None, left(&[])));
+        // The sinks can have all of it before Postgres is told: then what is left is looked at.
+        drop(writer);
+        let writer = resume(take_over(&log, 4).await, third.to, false).await;
+        let fourth = keep(&side, 400).await;
+        append(&writer, &fourth).await;
+        Retention::new(&log).purge(third.to, Duration::ZERO, std::time::SystemTime::now()).await.unwrap();
+        assert_eq!(find(&log, &side, 50).await, (None, left(&[&fourth])));
+        lose(&folder, fourth.attempt, 0);
+        assert_eq!(find(&log, &side, 50).await, (Some((400, third.to)), left(&[])));
+    }
+
+    /// An owner rewound the log before two splices, kept the first one's transaction again, and died: the log ends before both.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn h09_splices_that_a_rewind_gave_up_are_not_looked_after() {
+        let (nats, folder) = (NatsScope::one_node("rewound").await, tempfile::tempdir().unwrap());
+        let (log, side) = (log(&nats).await, side(&folder).await);
+        let writer = resume(take_over(&log, 3).await, Position::before(Lsn(10)), false).await;
+        let (whole, first, second) = (keep(&side, 100).await, keep(&side, 200).await, keep(&side, 300).await);
+        for kept in [&whole, &first, &second] {
+            append(&writer, kept).await;
+        }
+        drop(writer);
+        let dead = resume(take_over(&log, 4).await, whole.to, true).await;
+        keep_as(&side, attempt(4, 200), 200).await;
+        drop(dead);
+        assert_eq!(log.tail().await.unwrap().end, Some(whole.to));
+        assert_eq!(look(&log, &side, 50).await, (None, left(&[&whole]), vec![200, 300]));
+        assert_eq!(look(&log, &side, 108).await, (None, left(&[]), vec![200, 300]), "all of the log is confirmed");
+        // The next one keeps both again. Only what it kept itself is named by the manifests now.
+        let writer = resume(take_over(&log, 5).await, whole.to, false).await;
+        let again = [keep_as(&side, attempt(5, 200), 200).await, keep_as(&side, attempt(5, 300), 300).await];
+        for kept in &again {
+            append(&writer, kept).await;
+        }
+        assert_eq!(look(&log, &side, 50).await, (None, left(&[&whole, &again[0], &again[1]]), vec![]));
     }
 }

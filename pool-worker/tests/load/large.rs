@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_model::condition::ConditionType;
+use wallaby_model::flow::FlowDocument;
 use wallaby_model::run::RunState;
 use wallaby_model::{Attempt, TaskId};
 use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
@@ -14,10 +15,10 @@ use crate::scene::*;
 use crate::wire::{Held, Wire};
 
 /// Without the column that the sink adds to a table without a key.
-const LEDGER: &str = "SELECT n || ' ' || pad FROM ledger ORDER BY n, pad";
+pub const LEDGER: &str = "SELECT n || ' ' || pad FROM ledger ORDER BY n, pad";
 
 /// Rows of about 300 bytes that do not shrink when they are packed.
-fn rows(from: u32, to: u32) -> String {
+pub fn rows(from: u32, to: u32) -> String {
     format!(
         "INSERT INTO ledger SELECT i, (SELECT string_agg(md5(i::text || '/' || j), '') FROM generate_series(1, 9) j)
          FROM generate_series({from}, {to}) i"
@@ -25,7 +26,7 @@ fn rows(from: u32, to: u32) -> String {
 }
 
 /// About 4 MB, a quarter of it rolled back.
-fn large() -> String {
+pub fn large() -> String {
     format!(
         "{}; SAVEPOINT a; {}; ROLLBACK TO a; {}; DELETE FROM ledger WHERE n % 1000 = 0",
         rows(1, 6000),
@@ -35,31 +36,44 @@ fn large() -> String {
 }
 
 /// A flow with a table that has no key: what comes twice stands there twice. Loaded, and offered from now on.
-async fn ledger(name: &str, work_mem: &str) -> (Arc<Scene>, AbortOnDropHandle<()>) {
-    ledger_with(name, work_mem, "{}").await
+pub async fn ledger(name: &str, work_mem: &str) -> (Arc<Scene>, AbortOnDropHandle<()>) {
+    ledger_with(name, work_mem, |_| {}).await
 }
 
-/// The same with a side store in JetStream of its own bounds.
-async fn ledger_with(name: &str, work_mem: &str, side: &str) -> (Arc<Scene>, AbortOnDropHandle<()>) {
-    let scene = Arc::new(Scene::new(name).await);
+/// The same with another flow file.
+async fn ledger_with(
+    name: &str,
+    work_mem: &str,
+    change: impl FnOnce(&mut FlowDocument),
+) -> (Arc<Scene>, AbortOnDropHandle<()>) {
+    ledger_in(Scene::new(name).await, work_mem, change).await
+}
+
+/// The same in a scene that is there.
+pub async fn ledger_in(
+    scene: Scene,
+    work_mem: &str,
+    change: impl FnOnce(&mut FlowDocument),
+) -> (Arc<Scene>, AbortOnDropHandle<()>) {
+    let scene = Arc::new(scene);
     let table = "CREATE TABLE ledger (n int NOT NULL, pad text NOT NULL); ALTER TABLE ledger REPLICA IDENTITY FULL";
     scene.source.batch_execute(table).await.unwrap();
     decode_with(&scene, work_mem).await;
     let mut document = scene.document("public.ledger", "initial", "largeTransactionBytes: 1Mi");
-    document.spec.log.side_store = serde_json::from_str(&format!(r#"{{ "jetstream": {side} }}"#)).unwrap();
+    change(&mut document);
     scene.coordination.create_flow(document).await.unwrap();
     let offers = scene.offering();
     (scene, offers)
 }
 
 /// From the next replication connection on, a transaction is streamed once it is larger than this.
-async fn decode_with(scene: &Scene, work_mem: &str) {
+pub async fn decode_with(scene: &Scene, work_mem: &str) {
     let sql = format!("ALTER DATABASE {} SET logical_decoding_work_mem = '{work_mem}'", scene.source.name());
     scene.source.batch_execute(&sql).await.unwrap();
 }
 
 /// The one attempt that has parts in the side store.
-async fn only_attempt(scene: &Scene) -> Attempt {
+pub async fn only_attempt(scene: &Scene) -> Attempt {
     scene
         .until("one attempt has parts", async || {
             let attempts = scene.attempts().await?;
@@ -173,17 +187,16 @@ async fn h12_killed_before_postgres_is_told_of_a_splice_it_is_not_taken_again() 
     scene.source.batch_execute(&rows(20_000, 20_010)).await.unwrap();
     scene.equal(LEDGER).await;
     is_not_sent_again(&scene, put).await;
-    scene
-        .until("Postgres is told", async || {
-            let confirmed = scene.confirmed().await;
-            if confirmed >= staged.commit { Ok(()) } else { Err(format!("{confirmed} of {}", staged.commit)) }
-        })
-        .await;
+    scene.told(staged.commit).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h16_a_transaction_that_does_not_fit_into_the_side_store_holds_nothing_up() {
-    let (scene, _offers) = ledger_with("full", "64kB", r#"{ "transactionsMax": "1Mi" }"#).await;
+    let (scene, _offers) = ledger_with("full", "64kB", |document| {
+        document.spec.log.side_store =
+            serde_json::from_str(r#"{ "jetstream": { "transactionsMax": "1Mi" } }"#).unwrap();
+    })
+    .await;
     let _worker = scene.worker("w1");
     scene.run_is(1, RunState::Done).await;
     let writer = scene.source.connect().await;
@@ -193,12 +206,7 @@ async fn h16_a_transaction_that_does_not_fit_into_the_side_store_holds_nothing_u
     scene.source.batch_execute(&rows(20_000, 20_010)).await.unwrap();
     let end = scene.wal_end().await;
     scene.equal(LEDGER).await;
-    scene
-        .until("Postgres is told of what comes after it", async || {
-            let confirmed = scene.confirmed().await;
-            if confirmed >= end { Ok(()) } else { Err(format!("{confirmed} of {end}")) }
-        })
-        .await;
+    scene.told(end).await;
     writer.batch_execute("COMMIT").await.unwrap();
     scene.equal(LEDGER).await;
     capturing_says(&scene, "Streaming").await;

@@ -4,10 +4,12 @@
 
 mod kills;
 mod large;
+mod lost;
 mod mended;
 mod rewrites;
 mod runs;
 mod scene;
+mod timelines;
 mod wire;
 
 use std::sync::Arc;

@@ -64,8 +64,13 @@ impl Running {
 
 impl Scene {
     pub async fn new(name: &str) -> Scene {
-        log_to_test_output();
         let (source, target) = tokio::join!(Database::create("source"), Database::create("target"));
+        Scene::with(name, source, target).await
+    }
+
+    /// With databases in clusters of the test's own.
+    pub async fn with(name: &str, source: Database<'static>, target: Database<'static>) -> Scene {
+        log_to_test_output();
         let nats = NatsScope::one_node(name).await;
         let etcd = EtcdScope::create(name).await;
         let options = wallaby_coordination::Options {
@@ -286,6 +291,57 @@ spec:
         Ok(self.on_shelf(Shelf::Transactions).await?.into_iter().filter_map(attempt).collect())
     }
 
+    /// Takes away a part of a large transaction, as a power cut does: the last one, or the first one.
+    pub async fn lose_part(&self, attempt: Attempt, is_last: bool) {
+        let stream = self.stream_of(Shelf::Transactions).await;
+        let state = self.shelf(Shelf::Transactions).await;
+        let mut sequences: Vec<u64> = (state.first_sequence..=state.last_sequence).collect();
+        if is_last {
+            sequences.reverse();
+        }
+        let of_attempt = format!(".part.{attempt}.");
+        for sequence in sequences {
+            let Ok(message) = stream.get_raw_message(sequence).await else { continue };
+            if message.subject.contains(&of_attempt) {
+                stream.delete_message(sequence).await.unwrap();
+                return;
+            }
+        }
+        panic!("{attempt} has no part");
+    }
+
+    /// How often the log was taken over, as far as it was not purged.
+    pub async fn fences(&self) -> usize {
+        let stream = self.nats.jetstream().get_stream(self.flow.log_stream()).await.unwrap();
+        let state = stream.get_info().await.unwrap().state;
+        let mut fences = 0;
+        for sequence in state.first_sequence..=state.last_sequence {
+            let message = stream.get_raw_message(sequence).await;
+            fences += usize::from(message.is_ok_and(|message| message.subject.ends_with(".fence")));
+        }
+        fences
+    }
+
+    /// Waits until everything up to here is acknowledged by the log.
+    pub async fn staged(&self, end: Lsn) {
+        self.until("it is staged", async || {
+            match self.status_of(&TaskId::capture(&self.flow)).await?.progress.staged {
+                Some(staged) if staged.commit >= end => Ok(()),
+                staged => Err(format!("{staged:?} of {end}")),
+            }
+        })
+        .await;
+    }
+
+    /// Waits until Postgres is told of everything up to here.
+    pub async fn told(&self, end: Lsn) {
+        self.until("Postgres is told", async || {
+            let confirmed = self.confirmed().await;
+            if confirmed >= end { Ok(()) } else { Err(format!("{confirmed} of {end}")) }
+        })
+        .await;
+    }
+
     /// The stream that a shelf stands in.
     pub async fn stream_of(&self, shelf: Shelf) -> jetstream::stream::Stream {
         let prefix = if shelf == Shelf::Transactions { "SIDE" } else { "CHUNKS" };
@@ -305,19 +361,23 @@ spec:
 
     /// The end of the source's WAL.
     pub async fn wal_end(&self) -> Lsn {
-        lsn(&self.source, "SELECT pg_current_wal_lsn()::text").await
+        wal_end(&self.source).await
     }
 
     /// What Postgres was told.
     pub async fn confirmed(&self) -> Lsn {
-        let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE database = current_database()";
-        lsn(&self.source, sql).await
+        confirmed(&self.source).await
     }
 
     /// Waits until a query gives the same on both sides.
     pub async fn equal(&self, sql: &str) {
+        self.equal_to(&self.source, sql).await;
+    }
+
+    /// The same, with the source asked over another connection.
+    pub async fn equal_to(&self, source: &tokio_postgres::Client, sql: &str) {
         self.until(&format!("source and target are equal: {sql}"), async || {
-            let source = rows(&self.source, sql).await?;
+            let source = rows(source, sql).await?;
             let target = rows(&self.target, sql).await?;
             if source == target {
                 return Ok(());
@@ -404,6 +464,22 @@ spec:
         }
         said
     }
+}
+
+/// The end of a server's WAL.
+pub async fn wal_end(client: &tokio_postgres::Client) -> Lsn {
+    lsn(client, "SELECT pg_current_wal_lsn()::text").await
+}
+
+/// What the slot of a database was told.
+pub async fn confirmed(client: &tokio_postgres::Client) -> Lsn {
+    let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE database = current_database()";
+    lsn(client, sql).await
+}
+
+/// A cluster of the test's own, for as long as the process lives or until it is stopped.
+pub async fn cluster(options: PostgresOptions) -> &'static Postgres {
+    Box::leak(Box::new(Postgres::start(options).await.unwrap()))
 }
 
 async fn lsn(client: &tokio_postgres::Client, sql: &str) -> Lsn {

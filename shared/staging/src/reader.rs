@@ -91,6 +91,8 @@ pub struct LogReader {
     last: Option<Mark>,
     /// A gap was seen, and the place searched again because of it.
     searched_for_gap: bool,
+    /// Records before the one that comes next were purged: a resume that is met now is not the log's first.
+    lacks_beginning: bool,
     backoff: Duration,
     missing_since: Option<Instant>,
 }
@@ -114,6 +116,7 @@ impl LogReader {
             place: None,
             last: None,
             searched_for_gap: false,
+            lacks_beginning: false,
             backoff: BACKOFF_FIRST,
             missing_since: None,
         }
@@ -147,7 +150,8 @@ impl LogReader {
                     self.missing_since = None;
                     self.waiting.set(None, Instant::now());
                     // Only now: cancelled before, the record is read again.
-                    self.next = Some(staged.sequence + 1);
+                    let wanted = self.next.replace(staged.sequence + 1);
+                    self.lacks_beginning |= wanted != Some(staged.sequence);
                     self.last = Some(Mark::of(&staged));
                     if let Some(accepted) = self.judge(staged).await? {
                         return Ok(accepted);
@@ -245,8 +249,9 @@ impl LogReader {
     async fn search(&mut self) -> Result<u64> {
         self.state.jump();
         let Some(end) = self.state.end else {
-            let info = self.log.reader_leader().info(&self.log).await?;
-            return Ok(info.state.first_sequence.max(1));
+            let first = self.log.reader_leader().info(&self.log).await?.state.first_sequence.max(1);
+            self.lacks_beginning = first > 1;
+            return Ok(first);
         };
         if let Start::At { sequence_hint: Some(hint), .. } = self.start
             && !self.searched_for_gap
@@ -269,6 +274,15 @@ impl LogReader {
     /// Applies the rule. `None`: nothing for the caller.
     async fn judge(&mut self, staged: Staged) -> Result<Option<Accepted>> {
         let before = self.state.end;
+        if let RecordKind::Resume { position, .. } = staged.record.kind
+            && before.is_none()
+            && self.lacks_beginning
+            && self.start == Start::FirstResume
+        {
+            // Every owner writes one: a later one would hide what stood before it.
+            let (flow, begins) = (self.log.flow().clone(), Some(position));
+            return Err(StagingError::PastHold { flow, position: None, begins });
+        }
         match self.state.observe(&staged) {
             Verdict::Fence => Ok(None),
             Verdict::Drop(_) => {

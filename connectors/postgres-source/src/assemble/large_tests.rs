@@ -635,3 +635,43 @@ fn h06_recorded_streams_give_the_same_rows_and_positions_in_every_protocol() {
         }
     }
 }
+
+/// However it is decoded this time, and however small it is: a splice of it stands in the log, and what its manifest names must be all.
+#[test]
+fn h06_h09_a_transaction_with_a_splice_in_the_log_becomes_parts_from_its_first_row_on() {
+    let given = |assembler: &mut Assembler| {
+        let events = std::iter::from_fn(|| assembler.take_ready()).collect::<Vec<_>>();
+        match events.as_slice() {
+            [CaptureEvent::Part(part), CaptureEvent::Splice(splice)] => {
+                assert_eq!((part.number, part.rows, splice.parts), (0, 2, 1));
+                assert_eq!((splice.transaction.commit, splice.to), (Lsn(40), Position::before(Lsn(50))));
+                assert!(part.body.transactions.iter().all(|transaction| transaction.commit == Lsn::ZERO));
+            }
+            events => panic!("{events:?}"),
+        }
+        assert!(assembler.take_segment().unwrap().is_none(), "a part of it is in the log");
+    };
+    // Whole, at its commit. What committed before it goes into the log as ever.
+    let mut assembler = with_shapes(limits(), 1, Position::before(Lsn(5)));
+    assembler.keep_whole([Lsn(40)].into());
+    for (lsn, message) in [(10, begin(20, 1)), (11, insert(1, 1, "x")), (20, commit(20, 30))] {
+        assert!(matches!(assembler.push(Lsn(lsn), &message).unwrap(), Step::Taken));
+    }
+    assert!(matches!(assembler.push(Lsn(31), &begin(40, 2)).unwrap(), Step::FlushFirst));
+    assert_eq!(assembler.take_segment().unwrap().unwrap().to, Position::before(Lsn(30)));
+    for (lsn, message) in [(31, begin(40, 2)), (31, insert(1, 2, "x")), (32, insert(1, 3, "x"))] {
+        assert!(matches!(assembler.push(Lsn(lsn), &message).unwrap(), Step::Taken));
+    }
+    assert!(matches!(assembler.push(Lsn(40), &commit(40, 50)).unwrap(), Step::Ready));
+    given(&mut assembler);
+    // While it is in progress.
+    let mut assembler = with_shapes(limits(), 2, Position::before(Lsn(5)));
+    assembler.keep_whole([Lsn(40)].into());
+    assert!(matches!(assembler.push(Lsn(31), &start(2, true)).unwrap(), Step::Taken));
+    assembler.set_shape(shape(1)).unwrap();
+    for message in [of(2, &insert(1, 2, "x")), of(2, &insert(1, 3, "x")), stop()] {
+        assert!(matches!(assembler.push(Lsn(31), &message).unwrap(), Step::Taken));
+    }
+    assert!(matches!(assembler.push(Lsn(40), &stream_commit(2, 40, 50)).unwrap(), Step::Ready));
+    given(&mut assembler);
+}

@@ -19,7 +19,7 @@ mod large_tests;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -73,6 +73,8 @@ struct Open {
 /// Assembles segments.
 pub(crate) struct Assembler {
     limits: Limits,
+    /// Commit LSNs of transactions that go to the side store from their first row on.
+    whole: BTreeSet<Lsn>,
     decoder: Decoder,
     /// Rows for the log, or of the open transaction's next part.
     buffer: Buffer,
@@ -102,6 +104,7 @@ impl Assembler {
     pub(crate) fn new(limits: Limits, protocol: u8, resume: Position) -> Assembler {
         Assembler {
             limits,
+            whole: BTreeSet::new(),
             decoder: Decoder::new(protocol),
             buffer: Buffer::default(),
             open: None,
@@ -117,6 +120,16 @@ impl Assembler {
             urgent: false,
             last_heartbeat: None,
         }
+    }
+
+    /// These transactions go to the side store whole, however small they are and however they are sent: a splice of each stands
+    /// in the log already, and a reader before it takes all of the transaction from what its manifest names.
+    pub(crate) fn keep_whole(&mut self, commits: BTreeSet<Lsn>) {
+        self.whole = commits;
+    }
+
+    fn is_kept_whole(&self, commit: Lsn) -> bool {
+        self.limits.parts.is_some() && self.whole.contains(&commit)
     }
 
     /// Takes one pgoutput message with the LSN of its XLogData header.
@@ -280,7 +293,12 @@ impl Assembler {
         if self.open.is_some() {
             return Err(out_of_order('B', "the transaction before it did not end").into());
         }
-        let open = Open { begin, txn: None, change: Lsn::ZERO, index: 0, bytes: 0, has_changes: false, parts: None };
+        let parts = self.is_kept_whole(begin.final_lsn).then_some(0);
+        if parts.is_some() && self.buffer.rows() > 0 {
+            // What committed before it goes first.
+            return Ok(Step::FlushFirst);
+        }
+        let open = Open { begin, txn: None, change: Lsn::ZERO, index: 0, bytes: 0, has_changes: false, parts };
         self.open = Some(open);
         Ok(Step::Taken)
     }

@@ -249,7 +249,8 @@ impl Assembler {
             xid,
             committed_at_micros: committed_at(commit.committed_at_micros),
         };
-        if streamed.parts == 0 && streamed.buffer.content_bytes() <= self.limits.small_bytes_max() {
+        let is_small = streamed.parts == 0 && streamed.buffer.content_bytes() <= self.limits.small_bytes_max();
+        if is_small && !self.is_kept_whole(commit.commit_lsn) {
             return self.commit_into_log(streamed, &transaction, to);
         }
         self.ready.extend(streamed.take_part(xid)?.map(CaptureEvent::Part));

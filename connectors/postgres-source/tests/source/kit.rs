@@ -8,7 +8,7 @@ use wallaby_model::flow::Failover;
 use wallaby_model::{Epoch, Lsn, Op, Position, SegmentBody};
 use wallaby_postgres_source::{
     Capture, CaptureEvent, CaptureOptions, ConnectConfig, Control, Feedback, PublicationWanted, SegmentDraft,
-    SessionOwner, SlotState, SlotWanted, SourceError, connect_control, ensure_publication, ensure_slot,
+    SessionOwner, SlotState, SlotWanted, SourceError, SourceIdentity, connect_control, ensure_publication, ensure_slot,
 };
 use wallaby_testkit::Database;
 
@@ -55,8 +55,18 @@ impl Flow {
     }
 
     pub async fn start_with(&self, options: CaptureOptions, log_end: Position) -> Result<Running, SourceError> {
+        self.start_after(options, log_end, None).await
+    }
+
+    /// `previous` is the server that the log was made from.
+    pub async fn start_after(
+        &self,
+        options: CaptureOptions,
+        log_end: Position,
+        previous: Option<&SourceIdentity>,
+    ) -> Result<Running, SourceError> {
         let prepared = Capture::prepare(options).await?;
-        let (capture, feedback) = prepared.start(log_end, None).await?;
+        let (capture, feedback) = prepared.start(log_end, previous).await?;
         let (in_flight, watch) = watch::channel(0);
         Ok(Running { capture, feedback, in_flight, watch, end: log_end })
     }

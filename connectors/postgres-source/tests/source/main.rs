@@ -11,4 +11,5 @@ mod messages;
 mod older;
 mod ready;
 mod streamed;
+mod timelines;
 mod types;

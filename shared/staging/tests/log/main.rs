@@ -2,10 +2,12 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
 
 mod counters;
+mod gate;
 mod support;
 
 mod faults;
 mod making;
+mod purging;
 mod reading;
 mod sharing;
 mod takeover;

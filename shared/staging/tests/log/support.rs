@@ -144,7 +144,12 @@ impl Flow {
 
     /// The same log over connections of its own: another worker.
     pub async fn elsewhere(&self) -> Log {
-        Log::new(self.log.flow().clone(), Connections::open(&target(&self.url)).await.unwrap())
+        self.over(&self.url).await
+    }
+
+    /// The same log by another way to its servers.
+    pub async fn over(&self, url: &str) -> Log {
+        Log::new(self.log.flow().clone(), Connections::open(&target(url)).await.unwrap())
     }
 
     /// Takes over and resumes at the log's end, or at 1 when it is empty.
@@ -195,19 +200,25 @@ pub fn begins(accepted: &Accepted) -> Option<Position> {
 /// Reads until the reader stands at `to` and checks that nothing is missing and nothing is doubled: what it accepts
 /// continues exactly where it stood.
 pub async fn read_to(reader: &mut LogReader, to: Position) -> Vec<Accepted> {
+    try_read_to(reader, to).await.unwrap()
+}
+
+/// As [`read_to`]; the error that ended the reader, if one did.
+pub async fn try_read_to(reader: &mut LogReader, to: Position) -> Result<Vec<Accepted>> {
     let mut accepted: Vec<Accepted> = Vec::new();
     let read = async {
         while reader.state().end.is_none_or(|end| end < to) {
             let stood = reader.state().end;
-            let next = reader.next().await.unwrap();
+            let next = reader.next().await?;
             assert!(stood.is_none_or(|stood| stood == next.after), "stood at {stood:?}, got {next:?}");
             assert!(begins(&next).is_none_or(|from| from <= next.after), "something is missing before {next:?}");
             assert_eq!(reader.state().end, Some(next.to));
             accepted.push(next);
         }
+        Ok(())
     };
     match tokio::time::timeout(PATIENCE, read).await {
-        Ok(()) => accepted,
+        Ok(read) => read.map(|()| accepted),
         Err(_) => {
             panic!("the reader stands at {:?}, not at {to:?}; waits: {:?}", reader.state(), *reader.waiting().borrow())
         }
