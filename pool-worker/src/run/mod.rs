@@ -7,6 +7,7 @@
 
 mod core;
 mod export;
+pub mod sweep;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -112,6 +113,13 @@ async fn session(
     seen_by_watch(context, run, entry.plan.as_ref()).await;
     context.pulse.wait("the side store");
     let side = context.shared.side(&context.task.flow, &demand.log).await?;
+    if !demand.is_captured {
+        // There is no capture whose owner would do it.
+        let swept = sweep::sweep_chunks(&context.shared.coordination, &context.task.flow, side.as_ref()).await?;
+        if !swept.is_empty() {
+            tracing::info!(flow = %context.task.flow, groups = swept.len(), "swept the side store");
+        }
+    }
     let plan = entry.plan.unwrap_or_default();
     let mut owner =
         Owner { context, demand, run, plan, side, export: None, is_outdated: false, removed: BTreeSet::new() };
