@@ -64,7 +64,7 @@ pub(crate) struct NewRuns {
 }
 
 impl Coordination {
-    /// Makes a run of a flow that was read as `seen`.
+    /// Makes a run of a flow that was read as `seen`: one for all sinks is for those that it has now.
     ///
     /// # Errors
     /// `RunOverlaps`; `TooManyRuns`; `FlowChanged`; `FlowNotFound`; `FlowDeleting`; when etcd cannot be reached.
@@ -73,6 +73,7 @@ impl Coordination {
         if seen.record.deleting_since.is_some() {
             return Err(Error::FlowDeleting(flow.clone()));
         }
+        let spec = spec.of_sinks(seen.record.document.spec.sinks.iter().map(|sink| &sink.name));
         let flow_key = self.keys().text(&Key::FlowSpec(flow.clone()));
         for _ in 0..RACES_MAX {
             let index = self.run_index(flow).await?;

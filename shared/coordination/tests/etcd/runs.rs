@@ -63,6 +63,7 @@ async fn a_flow_that_loads_makes_its_runs_in_the_transaction_that_changes_it() {
     let runs = coordination.runs(&flow.flow).await.unwrap();
     assert_eq!(runs.len(), 1);
     assert_eq!((runs[0].run, runs[0].spec.reason, runs[0].is_over()), (RunId(1), RunReason::FirstLoad, false));
+    assert_eq!(runs[0].spec.sinks, [sink_id("a")], "a sink that is added later would be of it");
 
     let mut grown = flow.record.document.clone();
     grown.spec.sinks.push(document("x", &["b"]).spec.sinks[0].clone());
