@@ -248,9 +248,8 @@ impl Owner<'_> {
             self.without_snapshot(why).await?;
         }
         tracing::info!(task = %context.task, why, "exporting a snapshot");
-        let number = self.plan.generations.last().map_or(1, |last| last.number + 1);
         self.side.ensure(Shelf::Chunks).await?;
-        let (export, generation, fresh) = Export::make(context, self.demand, self.run, &spec, number).await?;
+        let (export, generation, fresh) = Export::make(context, self.demand, self.run, &spec, &self.plan).await?;
         let replanned = context.runs.run(&context.task.flow, self.run, |view| {
             let known = core::Known { done: &view.chunks, lost: &view.lost, may_mix: self.demand.is_captured };
             core::replan(self.plan.clone(), fresh, generation.clone(), known)
@@ -261,7 +260,7 @@ impl Owner<'_> {
         self.export = Some(export);
         self.is_outdated = false;
         tracing::info!(
-            task = %context.task, generation = number, consistent_point = %generation.consistent_point,
+            task = %context.task, generation = generation.number, consistent_point = %generation.consistent_point,
             relations = self.plan.relations.len(), chunks = self.plan.chunks().count(), "a snapshot was exported"
         );
         Ok(())
