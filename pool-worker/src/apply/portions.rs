@@ -1,7 +1,7 @@
 //! A transaction that is not held as a whole, given to the sink in portions: what stands of it in the log, then its parts in the
 //! side store.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -10,13 +10,14 @@ use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Span;
 use wallaby_connector_api::{BatchPart, Portion, Portions, SinkError, TableFilter};
-use wallaby_model::{Epoch, Position, Splice, TraceParent};
+use wallaby_model::{Epoch, Position, Splice, TableName, TraceParent};
 use wallaby_staging::{SideKey, SideStore, StagingError};
 use wallaby_wire::splice::{SpliceReader, decode_manifest};
 
 use super::ApplyError;
 use super::assemble::Piece;
 use super::stream::LogStream;
+use super::tables;
 use crate::pulse::Pulse;
 use crate::spans;
 
@@ -44,6 +45,8 @@ pub struct LogPortions<'a> {
     pub rows: u64,
     /// The commit time of the last transaction in it, µs since 1970.
     pub committed_at_micros: Option<i64>,
+    /// Tables with rows in it that no run ever brought to the sink.
+    pub strangers: BTreeSet<TableName>,
     /// What really went wrong, when the sink was told that the reading was interrupted.
     pub error: Option<ApplyError>,
 }
@@ -70,6 +73,7 @@ impl<'a> LogPortions<'a> {
             end: None,
             rows: 0,
             committed_at_micros: None,
+            strangers: BTreeSet::new(),
             error: None,
         }
     }
@@ -138,6 +142,13 @@ impl<'a> LogPortions<'a> {
     fn rows_of(&mut self, part: BatchPart) -> Portion {
         self.pulse.wait("the sink's answer");
         self.rows += part.tables().map(|table| table.rows.num_rows() as u64).sum::<u64>();
+        if let Some(filter) = &self.tables {
+            for table in tables::strangers(filter, std::slice::from_ref(&part)) {
+                if !self.strangers.contains(table) {
+                    self.strangers.insert(table.clone());
+                }
+            }
+        }
         if let Some(transaction) = part.transactions().last() {
             self.committed_at_micros = Some(transaction.committed_at_micros);
         }

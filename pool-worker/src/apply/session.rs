@@ -141,8 +141,16 @@ struct Run<'a> {
     /// The commit time of the last change the sink has, µs since 1970.
     last_commit_micros: Option<i64>,
     moved_at: Instant,
-    /// Tables whose rows are left out because no run ever brought them here; and whether that was said.
-    strangers: BTreeMap<TableName, bool>,
+    /// Tables whose rows are left out because no run ever brought them here.
+    strangers: BTreeMap<TableName, LeftOut>,
+}
+
+/// What is known of a table whose rows are left out.
+struct LeftOut {
+    /// It has no rows behind this, as far as the main reader came.
+    seen: Position,
+    /// A person was told.
+    is_said: bool,
 }
 
 async fn drive(
@@ -317,10 +325,8 @@ impl Run<'_> {
             }
         };
         if let Some(filter) = &self.loads.filter {
-            for table in tables::strangers(filter, batch) {
-                if !self.strangers.contains_key(table) {
-                    self.strangers.insert(table.clone(), false);
-                }
+            for table in tables::strangers(filter, &batch.parts) {
+                meet(&mut self.strangers, table, batch.to);
             }
         }
         let rows = batch.rows();
@@ -358,7 +364,9 @@ impl Run<'_> {
         let mut portions = LogPortions::new(&mut self.stream, side, filter, None, &context.pulse, span.clone());
         let outcome = self.sink.apply_large(from, &mut portions).instrument(span).await;
         let (rows, committed) = (portions.rows, portions.committed_at_micros);
+        let strangers = std::mem::take(&mut portions.strangers);
         let to = portions.finish(outcome)?;
+        strangers.iter().for_each(|table| meet(&mut self.strangers, table, to));
         context.pulse.beat();
         tracing::info!(task = %context.task, rows, %to, took_ms = begun.elapsed().as_millis() as u64, "a large transaction was applied");
         let durable = self.sink.barrier().await?;
@@ -420,10 +428,11 @@ impl Run<'_> {
             filter.is_none_or(|filter| filter.taken.contains_key(table) || filter.left_out.contains(table))
         };
         self.strangers.retain(|table, _| !is_known(table));
-        let mut wanted = Vec::new();
-        for (table, is_said) in &mut self.strangers {
-            match context.runs.of(&context.task.flow, |runs| tables::stranger(runs, sink, table)) {
+        let (mut wanted, mut gone) = (Vec::new(), Vec::new());
+        for (table, LeftOut { seen, is_said }) in &mut self.strangers {
+            match context.runs.of(&context.task.flow, |runs| tables::stranger(runs, sink, table, *seen)) {
                 Stranger::Awaited => {}
+                Stranger::Gone => gone.push(table.clone()),
                 Stranger::Cancelled(run) if !*is_said => {
                     tracing::warn!(task = %context.task, %table, %run, "rows are left out: the run that would load their table was cancelled; load it with `wallaby snapshot start`");
                     *is_said = true;
@@ -431,6 +440,10 @@ impl Run<'_> {
                 Stranger::Cancelled(_) => {}
                 Stranger::Wanted => wanted.push(pattern_of(table)),
             }
+        }
+        for table in gone {
+            tracing::info!(task = %context.task, %table, "a table that came to the publication was gone before a run could load it");
+            self.strangers.remove(&table);
         }
         if wanted.is_empty() {
             return;
@@ -507,6 +520,14 @@ impl Run<'_> {
             progress.transactions = transactions;
             progress.bytes = bytes;
         });
+    }
+}
+
+/// Rows of a table were left out, up to here.
+fn meet(strangers: &mut BTreeMap<TableName, LeftOut>, table: &TableName, up_to: Position) {
+    match strangers.get_mut(table) {
+        Some(known) => known.seen = up_to,
+        None => drop(strangers.insert(table.clone(), LeftOut { seen: up_to, is_said: false })),
     }
 }
 

@@ -4,9 +4,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use wallaby_connector_api::{Batch, TableFilter, TableMark};
+use wallaby_connector_api::{BatchPart, TableFilter, TableMark};
 use wallaby_model::flow::SnapshotMode;
-use wallaby_model::run::{ChunkDone, RelationState, RunPlan, RunSpec, RunState, SinkRun, TableStage, covers};
+use wallaby_model::run::{
+    ChunkDone, PlannedRelation, RelationState, RunPlan, RunSpec, RunState, SinkRun, TableStage, covers,
+};
 use wallaby_model::{ChunkId, Lsn, Position, RunId, SinkId, TableName};
 
 use crate::runs::{FlowRuns, RunView};
@@ -32,9 +34,9 @@ pub fn main_filter(marks: &[TableMark], snapshot: SnapshotMode) -> Option<TableF
     Some(filter)
 }
 
-/// Tables that have rows in a batch and that no run ever brought to the sink: their rows are left out until one does.
-pub fn strangers<'a>(filter: &'a TableFilter, batch: &'a Batch) -> impl Iterator<Item = &'a TableName> {
-    let tables = batch.parts.iter().flat_map(|part| part.body.tables.iter().map(|table| &table.schema.table));
+/// Tables that have rows in what the main reader took and that no run ever brought to the sink: their rows are left out until one does.
+pub fn strangers<'a>(filter: &'a TableFilter, parts: &'a [BatchPart]) -> impl Iterator<Item = &'a TableName> {
+    let tables = parts.iter().flat_map(|part| part.body.tables.iter().map(|table| &table.schema.table));
     tables.filter(|table| !filter.others && !filter.taken.contains_key(table) && !filter.left_out.contains(table))
 }
 
@@ -45,12 +47,14 @@ pub enum Stranger {
     Awaited,
     /// Somebody cancelled the last run that had it: people decide.
     Cancelled(RunId),
+    /// It was gone when a run looked for it, and has had no rows since.
+    Gone,
     /// A run is to be made.
     Wanted,
 }
 
-/// See [`Stranger`].
-pub fn stranger(runs: &FlowRuns, sink: &SinkId, table: &TableName) -> Stranger {
+/// See [`Stranger`]. `seen`: the table has no rows behind it.
+pub fn stranger(runs: &FlowRuns, sink: &SinkId, table: &TableName, seen: Position) -> Stranger {
     let name = table.to_string();
     let has_it = |spec: &RunSpec| {
         let has = |patterns: &[String]| patterns.iter().any(|pattern| covers(pattern, &name));
@@ -62,8 +66,16 @@ pub fn stranger(runs: &FlowRuns, sink: &SinkId, table: &TableName) -> Stranger {
         Some((number, run)) if !run.plan.as_ref().is_some_and(|plan| plan.state == RunState::Done) => {
             Stranger::Cancelled(*number)
         }
+        Some((_, run)) if run.plan.as_ref().is_some_and(|plan| was_gone(plan, table, seen)) => Stranger::Gone,
         _ => Stranger::Wanted,
     }
+}
+
+/// Whether a table whose last rows stand at or before `seen` was gone when a run was planned last.
+fn was_gone(plan: &RunPlan, table: &TableName, seen: Position) -> bool {
+    let is_there = |relation: &PlannedRelation| relation.table == *table && relation.state != RelationState::Gone;
+    let point = plan.generations.last().map(|generation| Position::before(generation.consistent_point));
+    point.is_some_and(|point| seen <= point) && !plan.relations.iter().any(is_there)
 }
 
 /// One table of a plan.

@@ -138,6 +138,8 @@ impl CaptureError {
             CaptureError::Staging(StagingError::Record { .. } | StagingError::Missing { .. }) => Directive::Stop,
             CaptureError::Staging(_) => Directive::Retry,
             CaptureError::Coordination(error) if error.is_ownership_lost() => Directive::GiveUp,
+            // The plan of a run over too many tables.
+            CaptureError::Coordination(wallaby_coordination::Error::TooLarge { .. }) => Directive::Stop,
             CaptureError::Coordination(_) => Directive::Retry,
             CaptureError::LogUnreachable(_) | CaptureError::Invalid => Directive::GiveUp,
         }
@@ -163,6 +165,7 @@ impl CaptureError {
             CaptureError::Dsn(_) => "DsnInvalid",
             CaptureError::Source(error) => error.reason(),
             CaptureError::Staging(error) => CaptureError::staging_reason(error),
+            CaptureError::Coordination(wallaby_coordination::Error::TooLarge { .. }) => "PlanTooLarge",
             CaptureError::Coordination(_) => "EtcdUnavailable",
             CaptureError::Segment(_) => "SegmentRefused",
             CaptureError::LogLost { .. } => "LogLost",

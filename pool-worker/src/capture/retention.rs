@@ -3,22 +3,20 @@
 //! The replay window is a wish. While the log is short of room it is halved until there is room again, down to nothing; what a
 //! reader still needs is never touched. When there is room it grows back.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Coordination, PurgeOutcome, TaskLock};
 use wallaby_model::condition::ConditionType;
-use wallaby_model::{Epoch, Position, RunId};
-use wallaby_staging::{
-    Log, LogInfo, RESERVE_BYTES, Retention, Shelf, SideGroup, SideStore, Sweep, log_begins, sweep, sweep_transactions,
-};
+use wallaby_model::{Epoch, Position};
+use wallaby_staging::{Log, LogInfo, RESERVE_BYTES, Retention, SideStore, Sweep, log_begins, sweep_transactions};
 
 use super::CaptureError;
 use super::side::Living;
 use crate::detach::Overrun;
 use crate::failpoint::{Failpoint, Failpoints};
+use crate::run::sweep::sweep_chunks;
 use crate::status::StatusBoard;
 
 /// How often it is looked whether there is room.
@@ -139,26 +137,11 @@ impl Sweeper {
         let living = self.living.now();
         let what = Sweep { epoch: self.epoch, purged_to: purged_to.min(begins), living: &living };
         let mut swept = sweep_transactions(self.side.as_ref(), &what).await?;
-        swept.extend(self.sweep_chunks(log).await?);
+        swept.extend(sweep_chunks(&self.coordination, log.flow(), self.side.as_ref()).await?);
         if !swept.is_empty() {
             tracing::info!(flow = %log.flow(), groups = swept.len(), "swept the side store");
         }
         Ok(())
-    }
-
-    /// A part can be on its way while its run is ended, and lands when the run's parts are gone.
-    async fn sweep_chunks(&self, log: &Log) -> Result<Vec<SideGroup>, CaptureError> {
-        let runs = self.coordination.runs(log.flow()).await?;
-        let Some(last) = runs.iter().map(|run| run.run).max() else { return Ok(Vec::new()) };
-        let open: BTreeSet<RunId> = runs.iter().filter(|run| !run.is_over()).map(|run| run.run).collect();
-        // What is not known and not younger was forgotten long after it was over.
-        let is_kept = |run| run > last || open.contains(&run);
-        let keep = |group| match group {
-            SideGroup::ChunkAttempt(run, ..) | SideGroup::Run(run) => is_kept(run),
-            // Not on this shelf.
-            SideGroup::Attempt(_) | SideGroup::Manifest(_) => true,
-        };
-        Ok(sweep(self.side.as_ref(), Shelf::Chunks, &keep).await?)
     }
 }
 

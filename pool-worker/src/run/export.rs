@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use wallaby_coordination::Error as EtcdError;
-use wallaby_model::run::{Generation, PlannedRelation, RunSpec};
+use wallaby_model::run::{Generation, PlannedRelation, RunPlan, RunReason, RunSpec};
 use wallaby_model::{Position, RunId};
 use wallaby_postgres_source::{
     ConnectConfig, PublicationWanted, SessionOwner, SnapshotExport, connect_control, ensure_publication,
@@ -48,7 +48,7 @@ impl Export {
         demand: &SourceDemand,
         run: RunId,
         spec: &RunSpec,
-        number: u32,
+        before: &RunPlan,
     ) -> Result<(Export, Generation, Vec<PlannedRelation>), CaptureError> {
         let Some(epoch) = context.lock.epoch() else { return Err(CaptureError::Invalid) };
         let config = ConnectConfig::parse(&secret::resolve(&demand.dsn)?)?
@@ -60,6 +60,7 @@ impl Export {
         if demand.is_captured {
             hold(context, run).await?;
         }
+        let number = before.generations.last().map_or(1, |last| last.number + 1);
         context.pulse.wait("the source to export a snapshot");
         let owner = SessionOwner { prefix: context.task.session_prefix(), epoch };
         let mut session = SnapshotExport::open(&config, &owner, EXPORT_PATIENCE).await?;
@@ -71,7 +72,9 @@ impl Export {
         };
         context.pulse.wait("the source's catalog");
         let chunk_bytes = demand.log.side_chunks_max().0 / CHUNKS_AT_A_TIME;
-        let relations = session.plan(&demand.publication, &spec.tables, &spec.exclude, chunk_bytes).await?;
+        let required = required(context, spec, before);
+        let planned = session.plan_required(&demand.publication, &spec.tables, &required, &spec.exclude, chunk_bytes);
+        let relations = planned.await?;
         Ok((Export { session }, generation, relations))
     }
 
@@ -99,6 +102,16 @@ fn publication(context: &TaskContext) -> Option<PublicationWanted> {
     let flows = context.flows.borrow();
     let document = &flows.get(&context.task.flow)?.record.document;
     Some(publication_wanted(document.publication_name(), &document.spec.source.postgres.publication))
+}
+
+/// What of the run's tables has to be there: what the flow's file names, and what a person asked for when nothing of it was planned yet.
+/// Others may have been dropped since the run was made, and are not waited for: tables that came by a pattern, above all.
+fn required(context: &TaskContext, spec: &RunSpec, before: &RunPlan) -> Vec<String> {
+    let flows = context.flows.borrow();
+    let named = flows.get(&context.task.flow).map(|flow| &flow.record.document.spec.source.postgres.publication.tables);
+    let is_asked = spec.reason == RunReason::Asked && before.generations.is_empty();
+    let is_required = |table: &&String| is_asked || named.is_some_and(|named| named.contains(table));
+    spec.tables.iter().filter(is_required).cloned().collect()
 }
 
 /// Holds the log from its end, which must be there already: the snapshot comes after it.

@@ -7,6 +7,7 @@
 
 mod core;
 mod export;
+pub mod sweep;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -112,6 +113,13 @@ async fn session(
     seen_by_watch(context, run, entry.plan.as_ref()).await;
     context.pulse.wait("the side store");
     let side = context.shared.side(&context.task.flow, &demand.log).await?;
+    if !demand.is_captured {
+        // There is no capture whose owner would do it.
+        let swept = sweep::sweep_chunks(&context.shared.coordination, &context.task.flow, side.as_ref()).await?;
+        if !swept.is_empty() {
+            tracing::info!(flow = %context.task.flow, groups = swept.len(), "swept the side store");
+        }
+    }
     let plan = entry.plan.unwrap_or_default();
     let mut owner =
         Owner { context, demand, run, plan, side, export: None, is_outdated: false, removed: BTreeSet::new() };
@@ -240,9 +248,8 @@ impl Owner<'_> {
             self.without_snapshot(why).await?;
         }
         tracing::info!(task = %context.task, why, "exporting a snapshot");
-        let number = self.plan.generations.last().map_or(1, |last| last.number + 1);
         self.side.ensure(Shelf::Chunks).await?;
-        let (export, generation, fresh) = Export::make(context, self.demand, self.run, &spec, number).await?;
+        let (export, generation, fresh) = Export::make(context, self.demand, self.run, &spec, &self.plan).await?;
         let replanned = context.runs.run(&context.task.flow, self.run, |view| {
             let known = core::Known { done: &view.chunks, lost: &view.lost, may_mix: self.demand.is_captured };
             core::replan(self.plan.clone(), fresh, generation.clone(), known)
@@ -253,7 +260,7 @@ impl Owner<'_> {
         self.export = Some(export);
         self.is_outdated = false;
         tracing::info!(
-            task = %context.task, generation = number, consistent_point = %generation.consistent_point,
+            task = %context.task, generation = generation.number, consistent_point = %generation.consistent_point,
             relations = self.plan.relations.len(), chunks = self.plan.chunks().count(), "a snapshot was exported"
         );
         Ok(())

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use tokio_util::task::AbortOnDropHandle;
 use wallaby_model::condition::{ConditionType, Timestamp};
 use wallaby_model::run::{ChunkDone, RunReason, RunSpec, RunState, RunWish};
 use wallaby_model::{ChunkId, Reader, RunId, TaskId, TaskKind};
@@ -19,7 +20,7 @@ const RUN: RunId = RunId(1);
 const CHANGES: &str = "UPDATE t SET n = n + 1 WHERE id % 3 = 0; DELETE FROM t WHERE id % 7 = 0; INSERT INTO t (id, pad) VALUES (30000, 'new')";
 
 /// A run of six chunks of which two are read.
-async fn half_read(name: &str, snapshot: &str) -> (Arc<Scene>, tokio_util::task::AbortOnDropHandle<()>, Running) {
+async fn half_read(name: &str, snapshot: &str) -> (Arc<Scene>, AbortOnDropHandle<()>, Running) {
     let scene = Arc::new(Scene::new(name).await);
     fill(&scene, 20_000).await;
     scene.offer_chunks(2);
@@ -32,6 +33,22 @@ async fn half_read(name: &str, snapshot: &str) -> (Arc<Scene>, tokio_util::task:
 
 async fn wish(scene: &Scene, wish: RunWish) {
     scene.coordination.set_run_wish(&scene.flow, RUN, wish).await.unwrap();
+}
+
+/// Asks for a run of everything.
+async fn ask(scene: &Scene) {
+    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+    let spec = RunSpec {
+        reason: RunReason::Asked,
+        tables: Vec::new(),
+        exclude: Vec::new(),
+        sinks: vec![scene.sink.clone()],
+        wish: RunWish::Go,
+        rows_per_second: None,
+        readers: 4,
+        created_at: Timestamp(0),
+    };
+    scene.coordination.create_run(&seen, spec).await.unwrap();
 }
 
 async fn chunks(scene: &Scene) -> BTreeMap<ChunkId, ChunkDone> {
@@ -121,18 +138,7 @@ async fn a_run_that_is_cancelled_half_way_leaves_nothing_and_the_next_one_loads_
     assert!(!holds.contains_key(&Reader::Run(RUN)), "the run still holds the log: {holds:?}");
     scene.offer_chunks(u32::MAX);
     scene.source.batch_execute(CHANGES).await.unwrap();
-    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
-    let spec = RunSpec {
-        reason: RunReason::Asked,
-        tables: Vec::new(),
-        exclude: Vec::new(),
-        sinks: Vec::new(),
-        wish: RunWish::Go,
-        rows_per_second: None,
-        readers: 4,
-        created_at: Timestamp(0),
-    };
-    scene.coordination.create_run(&seen, spec).await.unwrap();
+    ask(&scene).await;
     scene.run_is(2, RunState::Done).await;
     scene.equal(ALL).await;
     scene.source.batch_execute("INSERT INTO t (id, pad) VALUES (30001, 'streamed')").await.unwrap();
@@ -142,16 +148,18 @@ async fn a_run_that_is_cancelled_half_way_leaves_nothing_and_the_next_one_loads_
 /// Nothing but a part has so many bytes.
 const PART_LEAST: usize = 4096;
 
-/// A part that is on its way while its run is cancelled lands when everything of the run is gone: nobody reads it, and it must not stay.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn h16_a_part_that_lands_after_its_run_was_cancelled_is_swept() {
-    let scene = Arc::new(Scene::new("late").await);
-    fill(&scene, 20_000).await;
+/// A run of which a part lands when everything of it was removed, because it was on its way while the run was cancelled: nobody reads it,
+/// and it must not stay. `owner` has room for the tasks that it has, and no more: another worker reads the chunk, and lives on.
+async fn a_part_lands_late(
+    scene: &Arc<Scene>,
+    snapshot: &str,
+    owner_tasks: u32,
+) -> (AbortOnDropHandle<()>, Running, Running, Wire) {
+    fill(scene, 20_000).await;
     scene.offer_chunks(0);
-    scene.coordination.create_flow(scene.in_chunks("initial")).await.unwrap();
-    let _offers = scene.offering();
-    // Capture, apply and run are all that it has room for.
-    let owner = scene.worker_of("w1", 3);
+    scene.coordination.create_flow(scene.in_chunks(snapshot)).await.unwrap();
+    let offers = scene.offering();
+    let owner = scene.worker_of("w1", owner_tasks);
     scene
         .until("the run has a snapshot", async || {
             let plan = scene.plan(1).await?;
@@ -159,14 +167,14 @@ async fn h16_a_part_that_lands_after_its_run_was_cancelled_is_swept() {
         })
         .await;
     scene
-        .until("its three tasks are owned", async || {
+        .until("its tasks are owned", async || {
             let locks = scene.coordination.locks(&scene.flow).await.map_err(|error| error.to_string())?;
-            if locks.len() == 3 { Ok(()) } else { Err(format!("{locks:?}")) }
+            if locks.len() == owner_tasks as usize { Ok(()) } else { Err(format!("{locks:?}")) }
         })
         .await;
     let wire = Wire::to(&scene.nats.url()).await;
     let failpoints = Failpoints::parse("stop-before-chunk-part").unwrap();
-    let _reader = scene.worker_at("w2", failpoints.clone(), &wire.url());
+    let reader = scene.worker_at("w2", failpoints.clone(), &wire.url());
     scene.offer_chunks(1);
     scene.stands_at(&failpoints, Failpoint::StopBeforeChunkPart).await;
     wire.hold(Held::Requests);
@@ -177,9 +185,9 @@ async fn h16_a_part_that_lands_after_its_run_was_cancelled_is_swept() {
             if waiting > PART_LEAST { Ok(()) } else { Err(format!("{waiting} bytes")) }
         })
         .await;
-    wish(&scene, RunWish::Cancel).await;
+    wish(scene, RunWish::Cancel).await;
     scene.run_is(1, RunState::Cancelled).await;
-    no_chunk_is_left(&scene).await;
+    no_chunk_is_left(scene).await;
     wire.hold(Held::Nothing);
     scene
         .until("the part lands", async || match scene.on_shelf(Shelf::Chunks).await?.len() {
@@ -187,14 +195,40 @@ async fn h16_a_part_that_lands_after_its_run_was_cancelled_is_swept() {
             _ => Ok(()),
         })
         .await;
-    // The next sweep is the next owner's.
-    owner.end().await;
+    (offers, owner, reader, wire)
+}
+
+async fn it_is_swept(scene: &Scene) {
     scene
         .until("it is swept", async || {
             let left = scene.on_shelf(Shelf::Chunks).await?;
             if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
         })
         .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h16_a_part_that_lands_after_its_run_was_cancelled_is_swept() {
+    let scene = Arc::new(Scene::new("late").await);
+    // Capture, apply and run.
+    let (_offers, owner, _next, _wire) = a_part_lands_late(&scene, "initial", 3).await;
+    // The next sweep is the next owner's.
+    owner.end().await;
+    it_is_swept(&scene).await;
+}
+
+/// Where nothing is captured, nobody is there until there is another run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h16_a_part_that_lands_late_where_nothing_is_captured_is_swept_by_the_next_run() {
+    let scene = Arc::new(Scene::new("late-only").await);
+    // Apply and run.
+    let (_offers, _owner, _reader, _wire) = a_part_lands_late(&scene, "only", 2).await;
+    scene.offer_chunks(0);
+    ask(&scene).await;
+    it_is_swept(&scene).await;
+    scene.offer_chunks(u32::MAX);
+    scene.run_is(2, RunState::Done).await;
+    scene.equal(ALL).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

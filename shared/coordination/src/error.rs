@@ -52,7 +52,7 @@ pub enum Error {
     },
     /// A value would not fit into an etcd request.
     #[error(
-        "{key} would take {bytes} bytes, etcd takes at most {limit} in one request: make it smaller (fewer tables by name, fewer sinks)"
+        "{key} would take {bytes} bytes, etcd takes at most {limit} in one request: make it smaller (fewer tables by name or in one snapshot run, fewer sinks)"
     )]
     TooLarge {
         /// The largest key of the request.

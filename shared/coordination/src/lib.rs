@@ -29,6 +29,7 @@ pub mod metrics;
 mod operations;
 mod options;
 mod paced;
+mod packed;
 mod records;
 mod runs;
 mod session;

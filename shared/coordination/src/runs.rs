@@ -11,6 +11,7 @@ use crate::client::encode;
 use crate::flows::FlowEntry;
 use crate::keys::Key;
 use crate::lock::TaskLock;
+use crate::packed::encode_packed;
 use crate::records::RunIndex;
 use crate::watch::{Entry, decode};
 use crate::{Coordination, Error, Result, Revision};
@@ -64,7 +65,7 @@ pub(crate) struct NewRuns {
 }
 
 impl Coordination {
-    /// Makes a run of a flow that was read as `seen`.
+    /// Makes a run of a flow that was read as `seen`: one for all sinks is for those that it has now.
     ///
     /// # Errors
     /// `RunOverlaps`; `TooManyRuns`; `FlowChanged`; `FlowNotFound`; `FlowDeleting`; when etcd cannot be reached.
@@ -73,6 +74,7 @@ impl Coordination {
         if seen.record.deleting_since.is_some() {
             return Err(Error::FlowDeleting(flow.clone()));
         }
+        let spec = spec.of_sinks(seen.record.document.spec.sinks.iter().map(|sink| &sink.name));
         let flow_key = self.keys().text(&Key::FlowSpec(flow.clone()));
         for _ in 0..RACES_MAX {
             let index = self.run_index(flow).await?;
@@ -296,7 +298,7 @@ impl Coordination {
         });
         plan.totals = Some(totals);
         let text = self.keys().text(&key);
-        let value = encode(&text, &plan)?;
+        let value = encode_packed(&text, &plan)?;
         // Somebody else who clears it writes the same; a plan that is over is written by nobody else.
         let unchanged = Compare::mod_revision(text.clone(), CompareOp::Equal, entry.mod_revision.0);
         let txn = Txn::new().when(vec![unchanged]).and_then(vec![TxnOp::put(text, value, None)]);
@@ -435,7 +437,7 @@ impl TaskLock {
         let keys = self.coordination().keys();
         let text = keys.text(key);
         let exists = Compare::create_revision(keys.text(&Key::RunSpec(flow.clone(), run)), CompareOp::Greater, 0);
-        let mut then = vec![TxnOp::put(text.clone(), encode(&text, value)?, None)];
+        let mut then = vec![TxnOp::put(text.clone(), encode_packed(&text, value)?, None)];
         then.extend(more);
         let outcome = self.guarded(doing, vec![exists], then, Vec::new()).await?;
         if outcome.succeeded { Ok(()) } else { Err(Error::RunNotFound { flow: flow.clone(), run }) }

@@ -54,7 +54,7 @@ pub struct RunSpec {
     /// Tables of these that are left out: `schema.table` or `schema.*`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exclude: Vec<String>,
-    /// The sinks that load; empty: every sink of the flow.
+    /// The sinks that load. Whoever asks leaves it empty for all of them; what is stored names each ([`RunSpec::of_sinks`]).
     #[serde(default)]
     pub sinks: Vec<SinkId>,
     /// What is wanted of it now.
@@ -70,6 +70,16 @@ pub struct RunSpec {
 }
 
 impl RunSpec {
+    /// The same for these sinks, the flow's as the run is made, when it is for all of them. One that is added later is none of them: it
+    /// has a run of its own.
+    #[must_use]
+    pub fn of_sinks<'a>(mut self, all: impl IntoIterator<Item = &'a SinkId>) -> RunSpec {
+        if self.sinks.is_empty() {
+            self.sinks = all.into_iter().cloned().collect();
+        }
+        self
+    }
+
     /// Whether the run loads into a sink of the flow.
     pub fn loads_into(&self, sink: &SinkId) -> bool {
         self.sinks.is_empty() || self.sinks.contains(sink)

@@ -42,36 +42,38 @@ pub(crate) fn tracer(options: &TelemetryOptions) -> Result<Option<SdkTracerProvi
     Ok(Some(provider))
 }
 
+type Dispatched = dyn Subscriber + Send + Sync;
+
 /// Makes log lines and spans of this process go where they should.
 pub(crate) fn install(options: &TelemetryOptions, tracer: Option<&SdkTracerProvider>) -> Result<()> {
     subscriber(options, tracer)?.try_init().map_err(|error| Error::Twice(error.to_string()))
 }
 
-fn subscriber(
-    options: &TelemetryOptions,
-    tracer: Option<&SdkTracerProvider>,
-) -> Result<impl Subscriber + Send + Sync + 'static> {
+/// What takes lines and spans. Without a tracer no span is made: each place that would make one asks once, and remembers the answer.
+fn subscriber(options: &TelemetryOptions, tracer: Option<&SdkTracerProvider>) -> Result<Box<Dispatched>> {
     let text = options.filter.clone().or_else(|| std::env::var("RUST_LOG").ok()).filter(|text| !text.is_empty());
     let text = text.unwrap_or_else(|| DEFAULT_FILTER.to_owned());
     let filter = EnvFilter::try_new(&text).map_err(|error| Error::Filter { filter: text, cause: error.to_string() })?;
-    // Spans are for the collector only. The level is given, or none would count as all.
-    let is_line = FilterFn::new(|metadata| metadata.is_event()).with_max_level_hint(LevelFilter::TRACE);
-    let filter = filter.and(is_line);
+    // Spans are for the collector only.
+    let is_line = FilterFn::new(|metadata: &tracing::Metadata<'_>| metadata.is_event());
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines: Box<dyn Layer<Registry> + Send + Sync> = match options.log_format {
-        LogFormat::Text => lines.with_filter(filter).boxed(),
-        LogFormat::Json => lines.json().with_filter(filter).boxed(),
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().boxed(),
     };
-    let spans = tracer.map(|provider| {
-        // Our own only: the exporter's own requests would be exported, and make more.
-        let is_ours = |metadata: &tracing::Metadata<'_>| {
-            metadata.target().starts_with("wallaby") && *metadata.level() <= Level::INFO
-        };
-        let is_ours = FilterFn::new(is_ours).with_max_level_hint(LevelFilter::INFO);
-        let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("wallaby"));
-        layer.with_location(false).with_threads(false).with_tracked_inactivity(false).with_filter(is_ours)
-    });
-    Ok(tracing_subscriber::registry().with(lines).with(spans))
+    let Some(provider) = tracer else {
+        // Filters of the whole: behind filters of one layer the registry makes a span that no layer hears of. The level is that of the last.
+        return Ok(Box::new(tracing_subscriber::registry().with(lines.and_then(is_line).and_then(filter))));
+    };
+    // The level is given, or none would count as all.
+    let lines = lines.with_filter(filter.and(is_line.with_max_level_hint(LevelFilter::TRACE)));
+    // Our own only: the exporter's own requests would be exported, and make more.
+    let is_ours =
+        |metadata: &tracing::Metadata<'_>| metadata.target().starts_with("wallaby") && *metadata.level() <= Level::INFO;
+    let is_ours = FilterFn::new(is_ours).with_max_level_hint(LevelFilter::INFO);
+    let spans = tracing_opentelemetry::layer().with_tracer(provider.tracer("wallaby"));
+    let spans = spans.with_location(false).with_threads(false).with_tracked_inactivity(false).with_filter(is_ours);
+    Ok(Box::new(tracing_subscriber::registry().with(lines).with(spans)))
 }
 
 #[cfg(test)]

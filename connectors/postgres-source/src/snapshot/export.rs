@@ -115,9 +115,24 @@ impl SnapshotExport {
         exclude: &[String],
         chunk_bytes: u64,
     ) -> Result<Vec<PlannedRelation>, SourceError> {
+        self.plan_required(publication, wanted, wanted, exclude, chunk_bytes).await
+    }
+
+    /// The same where only what is `required` has to be there: the rest of what is `wanted` may be gone.
+    ///
+    /// # Errors
+    /// As [`SnapshotExport::plan`].
+    pub async fn plan_required(
+        &mut self,
+        publication: &str,
+        wanted: &[String],
+        required: &[String],
+        exclude: &[String],
+        chunk_bytes: u64,
+    ) -> Result<Vec<PlannedRelation>, SourceError> {
         let control = sql::patient(&self.config).await?;
         sql::import(&control, &self.snapshot).await?;
-        let planned = plan::plan(&control, publication, wanted, exclude, chunk_bytes).await?;
+        let planned = plan::plan(&control, publication, wanted, required, exclude, chunk_bytes).await?;
         let oids: Vec<u32> = planned.iter().map(|relation| relation.oid).collect();
         let all = vec![i16::MAX; oids.len()];
         self.columns = columns_of(&control, &oids, &all).await?;

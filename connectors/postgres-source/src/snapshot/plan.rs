@@ -59,6 +59,7 @@ pub(super) async fn plan(
     client: &tokio_postgres::Client,
     publication: &str,
     wanted: &[String],
+    required: &[String],
     exclude: &[String],
     chunk_bytes: u64,
 ) -> Result<Vec<PlannedRelation>, SourceError> {
@@ -77,7 +78,7 @@ pub(super) async fn plan(
         }
     }
     let planned: Vec<PlannedRelation> = rows.iter().map(|row| relation(row, chunk_bytes)).collect();
-    for pattern in &patterns {
+    for pattern in &parse(required).map_err(missing)? {
         if !planned.iter().any(|relation| pattern.matches(&relation.table)) {
             return Err(missing(unpublished(pattern, publication, &planned)));
         }

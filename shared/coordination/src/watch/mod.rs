@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::keys::Key;
+use crate::packed::json_of;
 use crate::{Error, Result, Revision};
 pub(crate) use feed::{Mode, entry, list, start};
 
@@ -20,7 +21,7 @@ const EVENTS_BUFFERED_MAX: usize = 64;
 pub struct Entry {
     /// What the key stands for.
     pub key: Key,
-    /// JSON; see [`Entry::decode`].
+    /// JSON, packed when it is large; see [`Entry::decode`].
     pub value: Vec<u8>,
     /// The revision that made the key.
     pub create_revision: Revision,
@@ -84,7 +85,7 @@ impl Entry {
 
 /// Reads a JSON value. The error says where, never what.
 pub(crate) fn decode<T: DeserializeOwned>(key: &str, value: &[u8]) -> Result<T> {
-    serde_json::from_slice(value).map_err(|error| {
+    serde_json::from_slice(&json_of(key, value)?).map_err(|error| {
         // serde_json's own text can quote the value.
         let kind = match error.classify() {
             serde_json::error::Category::Syntax | serde_json::error::Category::Eof => "not JSON",

@@ -5,11 +5,16 @@ use std::time::Duration;
 
 use rand::Rng;
 use rand::rngs::StdRng;
-use wallaby_coordination::{ChunkOutcome, Coordination, DetachOutcome, Error, FlowEntry, Hold, PurgeOutcome};
+use wallaby_coordination::{
+    Change, ChunkOutcome, Coordination, DetachOutcome, Entry, Error, FlowEntry, Hold, Key, PurgeOutcome, WatchEvent,
+};
 use wallaby_model::flow::SnapshotMode;
 use wallaby_model::flow::change::sink_anew;
-use wallaby_model::run::{ChunkDone, ChunkLoaded, RunPlan, RunReason, RunSpec, RunState, RunWish, SinkRun};
-use wallaby_model::{ChunkId, Epoch, Lsn, Reader, RunId, TaskId, TaskKind, WorkerId};
+use wallaby_model::run::{
+    ChunkDone, ChunkLoaded, PlannedRelation, RelationState, RunPlan, RunReason, RunSpec, RunState, RunWish, SinkRun,
+    TableStage,
+};
+use wallaby_model::{ChunkId, Epoch, Lsn, Reader, RunId, TableName, TaskId, TaskKind, WorkerId};
 use wallaby_testkit::Seeded;
 
 use crate::setup::*;
@@ -63,6 +68,7 @@ async fn a_flow_that_loads_makes_its_runs_in_the_transaction_that_changes_it() {
     let runs = coordination.runs(&flow.flow).await.unwrap();
     assert_eq!(runs.len(), 1);
     assert_eq!((runs[0].run, runs[0].spec.reason, runs[0].is_over()), (RunId(1), RunReason::FirstLoad, false));
+    assert_eq!(runs[0].spec.sinks, [sink_id("a")], "a sink that is added later would be of it");
 
     let mut grown = flow.record.document.clone();
     grown.spec.sinks.push(document("x", &["b"]).spec.sinks[0].clone());
@@ -142,6 +148,81 @@ async fn a_run_goes_its_way_and_leaves_only_what_is_worth_keeping() {
     let kept: Vec<u32> = coordination.runs(name).await.unwrap().iter().map(|run| run.run.0).collect();
     assert_eq!(kept, (4..=13).collect::<Vec<_>>());
     assert!(coordination.list(&keys.run(name, RunId(1))).await.unwrap().is_empty());
+}
+
+/// A plan over so many tables, each of one name, size and oid or another.
+fn plan_over(tables: u32, random: &mut StdRng) -> RunPlan {
+    let relation = |number: u32| {
+        let table = TableName::new("public", format!("{:x}_{number}", random.random::<u32>()));
+        PlannedRelation {
+            relation: table.clone(),
+            table,
+            oid: random.random(),
+            relfilenode: random.random(),
+            pages: random.random_range(0..1_000_000),
+            chunk_pages: random.random_range(1..8192),
+            restart: 0,
+            state: RelationState::Reading,
+            rows_estimate: Some(random.random_range(0..1_000_000_000)),
+            has_key: true,
+        }
+    };
+    RunPlan { state: RunState::Reading, relations: (0..tables).map(relation).collect(), ..RunPlan::default() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_over_twenty_thousand_tables_is_planned_and_one_over_far_more_says_why_not() {
+    let (_scope, coordination) = shared("wide").await;
+    let flow = loading(&coordination, &["a"]).await;
+    let (name, run) = (&flow.flow, RunId(1));
+    let mut random = StdRng::seeded();
+    let session = worker(&coordination, "w1", lease(60, true)).await;
+    let owner = take(&session, &of(&flow, TaskKind::Run(run)), flow.revision).await;
+    let mut watch = coordination.watch(coordination.keys().flows());
+    let plan = plan_over(20_000, &mut random);
+    owner.put_plan(run, &plan).await.unwrap();
+    assert_eq!(coordination.run(name, run).await.unwrap().plan.unwrap(), plan);
+    let is_plan = |entry: &Entry| matches!(&entry.key, Key::RunPlan(..));
+    let watched = async {
+        loop {
+            let entries = match watch.next().await.unwrap() {
+                WatchEvent::Snapshot { entries, .. } => entries,
+                WatchEvent::Changes(changes) => changes
+                    .into_iter()
+                    .filter_map(|change| if let Change::Put(entry) = change { Some(entry) } else { None })
+                    .collect(),
+            };
+            if let Some(entry) = entries.iter().find(|entry| is_plan(entry)) {
+                return entry.decode::<RunPlan>().unwrap();
+            }
+        }
+    };
+    assert_eq!(tokio::time::timeout(PATIENCE, watched).await.unwrap(), plan);
+
+    let apply = take(&session, &TaskId::apply(name, &sink_id("a")), flow.revision).await;
+    let tables = plan.relations.iter().map(|relation| relation.table.to_string());
+    let state = SinkRun {
+        tables: tables.clone().map(|table| (table, TableStage::Ready)).collect(),
+        handed_over: tables.zip(1..).map(|(table, number)| (table, at(number))).collect(),
+        ..SinkRun::default()
+    };
+    apply.put_sink_run(run, &sink_id("a"), &state).await.unwrap();
+    assert_eq!(coordination.sink_run(name, run, &sink_id("a")).await.unwrap().unwrap(), state);
+
+    // A table of any size is one entry of the plan.
+    let mut larger = plan.clone();
+    (larger.relations[0].pages, larger.relations[0].chunk_pages) = (u32::MAX, 1);
+    owner.put_plan(run, &larger).await.unwrap();
+
+    let refused = owner.put_plan(run, &plan_over(120_000, &mut random)).await.unwrap_err();
+    let said = refused.to_string();
+    assert!(matches!(refused, Error::TooLarge { .. }) && said.contains("runs/1/plan"), "{said}");
+    assert!(said.contains("fewer tables by name or in one snapshot run"), "{said}");
+    let over = RunPlan { state: RunState::Cancelled, ..larger };
+    owner.finish_run(run, &over).await.unwrap();
+    assert!(coordination.clear_run(name, run).await.unwrap());
+    let kept = coordination.run(name, run).await.unwrap().plan.unwrap();
+    assert_eq!(kept.relations, over.relations);
 }
 
 #[tokio::test]

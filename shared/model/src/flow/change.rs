@@ -76,7 +76,7 @@ pub fn flow_change(before: Option<&FlowDocument>, after: &FlowDocument) -> FlowC
     let refused = before.map(|before| before.refused_changes(after)).unwrap_or_default();
     let mut effects = effects_on_tasks(before.map(|before| &before.spec), &after.spec);
     let runs = planned_runs(before.map(|before| &before.spec), &after.spec, Timestamp(0));
-    effects.extend(runs.iter().map(|run| effect("run", Effect::Created, run_text(run))));
+    effects.extend(runs.iter().map(|run| effect("run", Effect::Created, run_text(run, &after.spec))));
     FlowChange { changes: field_changes(before, after), effects, refused }
 }
 
@@ -84,13 +84,17 @@ fn effect(subject: impl Into<String>, effect: Effect, message: impl Into<String>
     ChangeEffect { subject: subject.into(), effect, message: message.into() }
 }
 
-fn run_text(run: &RunSpec) -> String {
+fn run_text(run: &RunSpec, flow: &FlowSpec) -> String {
     let mut tables = if run.tables.is_empty() { "every captured table".to_owned() } else { run.tables.join(", ") };
     if !run.exclude.is_empty() {
         tables = format!("{tables} without {}", run.exclude.join(", "));
     }
+    let is_of_all = flow.sinks.iter().all(|sink| run.sinks.contains(&sink.name));
     let sinks: Vec<&str> = run.sinks.iter().map(SinkId::as_str).collect();
-    let sinks = if sinks.is_empty() { "every sink".to_owned() } else { sinks.join(", ") };
+    let sinks = match run.reason {
+        RunReason::FirstLoad | RunReason::TablesAdded if is_of_all => "every sink".to_owned(),
+        _ => sinks.join(", "),
+    };
     let why = match run.reason {
         RunReason::FirstLoad => "the flow is loaded for the first time",
         RunReason::TablesAdded => "tables are added",
@@ -255,14 +259,15 @@ pub fn planned_runs(before: Option<&FlowSpec>, after: &FlowSpec, now: Timestamp)
         return Vec::new();
     }
     let publication = &after.source.postgres.publication;
-    let Some(before) = before else {
-        let tables = publication.tables.clone();
-        return vec![RunSpec { tables, exclude: publication.exclude.clone(), ..run(RunReason::FirstLoad, now) }];
+    let first_load = || {
+        let (tables, exclude) = (publication.tables.clone(), publication.exclude.clone());
+        let spec = RunSpec { tables, exclude, ..run(RunReason::FirstLoad, now) };
+        vec![spec.of_sinks(after.sinks.iter().map(|sink| &sink.name))]
     };
+    let Some(before) = before else { return first_load() };
     if before.source.postgres.snapshot == SnapshotMode::Never {
         // Tables without a mark at a sink were taken until now, and wait for a run from here on: one for all.
-        let tables = publication.tables.clone();
-        return vec![RunSpec { tables, exclude: publication.exclude.clone(), ..run(RunReason::FirstLoad, now) }];
+        return first_load();
     }
     let old = &before.source.postgres.publication;
     let is_old = |sink: &&SinkId| before.sinks.iter().any(|known| known.name == **sink);
@@ -270,8 +275,8 @@ pub fn planned_runs(before: Option<&FlowSpec>, after: &FlowSpec, now: Timestamp)
     let mut runs = Vec::new();
     let (tables, exclude) = added_tables(old, publication);
     if !tables.is_empty() && !kept.is_empty() {
-        let sinks = if fresh.is_empty() { Vec::new() } else { kept.into_iter().cloned().collect() };
-        runs.push(RunSpec { tables, exclude, sinks, ..run(RunReason::TablesAdded, now) });
+        let spec = RunSpec { tables, exclude, ..run(RunReason::TablesAdded, now) };
+        runs.push(spec.of_sinks(kept));
     }
     runs.extend(fresh.into_iter().map(|sink| sink_anew(sink, now)));
     runs

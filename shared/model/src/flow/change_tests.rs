@@ -88,6 +88,20 @@ fn a_flow_that_is_made_is_loaded_unless_told_never() {
 }
 
 #[test]
+fn a_run_for_all_sinks_names_those_that_are_there_when_it_is_made() {
+    let (before, mut after) = (flow(), flow());
+    after.spec.source.postgres.publication.tables.push("shop.*".into());
+    let mut never = before.clone();
+    never.spec.source.postgres.snapshot = SnapshotMode::Never;
+    for (before, after) in [(None, &before), (Some(&never.spec), &before), (Some(&before.spec), &after)] {
+        let runs = planned_runs(before, &after.spec, Timestamp(1));
+        assert_eq!(runs.len(), 1);
+        assert_eq!(runs[0].sinks, [SinkId::new("warehouse").unwrap()], "{:?}", runs[0].reason);
+        assert!(run_text(&runs[0], &after.spec).contains("into every sink:"), "{}", run_text(&runs[0], &after.spec));
+    }
+}
+
+#[test]
 fn sinks_and_tables_that_come_together_are_loaded_once_each() {
     let before = flow();
     let mut after = before.clone();

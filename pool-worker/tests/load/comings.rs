@@ -1,0 +1,127 @@
+//! Tables that come to a flow by themselves and go again, and sinks that come while a run is open.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use tokio_util::task::AbortOnDropHandle;
+use wallaby_model::run::{RunSpec, RunState};
+use wallaby_model::{RunId, SinkId};
+use wallaby_testkit::Database;
+
+use crate::scene::*;
+use crate::{ALL, fill};
+
+/// A flow of everything in `public`, whose first run is done. What comes of it is offered while the first handle lives.
+async fn loaded(name: &str, more: &str) -> (Arc<Scene>, AbortOnDropHandle<()>, Running) {
+    let scene = Arc::new(Scene::new(name).await);
+    fill(&scene, 100).await;
+    scene.coordination.create_flow(scene.document("public.*", "initial", more)).await.unwrap();
+    let offers = scene.offering();
+    let worker = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    (scene, offers, worker)
+}
+
+/// Makes a table, and waits until its changes are captured.
+async fn make(scene: &Scene, table: &str) {
+    scene.source.batch_execute(&format!("CREATE TABLE {table} (id int PRIMARY KEY, filler text)")).await.unwrap();
+    let sql = "SELECT count(*) FROM pg_publication_tables WHERE tablename = $1";
+    scene
+        .until("the publication has the table", async || {
+            match scene.source.query_one(sql, &[&table]).await.unwrap().get::<_, i64>(0) {
+                0 => Err("it has not".to_owned()),
+                _ => Ok(()),
+            }
+        })
+        .await;
+}
+
+async fn specs(scene: &Scene) -> Vec<RunSpec> {
+    let runs = scene.coordination.runs(&scene.flow).await.unwrap();
+    runs.into_iter().map(|run| run.spec).collect()
+}
+
+/// Its run has nothing to read: it ends, and no other one is made for the table until that has rows again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_came_and_is_dropped_before_its_run_is_planned_keeps_no_run_open() {
+    let (scene, offers, _worker) = loaded("dropped", "").await;
+    // The sink asks for a run by itself; nobody plans it.
+    drop(offers);
+    make(&scene, "u").await;
+    scene.source.batch_execute("INSERT INTO u VALUES (1, 'lost')").await.unwrap();
+    scene
+        .until("a run is made for the table", async || match specs(&scene).await.as_slice() {
+            [_, second] if second.tables == ["public.u"] => Ok(()),
+            other => Err(format!("{other:?}")),
+        })
+        .await;
+    scene.source.batch_execute("DROP TABLE u").await.unwrap();
+    let _offers = scene.offering();
+    scene.run_is(2, RunState::Done).await;
+    assert!(scene.plan(2).await.unwrap().relations.is_empty());
+
+    // The next one to come has the next run; and so has one of the same name.
+    for (run, table) in [(3, "v"), (4, "u")] {
+        make(&scene, table).await;
+        scene.source.batch_execute(&format!("INSERT INTO {table} VALUES (2, 'kept')")).await.unwrap();
+        scene.run_is(run, RunState::Done).await;
+        assert_eq!(specs(&scene).await.last().unwrap().tables, [format!("public.{table}")]);
+        scene.equal(&format!("SELECT t::text FROM {table} t ORDER BY id")).await;
+    }
+    scene.equal(ALL).await;
+}
+
+/// What a sink does not read as a whole it does not overlook.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_comes_with_one_large_transaction_is_loaded_too() {
+    let (scene, _offers, _worker) = loaded("large-new", "largeTransactionBytes: 1Mi").await;
+    make(&scene, "u").await;
+    let large = "INSERT INTO u SELECT i, repeat(md5(i::text), 20) FROM generate_series(1, 20000) i";
+    scene.source.batch_execute(large).await.unwrap();
+    scene.run_is(2, RunState::Done).await;
+    scene.equal("SELECT u::text FROM u ORDER BY id").await;
+}
+
+/// It has a run of its own, and loads everything once; the run that was open when it came is over without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_comes_while_a_run_is_open_is_none_of_that_run() {
+    let scene = Arc::new(Scene::new("later").await);
+    fill(&scene, 20_000).await;
+    let late = Database::create("late").await;
+    scene.offer_loads(false);
+    scene.coordination.create_flow(scene.in_chunks("initial")).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    // Every chunk is read, and no sink has them.
+    scene.run_is(1, RunState::Loading).await;
+    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+    let mut document = seen.record.document.clone();
+    let mut sink = document.spec.sinks[0].clone();
+    sink.name = SinkId::new("late").unwrap();
+    sink.postgres.dsn = wallaby_model::flow::SecretRef::Value(late.dsn());
+    document.spec.sinks.push(sink.clone());
+    let starts = BTreeMap::from([(sink.name.clone(), Some(scene.log_end().await.unwrap()))]);
+    scene.coordination.update_flow(&seen, document, &starts).await.unwrap();
+    scene.source.batch_execute("UPDATE t SET n = 1 WHERE id % 3 = 0; DELETE FROM t WHERE id % 7 = 0").await.unwrap();
+    scene
+        .until("the late sink's own run is read", async || match scene.plan(2).await?.state {
+            RunState::Loading => Ok(()),
+            state => Err(format!("{state:?}")),
+        })
+        .await;
+    scene.offer_loads(true);
+    scene.run_is(1, RunState::Done).await;
+    scene.run_is(2, RunState::Done).await;
+    for (run, sink) in [(RunId(1), &scene.sink), (RunId(2), &sink.name)] {
+        let took_part = scene.coordination.sink_runs(&scene.flow, run).await.unwrap();
+        assert_eq!(took_part.keys().collect::<Vec<_>>(), [sink], "run {run}");
+    }
+    scene.source.batch_execute("INSERT INTO t (id, pad) VALUES (30000, 'new')").await.unwrap();
+    scene.equal(ALL).await;
+    scene
+        .until("the late sink has what the source has", async || {
+            let (source, there) = (rows(&scene.source, ALL).await?, rows(&late, ALL).await?);
+            if source == there { Ok(()) } else { Err(format!("{} of {} rows", there.len(), source.len())) }
+        })
+        .await;
+}
