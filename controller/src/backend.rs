@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use wallaby_coordination::{Coordination, Tls};
+use wallaby_model::flow::{LogSpec, SideStoreSpec};
 use wallaby_model::{FlowId, Position};
-use wallaby_staging::{Connections, Log, NatsTarget, StagingError};
+use wallaby_staging::{Connections, Log, NatsTarget, StagingError, open_side};
 
 use crate::options::Options;
 use crate::reason::{ApiError, Reason};
@@ -109,12 +110,17 @@ impl Backend {
         }
     }
 
-    /// Drops the log of a flow; one that is not there is no error.
+    /// Drops what a flow has in NATS, its side store before its log; what is not there is no error. A side store elsewhere stays: only
+    /// workers can reach it.
     ///
     /// # Errors
     /// UNAVAILABLE when NATS does not answer.
-    pub async fn drop_log(&self, flow: &FlowId) -> Result<(), ApiError> {
-        Ok(self.log(flow)?.delete().await?)
+    pub async fn drop_staged(&self, flow: &FlowId, spec: &LogSpec) -> Result<(), ApiError> {
+        let log = self.log(flow)?;
+        if let SideStoreSpec::Jetstream(_) = spec.side_store {
+            open_side(flow, spec, log.connections())?.remove().await?;
+        }
+        Ok(log.delete().await?)
     }
 
     /// Reaches etcd, however long it takes. None when the controller ends before.

@@ -132,7 +132,7 @@ impl FlowApi {
         let shown = self.store.show(&entry)?;
         tracing::info!(%flow, force = request.force, "flow is to be deleted");
         if request.force {
-            self.store.backend.drop_log(&flow).await?;
+            self.store.backend.drop_staged(&flow, &entry.record.document.spec.log).await?;
             self.store.backend.etcd()?.coordination.remove_flow(&entry).await?;
         }
         Ok(v1::DeleteFlowResponse { flow: Some(shown) })

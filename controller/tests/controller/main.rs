@@ -2,6 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
 mod api;
+mod deleting;
 mod faults;
 mod offers;
 mod setup;
+#[allow(dead_code, reason = "the worker's tests use the rest of it")]
+#[path = "../../../pool-worker/tests/load/wire.rs"]
+mod wire;

@@ -13,7 +13,7 @@ use wallaby_testkit::eventually;
 use crate::setup::{PATIENCE, Running, Scopes, document, task};
 
 /// The consumer that the controller makes for workers.
-async fn queue(scopes: &Scopes) -> PullConsumer {
+pub async fn queue(scopes: &Scopes) -> PullConsumer {
     let name = offer_stream(&scopes.place.pool);
     eventually(PATIENCE, "the queue is there", async || {
         let stream = scopes.nats.jetstream().get_stream(&name).await.map_err(|error| error.to_string())?;
@@ -23,7 +23,7 @@ async fn queue(scopes: &Scopes) -> PullConsumer {
 }
 
 /// The next offer of one task, acknowledged; others on the way are acknowledged too. None when none came in time.
-async fn offered(queue: &PullConsumer, wanted: &TaskId, patience: Duration) -> Option<Offer> {
+pub async fn offered(queue: &PullConsumer, wanted: &TaskId, patience: Duration) -> Option<Offer> {
     let deadline = tokio::time::Instant::now() + patience;
     while tokio::time::Instant::now() < deadline {
         let mut batch = queue.fetch().max_messages(1).expires(Duration::from_millis(500)).messages().await.unwrap();

@@ -176,7 +176,7 @@ async fn a_run_over_twenty_thousand_tables_is_planned_and_one_over_far_more_says
     let flow = loading(&coordination, &["a"]).await;
     let (name, run) = (&flow.flow, RunId(1));
     let mut random = StdRng::seeded();
-    let session = worker(&coordination, "w1", lease(60, true)).await;
+    let session = worker(&coordination, "w1", lease(10, true)).await;
     let owner = take(&session, &of(&flow, TaskKind::Run(run)), flow.revision).await;
     let mut watch = coordination.watch(coordination.keys().flows());
     let plan = plan_over(20_000, &mut random);
