@@ -19,6 +19,7 @@ fn small() -> FlowDocument {
     let mut document = document(&unique("shop").replace('_', "-"));
     document.spec.log.replicas = Replicas::Exactly(1);
     document.spec.log.max_bytes.0 = 2 * RESERVE_BYTES;
+    document.spec.source.postgres.large_transaction_bytes.0 = 1 << 20;
     document.spec.log.side_store =
         serde_json::from_str(r#"{ "jetstream": { "transactionsMax": "1Mi", "chunksMax": "1Mi" } }"#).unwrap();
     document

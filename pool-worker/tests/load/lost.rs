@@ -166,8 +166,8 @@ async fn h09_a_splice_that_waits_for_a_full_log_is_looked_after_when_the_source_
     blocked.batch_execute("BEGIN; LOCK TABLE ledger").await.unwrap();
     let capture = TaskId::capture(&scene.flow);
     // One after the other, so that no more than the last one waits.
-    for from in (100_000..).step_by(6000) {
-        scene.source.batch_execute(&rows(from, from + 5999)).await.unwrap();
+    for from in (100_000..).step_by(2000) {
+        scene.source.batch_execute(&rows(from, from + 1999)).await.unwrap();
         let end = scene.wal_end().await;
         let is_full = scene
             .until("it is staged, or the log is full", async || {

@@ -32,9 +32,9 @@ pub(crate) enum Place {
     AtEnd {
         /// A record where the reader rule may begin.
         before: Option<u64>,
-        /// The newest record that carries a position.
+        /// The newest record that carries a position. It may have come after `next` was asked for.
         newest: Option<u64>,
-        /// The sequence that comes next.
+        /// The sequence that came next when it was looked.
         next: u64,
     },
 }
@@ -194,7 +194,8 @@ impl Retention {
         let mut keep_from = match place {
             // What stands before it stays: behind a hole that a fence made only that tells where the log went on.
             Place::Holds { before, sequence, .. } => before.unwrap_or(sequence),
-            Place::AtEnd { newest: Some(newest), .. } => newest,
+            // What came since the end was looked for ends past the position: it stays, and so the newest does too.
+            Place::AtEnd { newest: Some(newest), next, .. } => newest.min(next),
             Place::AtEnd { newest: None, .. } => return Ok(Purged { records: 0, kept_from: 0 }),
         };
         if !replay_window.is_zero() {

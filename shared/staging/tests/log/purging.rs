@@ -170,16 +170,20 @@ async fn h10_a_reader_that_begins_between_any_two_steps_of_the_purge() {
                     epoch += 1;
                     let successor = owner(&flow.log, epoch).await.unwrap();
                     assert_eq!(end_of(&successor), begin + STRETCH, "the log's end is known");
-                    successor.append(segment(begin + STRETCH, begin + STRETCH + 5, 100)).await.unwrap();
+                    // More than one: the newest record is not the one that the reader needs next.
+                    for n in 0..2 {
+                        let from = begin + STRETCH + 5 * n;
+                        successor.append(segment(from, from + 5, 100)).await.unwrap();
+                    }
                     successor.settled().await.unwrap();
                     gate.let_go();
                     purging.await.unwrap();
-                    read_to(&mut registered, at(begin + STRETCH + 5)).await;
+                    read_to(&mut registered, at(begin + STRETCH + 10)).await;
                 }
             }
             gate.let_go();
             let end = flow.log.tail().await.unwrap().end.unwrap();
-            assert_eq!(end, at(begin + STRETCH + if is_over { 0 } else { 5 }), "the log's end is known");
+            assert_eq!(end, at(begin + STRETCH + if is_over { 0 } else { 10 }), "the log's end is known");
             read_to(&mut flow.reader(start(hold)), end).await;
             steps += 1;
         }
