@@ -63,6 +63,14 @@ fn asks(running: &Running, flow: &FlowId, force: bool) -> AbortOnDropHandle<Resu
     AbortOnDropHandle::new(tokio::spawn(async move { flows.delete_flow(request).await.map(drop) }))
 }
 
+/// Waits until the controller has NATS, too: a forced deletion asks it.
+async fn reaches_nats(running: &Running) {
+    let probe = small();
+    running.create(&probe).await.unwrap();
+    let name = &probe.metadata.name;
+    eventually(PATIENCE, "the controller reaches NATS", async || asks(running, name, true).await.unwrap()).await;
+}
+
 /// A controller whose servers are behind wires: what it sends can be held, and never arrives once it is dead.
 struct Wired {
     running: Running,
@@ -80,7 +88,9 @@ impl Wired {
             nats: nats.url(),
             pool: scopes.place.pool.clone(),
         };
-        Wired { running: Running::ready(&place).await, etcd, nats }
+        let running = Running::ready(&place).await;
+        reaches_nats(&running).await;
+        Wired { running, etcd, nats }
     }
 }
 
@@ -122,6 +132,7 @@ async fn killed_between_two_steps_of_a_forced_deletion_it_is_finished_when_it_is
         assert_eq!(left, if let Dies::AfterTheMark = dies { 3 } else { 0 });
 
         let next = Running::ready(&scopes.place).await;
+        reaches_nats(&next).await;
         asks(&next, &flow, true).await.unwrap().unwrap();
         assert_eq!(next.get(flow.as_str()).await.unwrap_err().code(), Code::NotFound);
         assert_eq!(streams(&scopes, &flow).await, Vec::<String>::new());
