@@ -31,7 +31,8 @@ pub struct Sizes {
 
 const CACHE_MOST: u64 = 64 << 20;
 const SINK_BUFFER_MOST: u64 = 16 << 20;
-const PUTS_MOST: u64 = 8 << 20;
+/// Parts of large transactions that are on their way.
+pub(crate) const PUTS_MOST: u64 = 8 << 20;
 const CHUNK_PUTS_MOST: u64 = 32 << 20;
 const OPEN_PARTS_MOST: u64 = 16 << 20;
 /// What is left for a chunk: the rows being copied, those fetched meanwhile, and two connections' buffers, with room to spare.

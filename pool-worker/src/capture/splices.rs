@@ -2,7 +2,7 @@
 //!
 //! The log and the side store are two streams: a power cut can take parts that were acknowledged and leave the splice that needs them.
 //! Before replication starts, every part of each splice above what Postgres was told is read. And before Postgres is told that a splice
-//! is flushed, its manifest and its youngest part are looked for: an acknowledged tail of a stream is lost from its end.
+//! is flushed, its manifest and its youngest parts are looked for: an acknowledged tail of a stream is lost from its end.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,6 +13,7 @@ use wallaby_staging::{Accepted, Log, LogReader, ReaderOptions, SideKey, SideStor
 use wallaby_wire::splice::{check_part, decode_manifest};
 
 use super::side::Kept;
+use crate::memory::PUTS_MOST;
 
 /// How long a look for the log's end takes at a time.
 const LOOK: Duration = Duration::from_millis(50);
@@ -162,7 +163,7 @@ impl Unconfirmed {
         loop {
             let first = self.state().splices.front().copied();
             let Some((to, commit, attempt)) = first.filter(|(to, ..)| to.commit <= durable) else { return durable };
-            match is_youngest_there(side, commit, attempt).await {
+            match is_tail_there(side, commit, attempt).await {
                 Ok(true) => _ = self.state().splices.pop_front(),
                 // The record itself is durable, what stands behind it is not: its commit comes again from `(commit, 0)` on.
                 Ok(false) => {
@@ -179,13 +180,24 @@ impl Unconfirmed {
     }
 }
 
-async fn is_youngest_there(side: &dyn SideStore, commit: Lsn, attempt: Attempt) -> Result<bool, StagingError> {
-    match manifest_of(side, commit).await? {
-        Some(manifest) if manifest.attempt == attempt && !manifest.parts.is_empty() => {
-            has_part(side, &manifest, manifest.parts.len() - 1).await
-        }
-        _ => Ok(false),
+/// Whether the manifest is there, and of its parts the last ones, as many as can be on their way together: they land in any order, so
+/// that the youngest need not be the last.
+async fn is_tail_there(side: &dyn SideStore, commit: Lsn, attempt: Attempt) -> Result<bool, StagingError> {
+    let Some(manifest) = manifest_of(side, commit).await? else { return Ok(false) };
+    if manifest.attempt != attempt || manifest.parts.is_empty() {
+        return Ok(false);
     }
+    let mut later_bytes = 0;
+    for number in (0..manifest.parts.len()).rev() {
+        if later_bytes >= PUTS_MOST {
+            break;
+        }
+        if !has_part(side, &manifest, number).await? {
+            return Ok(false);
+        }
+        later_bytes += manifest.parts[number].bytes;
+    }
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -284,7 +296,11 @@ mod tests {
         assert_eq!(told(&without).await, Lsn(200), "no manifest");
         let without = keep(&side, 300).await;
         lose(&folder, without.attempt, 1);
-        assert_eq!(told(&without).await, Lsn(300), "no youngest part");
+        assert_eq!(told(&without).await, Lsn(300), "no last part");
+        // Both were on their way: it may have been the one that landed last.
+        let without = keep(&side, 350).await;
+        lose(&folder, without.attempt, 0);
+        assert_eq!(told(&without).await, Lsn(350), "no first part");
         let other = keep(&side, 400).await;
         lose(&folder, other.attempt, 1);
         side.put(part(other.attempt, 1), Bytes::from_static(b"PART 1 OF 400")).await.unwrap();

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use wallaby_model::condition::{ConditionStatus, ConditionType, TaskPhase};
+use wallaby_model::condition::{Condition, ConditionStatus, ConditionType, TaskPhase};
 use wallaby_testkit::Shutdown;
 use wallaby_tests::flow::FlowFile;
 use wallaby_tests::system::{Plan, System};
@@ -44,9 +44,16 @@ async fn a_blocked_sink_fills_the_log_and_both_go_on() {
         .await;
     println!("the log is full after {:.1} s: {:?}", at.elapsed().as_secs_f64(), full.waiting_for);
     // The wish for a replay window went first, and it is said.
-    let shortened = full.conditions.iter().find(|condition| condition.kind == ConditionType::LogHealthy);
-    let shortened = shortened.unwrap_or_else(|| panic!("nothing is said of the log: {:?}", full.conditions));
-    assert_eq!((shortened.status, shortened.reason.as_str()), (ConditionStatus::False, "ReplayWindowShortened"));
+    let is_said = |condition: &&Condition| {
+        condition.kind == ConditionType::LogHealthy && condition.reason == "ReplayWindowShortened"
+    };
+    let status = system
+        .until_status(&system.capture(), "the log's shorter replay window is said", |status| {
+            status.conditions.iter().any(|condition| is_said(&condition))
+        })
+        .await;
+    let shortened = status.conditions.iter().find(is_said).unwrap();
+    assert_eq!(shortened.status, ConditionStatus::False);
     assert!(shortened.message.contains("not for the 3600 s"), "{}", shortened.message);
     let blocked_for = Duration::from_secs(if is_full_size() { 60 } else { 10 });
     tokio::time::sleep(blocked_for.saturating_sub(at.elapsed())).await;
