@@ -118,6 +118,7 @@ impl Window {
 
 /// Removes from the side store what nobody reads any more: attempts that no manifest names, and, once the purge has passed a splice,
 /// its manifest and parts; and what landed of a run after its end, when everything of it had been removed.
+#[derive(Clone)]
 pub struct Sweeper {
     /// The side store.
     pub side: Arc<dyn SideStore>,

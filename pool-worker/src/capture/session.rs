@@ -83,11 +83,11 @@ pub async fn run(
     let retain = || {
         let (log, lock, window) = (log.clone(), context.lock.clone(), demand.log.replay_window.0);
         let (overrun, failpoints) = (Overrun::of(context), context.shared.failpoints.clone());
-        retention::start(log, lock, window, sweeper, overrun, context.status.clone(), failpoints)
+        retention::start(log, lock, window, sweeper.clone(), overrun, context.status.clone(), failpoints)
     };
     let confirmed = Position::before(prepared.slot().confirmed_flush);
     owned.unconfirmed = Unconfirmed::default();
-    let _retention = match takeover {
+    match takeover {
         Some(takeover) => {
             context.pulse.wait("the side store");
             let looked = find_broken(&log, side.as_ref(), confirmed, takeover.tail(), &owned.unconfirmed).await?;
@@ -107,17 +107,18 @@ pub async fn run(
             context.stop_at(Failpoint::StopAfterResume).await;
             vouch(context, &prepared, &log, writer.end()).await?;
             owned.writer = Some(writer);
-            retain()
         }
         None => {
             let Some(writer) = owned.writer.as_ref() else { return Err(CaptureError::Invalid) };
-            // A full log takes what was handed in only once something was purged.
+            // A full log takes what was handed in only once something was purged. Not while it is looked at: what the purge passes is
+            // swept, and would count as lost.
             let retention = retain();
             tokio::select! {
                 // Before it is looked at: a splice that is still on its way would not be found, and not be looked after.
                 settled = writer.settled() => settled?,
                 _ = context.ending() => return Ok(super::close(owned).await),
             }
+            drop(retention);
             context.pulse.wait("the side store");
             let tail = log.tail().await?;
             let looked = find_broken(&log, side.as_ref(), confirmed, &tail, &owned.unconfirmed).await?;
@@ -130,9 +131,9 @@ pub async fn run(
             prepared.keep_whole(looked.again);
             prepared.verify(writer.end(), previous.as_ref()).await?;
             vouch(context, &prepared, &log, writer.end()).await?;
-            retention
         }
-    };
+    }
+    let _retention = retain();
     let Some(writer) = owned.writer.as_ref() else { return Err(CaptureError::Invalid) };
     let (capture, confirm) = prepared.start(writer.end(), previous.as_ref()).await?;
     owned.connection += 1;

@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use wallaby_model::{Attempt, Lsn, Manifest, Position, RecordKind, Splice};
 use wallaby_staging::{Accepted, Log, LogReader, ReaderOptions, SideKey, SideStore, StagingError, Start, Tail};
@@ -14,9 +13,6 @@ use wallaby_wire::splice::{check_part, decode_manifest};
 
 use super::side::Kept;
 use crate::memory::PUTS_MOST;
-
-/// How long a look for the log's end takes at a time.
-const LOOK: Duration = Duration::from_millis(50);
 
 /// A splice whose parts are not all there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,15 +68,7 @@ async fn find_from(
 ) -> Result<Looked, StagingError> {
     let mut reader = LogReader::new(log, start, ReaderOptions::default());
     let mut looked = Looked::default();
-    loop {
-        if reader.next_sequence().is_some_and(|next| next > tail.last_sequence) {
-            return Ok(looked);
-        }
-        let accepted = match tokio::time::timeout(LOOK, reader.next()).await {
-            Ok(accepted) => accepted?,
-            // What is left may be records that say nothing to this reader: fences, and what came twice.
-            Err(_) => continue,
-        };
+    while let Some(accepted) = reader.next_up_to(tail.last_sequence).await? {
         if let Some((splice, from)) = splice_of(&accepted)
             && accepted.to > confirmed
         {
@@ -99,6 +87,7 @@ async fn find_from(
             looked.again.insert(commit);
         }
     }
+    Ok(looked)
 }
 
 fn splice_of(accepted: &Accepted) -> Option<(Splice, Position)> {
@@ -203,7 +192,11 @@ async fn is_tail_there(side: &dyn SideStore, commit: Lsn, attempt: Attempt) -> R
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use std::time::Duration;
+
     use bytes::Bytes;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
     use wallaby_model::flow::Replicas;
     use wallaby_model::{Codec, Epoch, FlowId, ManifestPart, Nonce, ResumeInfo, Transaction};
     use wallaby_staging::{
@@ -329,9 +322,54 @@ mod tests {
         assert_eq!(unconfirmed.allow(&side, Lsn(1000)).await, Lsn(1000));
     }
 
+    /// A way to a server on which each question takes its time; it ends with the test's runtime.
+    async fn slow_way(url: &str) -> String {
+        let server = url.rsplit_once("://").unwrap().1.to_owned();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let here = format!("nats://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let server = TcpStream::connect(&server).await.unwrap();
+                let ((mut asked, mut told), (mut answers, mut asks)) = (client.into_split(), server.into_split());
+                tokio::spawn(async move { tokio::io::copy(&mut answers, &mut told).await });
+                tokio::spawn(async move {
+                    let mut buffer = vec![0; 64 << 10];
+                    while let Ok(read @ 1..) = asked.read(&mut buffer).await {
+                        tokio::time::sleep(Duration::from_millis(30)).await;
+                        asks.write_all(&buffer[..read]).await.unwrap();
+                    }
+                });
+            }
+        });
+        here
+    }
+
+    /// Finding the place takes several questions. The capture stood still after each reconnect when they took longer than one look.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn h15_a_look_through_the_log_ends_however_long_a_question_takes() {
+        let (nats, folder) = (NatsScope::one_node("slow").await, tempfile::tempdir().unwrap());
+        let (log, side) = (log(&nats).await, side(&folder).await);
+        let writer = resume(take_over(&log, 3).await, Position::before(Lsn(10)), false).await;
+        let mut kept = Vec::new();
+        for commit in 1..=20 {
+            kept.push(keep(&side, commit * 100).await);
+            append(&writer, kept.last().unwrap()).await;
+        }
+        let slow = log_at(&nats, slow_way(&nats.url()).await).await;
+        let looking = find(&slow, &side, 1908);
+        let found = tokio::time::timeout(Duration::from_secs(30), looking).await.expect("it looks for ever");
+        assert_eq!(found, (None, left(&[&kept[19]])));
+        // Nothing is left to be read: no silence is waited for.
+        assert_eq!(find(&slow, &side, 2008).await, (None, left(&[])));
+    }
+
     /// A log of real servers, for splices of what is in `side`.
     async fn log(nats: &NatsScope<'_>) -> Log {
-        let target = NatsTarget { servers: vec![nats.url()], name: "splices".to_owned(), ..NatsTarget::default() };
+        log_at(nats, nats.url()).await
+    }
+
+    async fn log_at(nats: &NatsScope<'_>, url: String) -> Log {
+        let target = NatsTarget { servers: vec![url], name: "splices".to_owned(), ..NatsTarget::default() };
         let connections = Connections::open(&target).await.unwrap();
         let log = Log::new(FlowId::new(nats.prefix().replace('_', "-")).unwrap(), connections);
         let config = LogConfig { replicas: Replicas::Exactly(1), max_bytes: 64 << 20 };

@@ -144,8 +144,22 @@ impl LogReader {
     /// `PastHold`, `Gap`, `Record` and `Missing` end the reader: it would lose changes if it went on.
     pub async fn next(&mut self) -> Result<Accepted> {
         loop {
-            match self.read().await {
-                Ok(staged) => {
+            if let Some(accepted) = self.next_up_to(u64::MAX).await? {
+                return Ok(accepted);
+            }
+        }
+    }
+
+    /// As [`LogReader::next`], but `None` once nothing up to the sequence `last` is left: whoever wants what stands in the log now need
+    /// not guess from a silence that this was all. A silence may be a search, and cancelled each time it would never end.
+    ///
+    /// # Errors
+    /// As [`LogReader::next`].
+    pub async fn next_up_to(&mut self, last: u64) -> Result<Option<Accepted>> {
+        loop {
+            match self.read(last).await {
+                Ok(None) => return Ok(None),
+                Ok(Some(staged)) => {
                     self.backoff = BACKOFF_FIRST;
                     self.missing_since = None;
                     self.waiting.set(None, Instant::now());
@@ -154,7 +168,7 @@ impl LogReader {
                     self.lacks_beginning |= wanted != Some(staged.sequence);
                     self.last = Some(Mark::of(&staged));
                     if let Some(accepted) = self.judge(staged).await? {
-                        return Ok(accepted);
+                        return Ok(Some(accepted));
                     }
                 }
                 Err(error) => {
@@ -183,17 +197,20 @@ impl LogReader {
         Ok(())
     }
 
-    /// The next record of the stream, from the cache or the servers.
-    async fn read(&mut self) -> Result<Staged> {
+    /// The next record of the stream, from the cache or the servers; `None` when the next one stands behind `last`.
+    async fn read(&mut self, last: u64) -> Result<Option<Staged>> {
         let next = match self.next {
             Some(next) => next,
             None => self.search().await?,
         };
         self.next = Some(next);
+        if next > last {
+            return Ok(None);
+        }
         loop {
             if let Some(staged) = self.cached(next) {
                 self.metrics.cache_hit();
-                return Ok(staged);
+                return Ok(Some(staged));
             }
             let place = self.place(next);
             let wanted = Wanted {
@@ -210,7 +227,7 @@ impl LogReader {
                         let key = SegmentKey { flow: self.log.flow().clone(), incarnation, sequence: staged.sequence };
                         cache.put(key, &staged);
                     }
-                    return Ok(*staged);
+                    return Ok(Some(*staged));
                 }
                 Found::Elsewhere => self.place = None,
                 Found::NumberedAnew => return Err(self.numbered_anew()),
