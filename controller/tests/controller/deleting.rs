@@ -8,11 +8,10 @@ use wallaby_model::FlowId;
 use wallaby_model::flow::{FlowDocument, Replicas};
 use wallaby_proto::v1;
 use wallaby_staging::{Connections, Log, LogConfig, NatsTarget, RESERVE_BYTES, Shelf, open_side};
-use wallaby_testkit::{eventually, unique};
+use wallaby_testkit::{Held, Wire, eventually, unique};
 
 use crate::offers::{offered, queue};
 use crate::setup::{PATIENCE, Place, Running, Scopes, document, task};
-use crate::wire::{Held, Wire};
 
 /// A flow whose streams are small, under a name that no other test uses.
 fn small() -> FlowDocument {

@@ -6,6 +6,3 @@ mod deleting;
 mod faults;
 mod offers;
 mod setup;
-#[allow(dead_code, reason = "the worker's tests use the rest of it")]
-#[path = "../../../pool-worker/tests/load/wire.rs"]
-mod wire;

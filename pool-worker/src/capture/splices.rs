@@ -195,15 +195,13 @@ mod tests {
     use std::time::Duration;
 
     use bytes::Bytes;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::{TcpListener, TcpStream};
     use wallaby_model::flow::Replicas;
     use wallaby_model::{Codec, Epoch, FlowId, ManifestPart, Nonce, ResumeInfo, Transaction};
     use wallaby_staging::{
         Connections, DataAppend, LogConfig, LogWriter, NatsTarget, ObjectSide, Quotas, Retention, Shelf, SideGroup,
         SyncPolicy, Takeover, Trace, WriterOptions,
     };
-    use wallaby_testkit::NatsScope;
+    use wallaby_testkit::{NatsScope, Wire};
     use wallaby_wire::splice::{encode_manifest, part_checksum};
 
     use super::*;
@@ -322,28 +320,6 @@ mod tests {
         assert_eq!(unconfirmed.allow(&side, Lsn(1000)).await, Lsn(1000));
     }
 
-    /// A way to a server on which each question takes its time; it ends with the test's runtime.
-    async fn slow_way(url: &str) -> String {
-        let server = url.rsplit_once("://").unwrap().1.to_owned();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let here = format!("nats://{}", listener.local_addr().unwrap());
-        tokio::spawn(async move {
-            while let Ok((client, _)) = listener.accept().await {
-                let server = TcpStream::connect(&server).await.unwrap();
-                let ((mut asked, mut told), (mut answers, mut asks)) = (client.into_split(), server.into_split());
-                tokio::spawn(async move { tokio::io::copy(&mut answers, &mut told).await });
-                tokio::spawn(async move {
-                    let mut buffer = vec![0; 64 << 10];
-                    while let Ok(read @ 1..) = asked.read(&mut buffer).await {
-                        tokio::time::sleep(Duration::from_millis(30)).await;
-                        asks.write_all(&buffer[..read]).await.unwrap();
-                    }
-                });
-            }
-        });
-        here
-    }
-
     /// Finding the place takes several questions. The capture stood still after each reconnect when they took longer than one look.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn h15_a_look_through_the_log_ends_however_long_a_question_takes() {
@@ -355,7 +331,8 @@ mod tests {
             kept.push(keep(&side, commit * 100).await);
             append(&writer, kept.last().unwrap()).await;
         }
-        let slow = log_at(&nats, slow_way(&nats.url()).await).await;
+        let wire = Wire::slow(&nats.url(), Duration::from_millis(30)).await;
+        let slow = log_at(&nats, wire.url()).await;
         let looking = find(&slow, &side, 1908);
         let found = tokio::time::timeout(Duration::from_secs(30), looking).await.expect("it looks for ever");
         assert_eq!(found, (None, left(&[&kept[19]])));

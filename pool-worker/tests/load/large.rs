@@ -10,9 +10,9 @@ use wallaby_model::run::RunState;
 use wallaby_model::{Attempt, TaskId};
 use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
 use wallaby_staging::Shelf;
+use wallaby_testkit::{Held, Wire};
 
 use crate::scene::*;
-use crate::wire::{Held, Wire};
 
 /// Without the column that the sink adds to a table without a key.
 pub const LEDGER: &str = "SELECT n || ' ' || pad FROM ledger ORDER BY n, pad";

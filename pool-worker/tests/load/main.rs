@@ -11,7 +11,6 @@ mod rewrites;
 mod runs;
 mod scene;
 mod timelines;
-mod wire;
 
 use std::sync::Arc;
 

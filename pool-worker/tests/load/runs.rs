@@ -9,9 +9,9 @@ use wallaby_model::run::{ChunkDone, RunReason, RunSpec, RunState, RunWish};
 use wallaby_model::{ChunkId, Reader, RunId, TaskId, TaskKind};
 use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
 use wallaby_staging::Shelf;
+use wallaby_testkit::{Held, Wire};
 
 use crate::scene::*;
-use crate::wire::{Held, Wire};
 use crate::{ALL, fill};
 
 const RUN: RunId = RunId(1);

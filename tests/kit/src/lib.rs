@@ -27,6 +27,7 @@ mod eventually;
 mod scope;
 mod seed;
 mod shared;
+mod wire;
 
 pub use collector::{Collector, ExportedSpan};
 pub use database::Database;
@@ -38,6 +39,7 @@ pub use wallaby_stack::{
     EtcdCluster, EtcdMember, EtcdOptions, Folder, NatsCluster, NatsNode, NatsOptions, PortLease, Postgres,
     PostgresOptions, Process, ProcessSpec, Server, Shutdown, SyncInterval, TlsIdentity, Toolbox,
 };
+pub use wire::{Held, Wire};
 
 /// A name that no other test uses: `<hint>_<12 hex digits>`, in letters, digits and `_`, at most 50 bytes: fit for a database, a slot, a
 /// stream, a subject token and a key.
