@@ -10,7 +10,7 @@ use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Coordination, PurgeOutcome, TaskLock};
 use wallaby_model::condition::ConditionType;
 use wallaby_model::{Epoch, Position};
-use wallaby_staging::{Log, LogInfo, RESERVE_BYTES, Retention, SideStore, Sweep, log_begins, sweep_transactions};
+use wallaby_staging::{Log, LogInfo, RESERVE_BYTES, SideStore, Sweep, log_begins, sweep_transactions};
 
 use super::CaptureError;
 use super::side::Living;
@@ -39,7 +39,6 @@ pub fn start(
     failpoints: Failpoints,
 ) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
-        let mut retention = Retention::new(&log);
         let mut purged_to = Position::ZERO;
         let mut window = Window { wanted: replay_window, now: replay_window };
         let mut ticks = tokio::time::interval(LOOK_EVERY);
@@ -60,7 +59,7 @@ pub fn start(
                 if is_short {
                     window.shrink(&log);
                 }
-                let Ok(has_purged) = purge(&log, &lock, &mut retention, window.now, &failpoints).await else { return };
+                let Ok(has_purged) = purge(&log, &lock, window.now, &failpoints).await else { return };
                 purged_to = has_purged.unwrap_or(purged_to);
                 is_short = has_purged.is_some() && is_short_of_room(&log).await;
                 again = is_short && !window.now.is_zero();
@@ -147,13 +146,7 @@ impl Sweeper {
 }
 
 /// Purges once, and says up to where. `Ok(None)` when nothing may go, `Err` when the lock is lost.
-async fn purge(
-    log: &Log,
-    lock: &TaskLock,
-    retention: &mut Retention,
-    window: Duration,
-    failpoints: &Failpoints,
-) -> Result<Option<Position>, ()> {
+async fn purge(log: &Log, lock: &TaskLock, window: Duration, failpoints: &Failpoints) -> Result<Option<Position>, ()> {
     // The lowest hold decides; our own wish has no bound.
     let wanted = Position { commit: wallaby_model::Lsn(u64::MAX), ..Position::ZERO };
     let up_to = match lock.advance_purge_point(wanted).await {
@@ -166,7 +159,7 @@ async fn purge(
         }
     };
     failpoints.stop(Failpoint::StopBeforePurge).await;
-    if let Err(error) = retention.purge(up_to, window, SystemTime::now()).await {
+    if let Err(error) = log.purge(up_to, window, SystemTime::now()).await {
         tracing::warn!(flow = %log.flow(), %error, "the log was not purged");
         return Ok(None);
     }

@@ -198,8 +198,8 @@ mod tests {
     use wallaby_model::flow::Replicas;
     use wallaby_model::{Codec, Epoch, FlowId, ManifestPart, Nonce, ResumeInfo, Transaction};
     use wallaby_staging::{
-        Connections, DataAppend, LogConfig, LogWriter, NatsTarget, ObjectSide, Quotas, Retention, Shelf, SideGroup,
-        SyncPolicy, Takeover, Trace, WriterOptions,
+        Connections, DataAppend, LogConfig, LogWriter, NatsTarget, ObjectSide, Quotas, Shelf, SideGroup, SyncPolicy,
+        Takeover, Trace, WriterOptions,
     };
     use wallaby_testkit::{NatsScope, Wire};
     use wallaby_wire::splice::{encode_manifest, part_checksum};
@@ -439,7 +439,7 @@ mod tests {
         let writer = resume(take_over(&log, 4).await, third.to, false).await;
         let fourth = keep(&side, 400).await;
         append(&writer, &fourth).await;
-        Retention::new(&log).purge(third.to, Duration::ZERO, std::time::SystemTime::now()).await.unwrap();
+        log.purge(third.to, Duration::ZERO, std::time::SystemTime::now()).await.unwrap();
         assert_eq!(find(&log, &side, 50).await, (None, left(&[&fourth])));
         lose(&folder, fourth.attempt, 0);
         assert_eq!(find(&log, &side, 50).await, (Some((400, third.to)), left(&[])));

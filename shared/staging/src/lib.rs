@@ -47,7 +47,7 @@ pub use log::{Log, LogConfig, LogInfo, RESERVE_BYTES};
 pub use pulls::SharedPulls;
 pub use reader::{Accepted, LogReader, ReaderOptions, Start};
 pub use record::{Incarnation, Staged};
-pub use retention::{Purged, Retention, TailClaims, TailVerdict, judge_tail, log_begins};
+pub use retention::{Purged, TailClaims, TailVerdict, judge_tail, log_begins};
 pub use rule::ReaderState;
 pub use segment_cache::{SegmentCache, SegmentKey};
 #[cfg(feature = "object-store")]

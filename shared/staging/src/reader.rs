@@ -279,7 +279,7 @@ impl LogReader {
             // something is missing, the rule says so and the place is searched.
             return Ok(hint);
         }
-        match locate(&self.log, self.log.reader_leader(), end, None).await? {
+        match locate(&self.log, self.log.reader_leader(), end).await? {
             retention::Place::Holds { from, before: None, .. } if from > end => {
                 Err(StagingError::PastHold { flow: self.log.flow().clone(), position: Some(end), begins: Some(from) })
             }

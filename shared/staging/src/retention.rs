@@ -3,7 +3,6 @@
 //! The capture's owner purges up to the lowest hold (the holds are etcd's, the point is given), but never the newest record that
 //! carries a position: an idle log that was purged still knows where it ends (hazard 10).
 
-use std::collections::VecDeque;
 use std::time::{Duration, SystemTime};
 
 use wallaby_model::{Position, RecordKind};
@@ -13,9 +12,6 @@ use crate::leader::{Leader, LeaderMessage};
 use crate::log::Log;
 use crate::metrics;
 use crate::tail::ChainRun;
-
-/// Places that are remembered, so that a search asks a few times and not twenty.
-const REMEMBERED: usize = 256;
 
 /// Where a position stands in the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,22 +47,14 @@ fn from_of(message: &LeaderMessage) -> Option<Position> {
 }
 
 /// Finds the first record that ends past `position`, by halving. Ends ascend with the sequence; where they do not, after a
-/// rewind, the record that is found still follows its predecessor, and the reader rule does the rest. `known` bounds the search:
-/// a sequence before which everything ends at or before `position`, and one from which on everything ends past it.
+/// rewind, the record that is found still follows its predecessor, and the reader rule does the rest.
 /// Where owners met, positions do not ascend for a stretch (orphans, then the same again): whatever is found there, what a
 /// reader needs stands at or after [`Place::Holds::before`].
-pub(crate) async fn locate(log: &Log, leader: &Leader, position: Position, known: Option<(u64, u64)>) -> Result<Place> {
+pub(crate) async fn locate(log: &Log, leader: &Leader, position: Position) -> Result<Place> {
     let info = leader.info(log).await?;
     let (first, next) = (info.state.first_sequence.max(1), info.state.last_sequence + 1);
     let (mut low, mut high) = (first, next);
-    if let Some((not_before, not_after)) = known {
-        low = low.max(not_before);
-        high = high.min(not_after.max(low));
-    }
     let mut found: Option<LeaderMessage> = None;
-    if high < next {
-        found = leader.next_on(log, log.data_subject(), high).await?;
-    }
     while low < high {
         let middle = low + (high - low) / 2;
         match leader.next_on(log, log.data_subject(), middle).await? {
@@ -132,66 +120,18 @@ pub struct Purged {
     pub kept_from: u64,
 }
 
-/// Purges one log. The holder of the capture lock has one.
-#[derive(Debug)]
-pub struct Retention {
-    log: Log,
-    /// Sequence and end of records seen, ascending in both.
-    places: VecDeque<(u64, Position)>,
-    /// Of the places that come, one in so many is kept.
-    stride: u64,
-    seen: u64,
-}
-
-impl Retention {
-    /// For the log of one flow; no I/O.
-    pub fn new(log: &Log) -> Retention {
-        Retention { log: log.clone(), places: VecDeque::with_capacity(REMEMBERED), stride: 1, seen: 0 }
-    }
-
-    /// Remembers that the record with this sequence ends here, from the owner's acknowledgements. Optional: it only spares
-    /// questions.
-    pub fn note(&mut self, sequence: u64, end: Position) {
-        self.seen += 1;
-        if !self.seen.is_multiple_of(self.stride) {
-            return;
-        }
-        if self.places.back().is_some_and(|last| sequence <= last.0 || end < last.1) {
-            // Numbered anew: what was remembered means nothing.
-            self.places.clear();
-            self.stride = 1;
-        }
-        self.places.push_back((sequence, end));
-        if self.places.len() >= REMEMBERED {
-            let mut keep = false;
-            self.places.retain(|_| {
-                keep = !keep;
-                keep
-            });
-            self.stride *= 2;
-        }
-    }
-
+impl Log {
     /// Removes what ends at or before `up_to` and is older than the replay window. A few records before the one
     /// that holds it stay, and so does the newest record that carries a position.
     ///
-    /// `up_to` is the purge point that was written to etcd under the lock before. With the log short of room the caller gives
-    /// a window of zero.
+    /// Only the holder of the capture lock purges. `up_to` is the purge point that was written to etcd under the lock before. With the
+    /// log short of room the caller gives a window of zero.
     ///
     /// # Errors
     /// `Unavailable` when the leader does not answer; nothing is lost by trying again later.
-    pub async fn purge(&mut self, up_to: Position, replay_window: Duration, now: SystemTime) -> Result<Purged> {
-        let (log, leader) = (&self.log, self.log.leader());
-        let bounds = self.bounds(up_to);
-        let place = match locate(log, leader, up_to, bounds).await? {
-            // The remembered places may lie after a loss; what is found must hold the position, or nothing is removed by it.
-            Place::Holds { from, before: Some(_), .. } if bounds.is_some() && from > up_to => {
-                self.places.clear();
-                locate(log, leader, up_to, None).await?
-            }
-            place => place,
-        };
-        let mut keep_from = match place {
+    pub async fn purge(&self, up_to: Position, replay_window: Duration, now: SystemTime) -> Result<Purged> {
+        let leader = self.leader();
+        let mut keep_from = match locate(self, leader, up_to).await? {
             // What stands before it stays: behind a hole that a fence made only that tells where the log went on.
             Place::Holds { before, sequence, .. } => before.unwrap_or(sequence),
             // What came since the end was looked for ends past the position: it stays, and so the newest does too.
@@ -201,29 +141,17 @@ impl Retention {
         if !replay_window.is_zero() {
             keep_from = self.oldest_within(keep_from, now.checked_sub(replay_window)).await?;
         }
-        let info = leader.info(log).await?;
+        let info = leader.info(self).await?;
         if keep_from <= info.state.first_sequence {
             return Ok(Purged { records: 0, kept_from: info.state.first_sequence });
         }
-        let stream = leader.context.get_stream_no_info(log.stream()).await;
-        let stream = stream.map_err(|error| StagingError::unavailable(format!("purging {}", log.stream()), error))?;
+        let stream = leader.context.get_stream_no_info(self.stream()).await;
+        let stream = stream.map_err(|error| StagingError::unavailable(format!("purging {}", self.stream()), error))?;
         // Everything below this sequence goes.
         let purged = stream.purge().sequence(keep_from).await;
-        let purged = purged.map_err(|error| StagingError::unavailable(format!("purging {}", log.stream()), error))?;
-        metrics::purged(log.flow(), purged.purged);
-        while self.places.len() > 1 && self.places[1].0 <= keep_from {
-            self.places.pop_front();
-        }
+        let purged = purged.map_err(|error| StagingError::unavailable(format!("purging {}", self.stream()), error))?;
+        metrics::purged(self.flow(), purged.purged);
         Ok(Purged { records: purged.purged, kept_from: keep_from })
-    }
-
-    /// What the remembered places say of a position: everything before the first ends at or before it, everything from the second
-    /// on past it.
-    fn bounds(&self, position: Position) -> Option<(u64, u64)> {
-        let after = self.places.partition_point(|(_, end)| *end <= position);
-        let low = if after == 0 { 1 } else { self.places[after - 1].0 };
-        let high = self.places.get(after).map_or(u64::MAX, |(sequence, _)| *sequence);
-        (!self.places.is_empty()).then_some((low, high))
     }
 
     /// The first record, no later than `limit`, that was stored at or after `since`.
@@ -231,12 +159,12 @@ impl Retention {
         let Some(since) = since else {
             return Ok(1);
         };
-        let leader = self.log.leader();
-        let info = leader.info(&self.log).await?;
+        let leader = self.leader();
+        let info = leader.info(self).await?;
         let (mut low, mut high) = (info.state.first_sequence.max(1), limit);
         while low < high {
             let middle = low + (high - low) / 2;
-            match leader.next_on(&self.log, self.log.data_subject(), middle).await? {
+            match leader.next_on(self, self.data_subject(), middle).await? {
                 Some(message) if message.staged.sequence < high && message.stored_at < since => {
                     low = message.staged.sequence + 1;
                 }

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use wallaby_model::{Epoch, Lsn};
 use wallaby_staging::{
-    LogReader, LogWriter, ReaderOptions, Retention, StagingError, Start, SyncPolicy, TailVerdict, Wait, judge_tail,
+    LogReader, LogWriter, ReaderOptions, StagingError, Start, SyncPolicy, TailVerdict, Wait, judge_tail,
 };
 use wallaby_testkit::{NatsCluster, NatsOptions, SyncInterval, eventually};
 
@@ -171,10 +171,9 @@ async fn a_full_log_is_back_pressure_until_it_is_purged() {
     assert!(!filling.is_finished());
     // A reader takes what is there, and the log is purged behind it, until everything is through.
     let mut reader = flow.shared_reader(Start::FirstResume);
-    let mut retention = Retention::new(&flow.log);
     while reader.state().end < Some(at(61)) {
         let next = tokio::time::timeout(PATIENCE, reader.next()).await.unwrap().unwrap();
-        retention.purge(next.to, Duration::ZERO, SystemTime::now()).await.unwrap();
+        flow.log.purge(next.to, Duration::ZERO, SystemTime::now()).await.unwrap();
     }
     filling.await.unwrap();
     eventually(PATIENCE, "no wait is left", async || match *waiting.borrow() {

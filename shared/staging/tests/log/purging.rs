@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use wallaby_model::{Codec, Epoch, Nonce, Record, RecordKind};
 use wallaby_staging::record::{self, Link};
-use wallaby_staging::{Accepted, Log, LogReader, LogWriter, ReaderOptions, Retention, StagingError, Start};
+use wallaby_staging::{Accepted, Log, LogReader, LogWriter, ReaderOptions, StagingError, Start};
 
 use crate::gate::{ANY, CREATE, Gate, PULL};
 use crate::support::{Flow, at, end_of, info, owner, read_to, segment, target, try_read_to};
@@ -38,7 +38,7 @@ fn start(position: u64) -> Start {
 }
 
 async fn purge(log: &Log, up_to: u64) {
-    Retention::new(log).purge(at(up_to), Duration::ZERO, SystemTime::now()).await.unwrap();
+    log.purge(at(up_to), Duration::ZERO, SystemTime::now()).await.unwrap();
 }
 
 /// Reads to `to`, or is refused where it stands.

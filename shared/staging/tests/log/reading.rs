@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use wallaby_model::{Epoch, Position};
 use wallaby_staging::{
-    Accepted, LogReader, LogWriter, ReaderOptions, Retention, SegmentCache, Staged, StagingError, Start, WriterOptions,
+    Accepted, LogReader, LogWriter, ReaderOptions, SegmentCache, Staged, StagingError, Start, WriterOptions,
 };
 
 use crate::support::{Flow, Memory, PATIENCE, at, begins, end_of, info, options, owner, read_to, segment};
@@ -53,9 +53,8 @@ async fn h11_a_reader_begins_in_mid_segment_with_any_hint() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h10_the_purge_empties_an_idle_log_then_a_takeover() {
     let (flow, writer) = filled(20).await;
-    let mut retention = Retention::new(&flow.log);
     for _ in 0..2 {
-        retention.purge(at(201), Duration::ZERO, SystemTime::now()).await.unwrap();
+        flow.log.purge(at(201), Duration::ZERO, SystemTime::now()).await.unwrap();
     }
     let left = flow.log.info().await.unwrap();
     assert_eq!(left.messages, 1, "only the newest record that carries a position stays");
@@ -64,7 +63,7 @@ async fn h10_the_purge_empties_an_idle_log_then_a_takeover() {
     let successor = owner(&flow.log, 6).await.unwrap();
     assert_eq!(successor.end(), at(201));
     // Idle again, only a resume is new; purged again; taken over again.
-    retention.purge(at(201), Duration::ZERO, SystemTime::now()).await.unwrap();
+    flow.log.purge(at(201), Duration::ZERO, SystemTime::now()).await.unwrap();
     drop(successor);
     let third = owner(&flow.log, 7).await.unwrap();
     assert_eq!(third.end(), at(201));
@@ -81,7 +80,6 @@ async fn h10_the_purge_empties_an_idle_log_then_a_takeover() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h10_a_reader_that_registers_while_the_purge_runs_starts_or_is_refused() {
     let (flow, _writer) = filled(100).await;
-    let mut retention = Retention::new(&flow.log);
     let mut tasks = Vec::new();
     for position in (1..=901).step_by(90) {
         let mut reader = flow.reader(start(position, Some(5), None));
@@ -111,7 +109,7 @@ async fn h10_a_reader_that_registers_while_the_purge_runs_starts_or_is_refused()
         }));
     }
     for up_to in (100..=900).step_by(100) {
-        retention.purge(at(up_to), Duration::ZERO, SystemTime::now()).await.unwrap();
+        flow.log.purge(at(up_to), Duration::ZERO, SystemTime::now()).await.unwrap();
     }
     let mut started = 0;
     for task in tasks {
@@ -124,8 +122,7 @@ async fn h10_a_reader_that_registers_while_the_purge_runs_starts_or_is_refused()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_past_its_hold_is_told_so() {
     let (flow, _writer) = filled(100).await;
-    let mut retention = Retention::new(&flow.log);
-    let purged = retention.purge(at(805), Duration::ZERO, SystemTime::now()).await.unwrap();
+    let purged = flow.log.purge(at(805), Duration::ZERO, SystemTime::now()).await.unwrap();
     assert!(purged.records > 40, "{purged:?}");
     let error =
         tokio::time::timeout(PATIENCE, flow.reader(start(205, Some(5), None)).next()).await.unwrap().unwrap_err();
@@ -142,18 +139,14 @@ async fn a_reader_past_its_hold_is_told_so() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_purge_keeps_the_hold_and_the_replay_window() {
     let (flow, writer) = filled(100).await;
-    let mut retention = Retention::new(&flow.log);
     // Everything is younger than an hour.
     let hour = Duration::from_secs(3600);
-    assert_eq!(retention.purge(at(1001), hour, SystemTime::now()).await.unwrap().records, 0);
+    assert_eq!(flow.log.purge(at(1001), hour, SystemTime::now()).await.unwrap().records, 0);
     // In two hours nothing is.
     let later = SystemTime::now() + 2 * hour;
-    for (sequence, end) in (0..100).map(|n| (3 + n, at(11 + 10 * n))) {
-        retention.note(sequence, end);
-    }
     let mut lowest = 1;
     for hold in [55, 300, 301, 444, 800] {
-        retention.purge(at(hold), hour, later).await.unwrap();
+        flow.log.purge(at(hold), hour, later).await.unwrap();
         let first = tokio::time::timeout(PATIENCE, flow.reader(Start::Available).next()).await.unwrap().unwrap();
         assert!(first.after <= at(hold), "{hold}: {first:?}");
         lowest = first.after.commit.0;
