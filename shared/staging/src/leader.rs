@@ -18,6 +18,22 @@ use crate::record::{self, Staged};
 /// How long one question may take. Short: while a leader is elected nobody answers, and asking again finds the new one.
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_millis(1500);
 
+/// Bounds a question whole. The client bounds the wait for an answer only; handing a request to a connection that is being made again
+/// has no bound of its own, and whoever asks counts on one.
+pub(crate) async fn bounded<T>(
+    bound: Duration,
+    what: impl Fn() -> String,
+    question: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    match tokio::time::timeout(bound + HAND_OVER, question).await {
+        Ok(answered) => answered,
+        Err(_) => Err(StagingError::unavailable(what(), "the connection did not take the question in time")),
+    }
+}
+
+/// How long the connection may take to take a question.
+const HAND_OVER: Duration = Duration::from_millis(500);
+
 /// One message of the log as the leader has it.
 #[derive(Clone, Debug)]
 pub(crate) struct LeaderMessage {
@@ -40,6 +56,10 @@ impl Leader {
 
     /// The stream's state.
     pub(crate) async fn info(&self, log: &Log) -> Result<Info> {
+        bounded(REQUEST_TIMEOUT, || format!("the state of {}", log.stream()), self.ask_info(log)).await
+    }
+
+    async fn ask_info(&self, log: &Log) -> Result<Info> {
         let what = || format!("the state of {}", log.stream());
         let subject = format!("STREAM.INFO.{}", log.stream());
         let response: Response<Info> =
@@ -74,6 +94,14 @@ impl Leader {
     }
 
     async fn get(&self, log: &Log, ask: impl FnOnce(RawMessage) -> RawMessage) -> Result<Option<LeaderMessage>> {
+        bounded(REQUEST_TIMEOUT, || format!("a message of {}", log.stream()), self.ask_message(log, ask)).await
+    }
+
+    async fn ask_message(
+        &self,
+        log: &Log,
+        ask: impl FnOnce(RawMessage) -> RawMessage,
+    ) -> Result<Option<LeaderMessage>> {
         let stream = self.context.get_stream_no_info(log.stream()).await;
         let stream = stream.map_err(|error| StagingError::unavailable("a message of the log", error))?;
         match ask(stream.raw_message_builder()).send().await {

@@ -19,7 +19,7 @@ use crate::log::LogInfo;
 /// nats-server's default.
 pub const INTERVAL_UNKNOWN: Duration = Duration::from_secs(120);
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
-/// After an answer of the system account, how long others may take.
+/// After an answer of the system account, how long others may take where it is not known who will answer.
 const QUIET: Duration = Duration::from_millis(300);
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
 
@@ -83,12 +83,12 @@ pub async fn sync_policy(log: &LogInfo, source: &SyncSource) -> SyncReport {
 /// As [`sync_policy`], for a log whose splices refer to a side store: `side` are the servers that hold it
 /// ([`crate::SideStore::holders`]), which need not be those of the log.
 pub async fn sync_policy_with(log: &LogInfo, side: &[String], source: &SyncSource) -> SyncReport {
+    let holders: Vec<String> = log.servers.iter().chain(side).cloned().collect();
     let answers = match source {
         SyncSource::Unknown => BTreeMap::new(),
         SyncSource::Monitoring(urls) => ask_monitoring(urls).await,
-        SyncSource::SystemAccount(client) => ask_system_account(client).await,
+        SyncSource::SystemAccount(client) => ask_system_account(client, &holders).await,
     };
-    let holders: Vec<String> = log.servers.iter().chain(side).cloned().collect();
     judge(&holders, &answers)
 }
 
@@ -182,7 +182,9 @@ async fn varz(url: &str) -> std::io::Result<Varz> {
     serde_json::from_str(body).map_err(std::io::Error::other)
 }
 
-async fn ask_system_account(client: &Client) -> BTreeMap<String, SyncPolicy> {
+/// One question reaches every server. Those of `holders` are waited for, as long as a question may take: a busy one must not count
+/// as two minutes because the others were quick. Without `holders` nobody knows how many will answer, and a silence ends it.
+async fn ask_system_account(client: &Client, holders: &[String]) -> BTreeMap<String, SyncPolicy> {
     let mut answers = BTreeMap::new();
     let inbox = client.new_inbox();
     let Ok(mut subscriber) = client.subscribe(inbox.clone()).await else {
@@ -197,7 +199,12 @@ async fn ask_system_account(client: &Client) -> BTreeMap<String, SyncPolicy> {
         if let Ok(SystemAnswer { data }) = serde_json::from_slice(&message.payload) {
             answers.insert(data.server_name.clone(), data.policy());
         }
-        until = end.min(Instant::now() + QUIET);
+        let is_missing = |holder: &String| !answers.contains_key(holder);
+        until = match holders {
+            [] => end.min(Instant::now() + QUIET),
+            holders if holders.iter().any(is_missing) => end,
+            _ => break,
+        };
     }
     answers
 }

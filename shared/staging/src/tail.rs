@@ -151,6 +151,12 @@ pub(crate) async fn read_fences(log: &Log, after: u64) -> Result<Vec<FenceAt>> {
     let mut from = after + 1;
     while let Some(message) = log.leader().next_on(log, log.fence_subject(), from).await? {
         let staged = message.staged;
+        if staged.sequence < from {
+            return Err(StagingError::unavailable(
+                format!("the fences of {}", log.stream()),
+                format!("asked for those from {from} on, its leader gave {}", staged.sequence),
+            ));
+        }
         if let RecordKind::Fence { nonce } = staged.record.kind {
             fences.push(FenceAt { sequence: staged.sequence, epoch: staged.record.epoch, nonce });
         }

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use wallaby_model::{Epoch, Nonce, Position, Record, RecordKind, ResumeInfo};
 
 use crate::error::{Result, StagingError};
+use crate::leader;
 use crate::log::{Log, LogInfo};
 use crate::metrics::{self, Refusal};
 use crate::record::{self, Incarnation};
@@ -74,6 +75,7 @@ impl Patience {
         if !error.is_transient() || Instant::now() + self.delay > self.until {
             return Err(error);
         }
+        tracing::info!(%error, "the log is not taken over yet");
         tokio::time::sleep(self.delay).await;
         self.delay = (self.delay * 2).min(RETRY_MAX);
         Ok(())
@@ -168,8 +170,11 @@ async fn publish_fence(log: &Log, epoch: Epoch, nonce: Nonce, timeout: Duration)
     let request = Request::new().headers(record::encode(&record, None)).timeout(Some(timeout));
     let what = || format!("fencing {}", log.stream());
     let client = &log.connections().publish;
-    let answer = client.send_request(log.fence_subject().to_owned(), request).await;
-    let answer = answer.map_err(|error| StagingError::unavailable(what(), error))?;
+    let sent = async {
+        let answer = client.send_request(log.fence_subject().to_owned(), request).await;
+        answer.map_err(|error| StagingError::unavailable(what(), error))
+    };
+    let answer = leader::bounded(timeout, what, sent).await?;
     match answer_of(&answer) {
         Ok(_) => Ok(()),
         Err((Refusal::Full, reason)) => Err(StagingError::unavailable(
