@@ -223,8 +223,12 @@ impl RunView {
         if let Some(loaded) = self.loaded.get_mut(sink) {
             loaded.remove(&chunk);
         }
-        if self.done.contains_key(&chunk) && self.is_of_plan(chunk) {
-            self.unloaded.entry(sink.clone()).or_default().insert(chunk);
+        // Of a sink that has not begun nothing is counted: that begins with its state.
+        if self.done.contains_key(&chunk)
+            && self.is_of_plan(chunk)
+            && let Some(unloaded) = self.unloaded.get_mut(sink)
+        {
+            unloaded.insert(chunk);
         }
     }
 

@@ -36,8 +36,8 @@ pub struct CaptureOptions {
     pub row_bytes_max: usize,
     /// A larger transaction goes to the side store, if there is one.
     pub large_transaction_bytes: u64,
-    /// Asks for transactions while they are in progress, and cuts large ones into parts. `None`: there is no side store, or it
-    /// is full; every transaction becomes segments when it commits.
+    /// Asks for transactions while they are in progress, and cuts large ones into parts. `None`: there is no side store; every
+    /// transaction becomes segments when it commits.
     pub parts: Option<PartOptions>,
     /// Commit LSNs of transactions that become parts from their first row on: a splice of each stands in the log already.
     pub whole: BTreeSet<Lsn>,
@@ -56,12 +56,15 @@ pub struct PartOptions {
     pub target_bytes: usize,
     /// What the open parts of all transactions may have together in memory; the largest goes out first.
     pub open_bytes_max: usize,
+    /// The side store is full: nothing is asked for while it is in progress, and only [`CaptureOptions::whole`] becomes parts.
+    /// Any other transaction becomes segments, however large it is.
+    pub only_whole: bool,
 }
 
 impl PartOptions {
     /// For a side store that takes `target_bytes` at a time.
     pub fn new(target_bytes: usize) -> PartOptions {
-        PartOptions { target_bytes, open_bytes_max: 16 << 20 }
+        PartOptions { target_bytes, open_bytes_max: 16 << 20, only_whole: false }
     }
 
     fn limits(self) -> PartLimits {
@@ -69,6 +72,7 @@ impl PartOptions {
             target_bytes: self.target_bytes.max(PART_TARGET_BYTES_LEAST),
             open_bytes_max: self.open_bytes_max,
             row_bytes_max: PART_ROW_BYTES_MAX,
+            only_whole: self.only_whole,
         }
     }
 }
@@ -81,6 +85,11 @@ const FRAME_BYTES_MAX: usize = 1 << 30;
 const PART_ROW_BYTES_MAX: usize = FRAME_BYTES_MAX + (4 << 20);
 
 impl CaptureOptions {
+    /// How parts are cut; `None` when no transaction becomes parts.
+    pub(crate) fn parts_used(&self) -> Option<PartOptions> {
+        self.parts.filter(|parts| !parts.only_whole || !self.whole.is_empty())
+    }
+
     /// The defaults of api.md.
     pub fn new(connect: ConnectConfig, owner: SessionOwner, slot: &str, publication: &str) -> CaptureOptions {
         CaptureOptions {
@@ -155,13 +164,14 @@ impl Capture {
     ) -> Capture {
         // Hex doubles a bytea, and REPLICA IDENTITY FULL sends a row twice.
         let frame_bytes_max = 4 * options.row_bytes_max + (64 << 10);
-        reader.set_frame_bytes_max(if options.parts.is_some() { FRAME_BYTES_MAX } else { frame_bytes_max });
+        let parts = options.parts_used();
+        reader.set_frame_bytes_max(if parts.is_some() { FRAME_BYTES_MAX } else { frame_bytes_max });
         let limits = Limits {
             segment_target_bytes: options.segment_target_bytes,
             segment_bytes_max: options.segment_bytes_max,
             row_bytes_max: options.row_bytes_max,
             large_transaction_bytes: options.large_transaction_bytes,
-            parts: options.parts.map(PartOptions::limits),
+            parts: parts.map(PartOptions::limits),
             heartbeat_every: options.heartbeat_every,
         };
         let shutdown_watch = tokio::spawn(close_when_control_ends(control.end_watch(), feedback.clone()));

@@ -109,7 +109,8 @@ impl Prepared {
         previous: Option<&SourceIdentity>,
     ) -> Result<(Capture, Feedback), SourceError> {
         self.verify(log_end, previous).await?;
-        let protocol = match self.options.parts {
+        let parts = self.options.parts_used();
+        let protocol = match parts {
             Some(_) => protocol_of(&setting(&self.control, "server_version_num").await?),
             None => 1,
         };
@@ -118,7 +119,7 @@ impl Prepared {
             publication: self.options.publication.clone(),
             start: log_end.commit,
             protocol,
-            streaming: if self.options.parts.is_some() { Streaming::On } else { Streaming::Off },
+            streaming: if parts.is_some_and(|parts| !parts.only_whole) { Streaming::On } else { Streaming::Off },
             messages: false,
             confirmed: self.slot.confirmed_flush,
             status_every: status_every(&self.control).await?,

@@ -180,6 +180,7 @@ impl Loads {
                 let before = self.loaded.get(&run).map(BTreeSet::len);
                 let loaded: BTreeSet<ChunkId> = loads(sink)?.loaded(run).await?.into_iter().collect();
                 let is_news = before != Some(loaded.len());
+                self.take_back(context, run, &loaded).await?;
                 self.loaded.insert(run, loaded);
                 Ok(if is_news { Stepped::Moved } else { Stepped::Idle })
             }
@@ -206,6 +207,18 @@ impl Loads {
             Next::Done { run, .. } if self.done.contains(&run) => Ok(Stepped::Idle),
             Next::Done { run, state } => self.done(context, sink, run, state).await,
         }
+    }
+
+    /// Of what etcd says the sink has, takes back what it has not: the note is of an earlier life of it. It went from the flow and
+    /// came back somewhere else, or somebody set its database back.
+    async fn take_back(&self, context: &TaskContext, run: RunId, loaded: &BTreeSet<ChunkId>) -> Result<(), ApplyError> {
+        let lacking = context.runs.run(&context.task.flow, run, |view| match view.loaded.get(&self.sink) {
+            Some(said) => said.difference(loaded).copied().collect::<Vec<ChunkId>>(),
+            None => Vec::new(),
+        });
+        let Some(lacking) = lacking.filter(|lacking| !lacking.is_empty()) else { return Ok(()) };
+        tracing::warn!(task = %context.task, %run, chunks = lacking.len(), "the sink lacks chunks that it is said to have: they are loaded");
+        Ok(context.lock.take_back_loaded(run, &self.sink, &lacking).await?)
     }
 
     async fn done(

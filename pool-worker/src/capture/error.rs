@@ -48,6 +48,17 @@ pub enum CaptureError {
         /// What the side store says.
         error: StagingError,
     },
+    /// The side store has no room for a transaction that must go there: a splice of it stands in the log.
+    #[error(
+        "transaction {xid} does not fit into the side store ({error}) and can go nowhere else: a splice of it stands in the log, and parts \
+         of it were lost. Raise transactionsMax below spec.log.sideStore; it is tried again"
+    )]
+    WholeFull {
+        /// The transaction.
+        xid: u32,
+        /// What the side store says.
+        error: StagingError,
+    },
     /// A chunk alone is more than the side store may hold of chunks.
     #[error(
         "a chunk of {table} is larger than all that the side store may hold of chunks ({max} bytes): raise chunksMax below spec.log.sideStore"
@@ -120,7 +131,7 @@ impl CaptureError {
             // A secret or a server's setting may be mended without us being told.
             CaptureError::Secret(_) => Directive::Retry,
             CaptureError::SideFull { .. } | CaptureError::StreamAgain => Directive::Again,
-            CaptureError::ChunkTooLarge { .. } => Directive::Retry,
+            CaptureError::WholeFull { .. } | CaptureError::ChunkTooLarge { .. } => Directive::Retry,
             CaptureError::PartLost { .. } | CaptureError::PartsMissing { .. } => Directive::Retry,
             CaptureError::Splice(_) => Directive::Stop,
             // Too large for a message while the side store is full: it may have room the next time.
@@ -170,7 +181,7 @@ impl CaptureError {
             CaptureError::Segment(_) => "SegmentRefused",
             CaptureError::LogLost { .. } => "LogLost",
             CaptureError::Splice(_) | CaptureError::PartsMissing { .. } => "SpliceRefused",
-            CaptureError::SideFull { .. } => "SideStoreFull",
+            CaptureError::SideFull { .. } | CaptureError::WholeFull { .. } => "SideStoreFull",
             CaptureError::ChunkTooLarge { .. } => "ChunkTooLarge",
             CaptureError::StreamAgain => "Streaming",
             CaptureError::PartLost { .. } => "SideStoreLost",

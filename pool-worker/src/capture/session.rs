@@ -2,21 +2,22 @@
 
 use wallaby_coordination::{Mark, SourceSeen};
 use wallaby_model::condition::{ConditionType, TaskPhase};
-use wallaby_model::{Nonce, Position, ResumeInfo, TaskId};
+use wallaby_model::{Epoch, Lsn, Nonce, Position, ResumeInfo, TaskId};
 use wallaby_postgres_source::{
     Capture, CaptureOptions, ConnectConfig, PartOptions, Prepared, PublicationWanted, SessionOwner, SlotWanted,
     SourceError, SourceIdentity, connect_control, ensure_publication, ensure_slot, evict,
 };
 use wallaby_staging::{
-    Log, LogConfig, LogWriter, PutBudget, SegmentCache, TailClaims, TailVerdict, Takeover, WriterOptions, judge_tail,
-    open_side, sync_policy,
+    Log, LogConfig, LogWriter, PutBudget, SegmentCache, SideGroup, SideStore, TailClaims, TailVerdict, Takeover,
+    WriterOptions, judge_tail, open_side, sync_policy,
 };
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::side::SideWriter;
-use super::splices::{Looked, Unconfirmed, find_broken};
+use super::splices::{self, Looked, Unconfirmed, find_broken};
 use super::{CaptureError, Fallback, Owned, enter, feedback, figures, publication, retention, stage};
 use crate::backoff::Backoff;
 use crate::detach::Overrun;
@@ -63,8 +64,9 @@ pub async fn run(
     options.row_bytes_max = log.body_bytes_max().saturating_sub(ROW_HEADROOM_BYTES);
     options.large_transaction_bytes = demand.source.large_transaction_bytes.0;
     options.slot_wait = SLOT_PATIENCE;
-    options.parts = owned.fallback.is_none().then(|| PartOptions {
+    options.parts = Some(PartOptions {
         open_bytes_max: context.shared.sizes.open_parts,
+        only_whole: owned.fallback.is_some(),
         ..PartOptions::new(side.part_bytes_target())
     });
     let mut prepared = Capture::prepare(options).await?;
@@ -99,6 +101,7 @@ pub async fn run(
             if is_cut(position, &looked) {
                 (position, rewind) = (Position::before(position.commit).max(confirmed), true);
             }
+            make_room(context, owned, side.as_ref(), epoch, &looked.again).await?;
             prepared.keep_whole(looked.again);
             // Before the resume record is written: one of a server that is refused would vouch for it to the next owner.
             prepared.verify(position, previous.as_ref()).await?;
@@ -128,6 +131,7 @@ pub async fn run(
                 owned.writer = None;
                 return Err(CaptureError::PartLost { commit });
             }
+            make_room(context, owned, side.as_ref(), epoch, &looked.again).await?;
             prepared.keep_whole(looked.again);
             prepared.verify(writer.end(), previous.as_ref()).await?;
             vouch(context, &prepared, &log, writer.end()).await?;
@@ -150,7 +154,11 @@ pub async fn run(
     tracing::info!(task = %context.task, %epoch, position = %writer.end(), "capturing");
     backoff.reset();
     let stage = stage::Stage { context, demand, log: &log, confirm, figures };
-    let outcome = stage::run(stage, capture, side_writer, owned).await;
+    let outcome = stage::run(stage, capture, side_writer, owned).await.map_err(|error| match error {
+        // Nothing else is put meanwhile.
+        CaptureError::SideFull { xid, error } if owned.fallback.is_some() => CaptureError::WholeFull { xid, error },
+        error => error,
+    });
     match &outcome {
         Err(error @ CaptureError::SideFull { xid, .. }) => {
             owned.fallback = Some(Fallback { xid: *xid, said: error.to_string(), until: None });
@@ -161,6 +169,29 @@ pub async fn run(
         _ => {}
     }
     outcome
+}
+
+/// While the side store is full, removes what is there of transactions that are put there again, by the owners and connections
+/// before this one: it cannot be read whole any more, or will not be. What a younger owner put stays.
+async fn make_room(
+    context: &TaskContext,
+    owned: &Owned,
+    side: &dyn SideStore,
+    epoch: Epoch,
+    again: &BTreeSet<Lsn>,
+) -> Result<(), CaptureError> {
+    if owned.fallback.is_none() {
+        return Ok(());
+    }
+    for commit in again {
+        let Some(manifest) = splices::manifest_of(side, *commit).await? else { continue };
+        let attempt = manifest.attempt;
+        if (attempt.epoch, attempt.connection) <= (epoch, owned.connection) {
+            tracing::warn!(task = %context.task, %commit, %attempt, "the side store is full: parts that are put again are removed");
+            side.delete(SideGroup::Attempt(attempt)).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Says in etcd what is staged, and of which server. Before anything can be: from then on an empty log is a lost log.

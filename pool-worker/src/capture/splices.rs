@@ -97,7 +97,11 @@ fn splice_of(accepted: &Accepted) -> Option<(Splice, Position)> {
     }
 }
 
-async fn manifest_of(side: &dyn SideStore, commit: Lsn) -> Result<Option<Manifest>, StagingError> {
+/// The manifest of the transaction that commits there; `None` when there is none that can be read.
+///
+/// # Errors
+/// When the side store cannot be read.
+pub async fn manifest_of(side: &dyn SideStore, commit: Lsn) -> Result<Option<Manifest>, StagingError> {
     let body = side.get(SideKey::Manifest { commit }).await?;
     Ok(body.and_then(|body| decode_manifest(commit, &body).ok()))
 }

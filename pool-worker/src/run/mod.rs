@@ -71,14 +71,39 @@ pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
             Directive::Stop => {
                 tracing::error!(task = %context.task, error = %said, "the run stopped and waits for a person");
                 context.status.stopped(&said);
-                context.pulse.wait("a person (wallaby resume)");
-                let ending = context.ending_or_resume().await;
+                let ending = match is_cancelled(context, *run) {
+                    // What is in the way of ending it may go away by itself.
+                    true => context.pause("the next try to cancel", backoff.next_delay()).await,
+                    false => {
+                        context.pulse.wait("a person (wallaby resume, or wallaby snapshot cancel)");
+                        tokio::select! {
+                            ending = context.ending_or_resume() => (ending != Ending::ResumeAsked).then_some(ending),
+                            () = cancelled(context, *run) => None,
+                        }
+                    }
+                };
                 context.pulse.beat();
-                (ending != Ending::ResumeAsked).then_some(ending)
+                ending
             }
         };
         if ending.is_some() {
             return TaskEnd::Released(None);
+        }
+    }
+}
+
+fn is_cancelled(context: &TaskContext, run: RunId) -> bool {
+    let wish = context.runs.run(&context.task.flow, run, |view| view.spec.as_ref().map(|spec| spec.wish));
+    wish.flatten() == Some(RunWish::Cancel)
+}
+
+/// Returns once the run is cancelled.
+async fn cancelled(context: &TaskContext, run: RunId) {
+    let mut changes = context.runs.changes();
+    while !is_cancelled(context, run) {
+        if changes.changed().await.is_err() {
+            // Nobody watches any more: the task is about to be ended.
+            std::future::pending::<()>().await;
         }
     }
 }

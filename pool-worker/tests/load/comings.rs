@@ -125,3 +125,44 @@ async fn a_sink_that_comes_while_a_run_is_open_is_none_of_that_run() {
         })
         .await;
 }
+
+/// Its note of chunks that it has is of another database, and of an earlier life of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_comes_back_elsewhere_while_a_run_is_open_is_loaded_whole() {
+    let scene = Arc::new(Scene::new("back").await);
+    fill(&scene, 20_000).await;
+    let (here, there) = (Database::create("here").await, Database::create("there").await);
+    scene.offer_chunks(1);
+    let mut both = scene.in_chunks("initial");
+    let mut other = both.spec.sinks[0].clone();
+    other.name = SinkId::new("other").unwrap();
+    other.postgres.dsn = wallaby_model::flow::SecretRef::Value(here.dsn());
+    both.spec.sinks.push(other.clone());
+    scene.coordination.create_flow(both.clone()).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    scene
+        .until("the other sink has a chunk", async || {
+            let loaded = scene.coordination.run_loaded(&scene.flow, RunId(1), &other.name).await;
+            let loaded = loaded.map_err(|error| error.to_string())?;
+            if loaded.is_empty() { Err("none".to_owned()) } else { Ok(()) }
+        })
+        .await;
+    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+    let seen = scene.coordination.update_flow(&seen, scene.in_chunks("initial"), &BTreeMap::new()).await.unwrap();
+    other.postgres.dsn = wallaby_model::flow::SecretRef::Value(there.dsn());
+    both.spec.sinks[1] = other.clone();
+    let starts = BTreeMap::from([(other.name, Some(scene.log_end().await.unwrap()))]);
+    scene.coordination.update_flow(&seen, both, &starts).await.unwrap();
+    scene.offer_chunks(u32::MAX);
+    scene.run_is(1, RunState::Done).await;
+    scene.run_is(2, RunState::Done).await;
+    scene.source.batch_execute("DELETE FROM t WHERE id % 5 = 0").await.unwrap();
+    scene.equal(ALL).await;
+    scene
+        .until("the other sink has what the source has", async || {
+            let (source, there) = (rows(&scene.source, ALL).await?, rows(&there, ALL).await?);
+            if source == there { Ok(()) } else { Err(format!("{} of {} rows", there.len(), source.len())) }
+        })
+        .await;
+}

@@ -152,6 +152,37 @@ async fn h09_h12_killed_while_lost_parts_are_sent_again_the_next_owner_sends_the
     assert_eq!(scene.fences().await, 3, "the third owner took the log over more than once");
 }
 
+/// There is room for the transaction once. The first put lost a part: it makes room for the second one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h09_parts_that_come_again_have_room_where_they_fit_once() {
+    let (scene, _offers) = ledger_in(blockable("room").await, "64kB", |document| {
+        document.spec.log.replay_window = Span(Duration::from_secs(3600));
+        document.spec.log.side_store =
+            serde_json::from_str(r#"{ "jetstream": { "transactionsMax": "5Mi" } }"#).unwrap();
+    })
+    .await;
+    let first = scene.wary_worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    let blocked = scene.target.connect().await;
+    blocked.batch_execute("BEGIN; LOCK TABLE ledger").await.unwrap();
+    scene.source.batch_execute(&format!("BEGIN; {}; COMMIT", large())).await.unwrap();
+    let end = scene.wal_end().await;
+    scene.staged(end).await;
+    let put = only_attempt(&scene).await;
+    let state = scene.shelf(Shelf::Transactions).await;
+    assert!(2 * state.bytes > 5 << 20, "{} bytes fit twice", state.bytes);
+    drop(first);
+    scene.lose_part(put, true).await;
+    decode_with(&scene, "1GB").await;
+    let _second = scene.worker("w2");
+    are_sent_again(&scene, &BTreeSet::from([put])).await;
+    blocked.batch_execute("ROLLBACK").await.unwrap();
+    scene.source.batch_execute(&rows(20_011, 20_020)).await.unwrap();
+    let end = scene.wal_end().await;
+    scene.equal(LEDGER).await;
+    scene.told(end).await;
+}
+
 /// The source's connection ends while a splice waits for room in a full log; what it needs is lost meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h09_a_splice_that_waits_for_a_full_log_is_looked_after_when_the_source_is_read_again() {

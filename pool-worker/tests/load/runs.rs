@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio_util::task::AbortOnDropHandle;
-use wallaby_model::condition::{ConditionType, Timestamp};
+use wallaby_model::condition::{ConditionType, TaskPhase, Timestamp};
 use wallaby_model::run::{ChunkDone, RunReason, RunSpec, RunState, RunWish};
 use wallaby_model::{ChunkId, Reader, RunId, TaskId, TaskKind};
 use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
@@ -339,3 +339,25 @@ async fn a_table_without_any_identity_of_which_only_inserts_are_published_is_loa
 
 const NO_IDENTITY: &str = "CREATE TABLE t (id int, n int, pad text); ALTER TABLE t REPLICA IDENTITY NOTHING;
     INSERT INTO t VALUES (1, 1, 'a'), (1, 1, 'a'), (2, 2, 'b')";
+
+/// It waits for a person; that person wants it no more, and does not have to mend it first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_stopped_is_cancelled_without_a_resume() {
+    let scene = Arc::new(Scene::new("stopped").await);
+    fill(&scene, 100).await;
+    let mut document = scene.document("public.t", "initial", "");
+    document.spec.source.postgres.dsn =
+        wallaby_model::flow::SecretRef::Value(scene.source.dsn().replace(scene.source.name(), "nowhere"));
+    scene.coordination.create_flow(document).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    let task = TaskId { flow: scene.flow.clone(), kind: TaskKind::Run(RUN) };
+    scene
+        .until("the run waits for a person", async || match scene.status_of(&task).await? {
+            status if status.phase == TaskPhase::Stopped => Ok(()),
+            status => Err(format!("{status:?}")),
+        })
+        .await;
+    scene.coordination.set_run_wish(&scene.flow, RUN, RunWish::Cancel).await.unwrap();
+    scene.run_is(1, RunState::Cancelled).await;
+}

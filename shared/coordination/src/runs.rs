@@ -403,6 +403,20 @@ impl TaskLock {
         self.put_of_run("marking a chunk as loaded", run, &key, loaded, Vec::new()).await
     }
 
+    /// Apply task: takes back that its sink has these chunks: it does not, and they are to be loaded.
+    ///
+    /// # Errors
+    /// `LockLost`; when etcd cannot be reached (then some may be taken back).
+    pub async fn take_back_loaded(&self, run: RunId, sink: &SinkId, chunks: &[ChunkId]) -> Result<()> {
+        let keys = self.coordination().keys();
+        let key = |chunk: &ChunkId| keys.text(&Key::RunLoaded(self.inner.task.flow.clone(), run, sink.clone(), *chunk));
+        for page in chunks.chunks(DELETES_AT_ONCE) {
+            let deletes = page.iter().map(|chunk| TxnOp::delete(key(chunk), None)).collect();
+            self.guarded("taking back that chunks are loaded", Vec::new(), deletes, Vec::new()).await?;
+        }
+        Ok(())
+    }
+
     /// Apply task: writes how far its sink is in a run.
     ///
     /// # Errors

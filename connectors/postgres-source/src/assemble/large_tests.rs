@@ -13,7 +13,8 @@ use super::tests::{LIMITS, begin, commit, insert, shape};
 use super::{Assembler, CaptureEvent, Limits, PartDraft, PartLimits, RelationShape, SegmentDraft, SpliceDraft, Step};
 use crate::error::SourceError;
 
-const PARTS: PartLimits = PartLimits { target_bytes: 8 << 10, open_bytes_max: 32 << 10, row_bytes_max: 1 << 20 };
+const PARTS: PartLimits =
+    PartLimits { target_bytes: 8 << 10, open_bytes_max: 32 << 10, row_bytes_max: 1 << 20, only_whole: false };
 
 /// A change as a reader sees it: position, transaction, table with its number of columns, operation, values.
 type Seen = (Position, u32, String, u8, Vec<String>);
@@ -674,4 +675,22 @@ fn h06_h09_a_transaction_with_a_splice_in_the_log_becomes_parts_from_its_first_r
     }
     assert!(matches!(assembler.push(Lsn(40), &stream_commit(2, 40, 50)).unwrap(), Step::Ready));
     given(&mut assembler);
+}
+
+/// The side store is full: what a splice of stands in the log goes there all the same, and nothing else does.
+#[test]
+fn h09_while_the_side_store_is_full_only_what_must_be_whole_becomes_parts() {
+    let full = Limits { large_transaction_bytes: 1, parts: Some(PartLimits { only_whole: true, ..PARTS }), ..limits() };
+    let mut assembler = with_shapes(full, 1, Position::before(Lsn(5)));
+    assembler.keep_whole([Lsn(40)].into());
+    for (lsn, message) in [(10, begin(20, 1)), (11, insert(1, 1, "x")), (12, insert(1, 2, "x")), (20, commit(20, 30))] {
+        assert!(matches!(assembler.push(Lsn(lsn), &message).unwrap(), Step::Taken));
+    }
+    assert_eq!(assembler.take_segment().unwrap().unwrap().rows, 2);
+    for (lsn, message) in [(31, begin(40, 2)), (31, insert(1, 2, "x"))] {
+        assert!(matches!(assembler.push(Lsn(lsn), &message).unwrap(), Step::Taken));
+    }
+    assert!(matches!(assembler.push(Lsn(40), &commit(40, 50)).unwrap(), Step::Ready));
+    let events = std::iter::from_fn(|| assembler.take_ready()).collect::<Vec<_>>();
+    assert!(matches!(events.as_slice(), [CaptureEvent::Part(_), CaptureEvent::Splice(_)]), "{events:?}");
 }

@@ -28,9 +28,16 @@ pub(crate) struct PartLimits {
     pub(crate) open_bytes_max: usize,
     /// The largest content of a part with a single row.
     pub(crate) row_bytes_max: usize,
+    /// Only what is to be kept whole becomes parts.
+    pub(crate) only_whole: bool,
 }
 
 impl Limits {
+    /// Whether a transaction becomes parts because it is large.
+    pub(super) fn makes_parts(&self) -> bool {
+        self.parts.is_some_and(|parts| !parts.only_whole)
+    }
+
     pub(super) fn part_target_bytes(&self) -> usize {
         self.parts.map_or(usize::MAX / 2, |parts| parts.target_bytes)
     }

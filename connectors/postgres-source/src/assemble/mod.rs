@@ -368,7 +368,7 @@ impl Assembler {
             return Err(out_of_order('I', "no transaction is open").into());
         };
         let total = open.bytes + bytes as u64;
-        if total > self.limits.large_transaction_bytes && self.limits.parts.is_some() && open.parts.is_none() {
+        if total > self.limits.large_transaction_bytes && self.limits.makes_parts() && open.parts.is_none() {
             if self.buffer.rows() > 0 {
                 return Ok(None);
             }
@@ -434,7 +434,7 @@ impl Assembler {
             }
             match table.check_row(xid, bytes, limits.row_bytes_max) {
                 Ok(()) => return Ok(Some(bytes)),
-                Err(error) if limits.parts.is_none() => return Err(error),
+                Err(error) if !limits.makes_parts() => return Err(error),
                 Err(_) if self.buffer.rows() > 0 => return Ok(None),
                 Err(_) => {}
             }

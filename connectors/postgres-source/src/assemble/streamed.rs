@@ -118,7 +118,7 @@ impl Assembler {
         if self.open.is_some() {
             return Err(out_of_order('S', "a transaction is open").into());
         }
-        if self.limits.parts.is_none() {
+        if !self.limits.makes_parts() {
             return Err(out_of_order('S', "streaming was not asked for").into());
         }
         let is_known = self.streamed.transactions.contains_key(&start.xid);
