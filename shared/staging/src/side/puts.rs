@@ -1,10 +1,12 @@
-//! Puts in flight, bounded in bytes: what feeds a side store waits for room instead of piling up.
+//! Puts in flight, bounded in bytes: what feeds a side store waits for room instead of piling up. The bound is one of a window: from the
+//! oldest object of an attempt that is not kept yet to the newest that was sent. So an object that is tried again for long lands before
+//! those that are more than the budget behind it, and what a lost tail takes of an attempt is among its last objects.
 
 use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 
 use super::{SideKey, SideStore};
@@ -44,6 +46,8 @@ pub struct Puts {
     side: Arc<dyn SideStore>,
     budget: PutBudget,
     running: JoinSet<Result<()>>,
+    /// Resolves once everything that was sent is kept, or is not tried any more.
+    before: Option<oneshot::Receiver<()>>,
     failed: Option<StagingError>,
 }
 
@@ -56,7 +60,7 @@ impl fmt::Debug for Puts {
 impl Puts {
     /// Into `side`, within `budget`. Must be used inside a tokio runtime.
     pub fn new(side: Arc<dyn SideStore>, budget: PutBudget) -> Puts {
-        Puts { side, budget, running: JoinSet::new(), failed: None }
+        Puts { side, budget, running: JoinSet::new(), before: None, failed: None }
     }
 
     /// Sends an object off once there is room for it. Cancel-safe: cancelled, it was not sent.
@@ -70,9 +74,17 @@ impl Puts {
         let room = room.map_err(|error| StagingError::unavailable("room to put an object", error))?;
         self.check()?;
         let side = Arc::clone(&self.side);
+        let (kept, is_kept) = oneshot::channel::<()>();
+        let before = self.before.replace(is_kept);
         self.running.spawn(async move {
             let put = side.put(key, body).await;
-            drop(room);
+            if put.is_ok()
+                && let Some(before) = before
+            {
+                // Its room is part of the window as long as an older one is on its way.
+                let _kept_or_given_up = before.await;
+            }
+            drop((room, kept));
             put
         });
         Ok(())
@@ -107,5 +119,83 @@ impl Puts {
             // Nobody will use the attempt.
             self.running.abort_all();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::time::Duration;
+
+    use tokio::sync::Notify;
+    use wallaby_model::{Attempt, Epoch};
+
+    use super::super::{Shelf, ShelfUsage, SideGroup};
+    use super::*;
+
+    /// A store that keeps everything at once, but for the first part: that is tried until it is let through.
+    #[derive(Debug, Default)]
+    struct FirstLate {
+        through: Notify,
+        kept: AtomicU32,
+    }
+
+    #[async_trait::async_trait]
+    impl SideStore for FirstLate {
+        fn part_bytes_target(&self) -> usize {
+            0
+        }
+        async fn ensure(&self, _shelf: Shelf) -> Result<()> {
+            Ok(())
+        }
+        async fn put(&self, key: SideKey, _body: Bytes) -> Result<()> {
+            if let SideKey::Part { number: 0, .. } = key {
+                self.through.notified().await;
+            }
+            self.kept.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+        async fn get(&self, _key: SideKey) -> Result<Option<Bytes>> {
+            Ok(None)
+        }
+        async fn delete(&self, _group: SideGroup) -> Result<()> {
+            Ok(())
+        }
+        async fn list(&self, _shelf: Shelf) -> Result<Vec<SideGroup>> {
+            Ok(Vec::new())
+        }
+        async fn usage(&self, _shelf: Shelf) -> Result<ShelfUsage> {
+            Ok(ShelfUsage::default())
+        }
+        async fn holders(&self, _shelf: Shelf) -> Result<Vec<String>> {
+            Ok(Vec::new())
+        }
+        async fn remove_shelf(&self, _shelf: Shelf) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn h09_what_is_sent_stays_within_the_budget_of_what_is_still_tried() {
+        let side = Arc::new(FirstLate::default());
+        let mut puts = Puts::new(Arc::clone(&side) as Arc<dyn SideStore>, PutBudget::new(10));
+        let attempt = Attempt { epoch: Epoch(1), connection: 1, xid: 1 };
+        let mut put = async |number| {
+            let put = puts.put(SideKey::Part { attempt, number }, Bytes::from_static(b"x"));
+            // Time only goes on when nothing else can.
+            tokio::time::timeout(Duration::from_secs(60), put).await.map(|put| put.unwrap())
+        };
+        for number in 0..10 {
+            put(number).await.unwrap();
+        }
+        put(10).await.unwrap_err();
+        assert_eq!(side.kept.load(Ordering::Relaxed), 9);
+        side.through.notify_one();
+        for number in 10..100 {
+            put(number).await.unwrap();
+        }
+        puts.settled().await.unwrap();
+        assert_eq!(side.kept.load(Ordering::Relaxed), 100);
     }
 }
