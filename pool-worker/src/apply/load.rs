@@ -3,7 +3,7 @@
 //! What is next is decided by `tables.rs` from the sink's own marks and notes; here it is done, one step at a time, between
 //! two batches of the main stream.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use wallaby_connector_api::{Sink, SinkError, TableFilter, TableLoads, TableMark};
@@ -178,9 +178,10 @@ impl Loads {
             }
             Next::AskLoaded(run) => {
                 let before = self.loaded.get(&run).map(BTreeSet::len);
+                let said = self.said_loaded(context, run);
                 let loaded: BTreeSet<ChunkId> = loads(sink)?.loaded(run).await?.into_iter().collect();
                 let is_news = before != Some(loaded.len());
-                self.take_back(context, run, &loaded).await?;
+                self.take_back(context, run, said.difference(&loaded).copied().collect()).await?;
                 self.loaded.insert(run, loaded);
                 Ok(if is_news { Stepped::Moved } else { Stepped::Idle })
             }
@@ -209,14 +210,26 @@ impl Loads {
         }
     }
 
-    /// Of what etcd says the sink has, takes back what it has not: the note is of an earlier life of it. It went from the flow and
-    /// came back somewhere else, or somebody set its database back.
-    async fn take_back(&self, context: &TaskContext, run: RunId, loaded: &BTreeSet<ChunkId>) -> Result<(), ApplyError> {
-        let lacking = context.runs.run(&context.task.flow, run, |view| match view.loaded.get(&self.sink) {
-            Some(said) => said.difference(loaded).copied().collect::<Vec<ChunkId>>(),
-            None => Vec::new(),
+    /// The chunks of the tables that are being copied which etcd says the sink has.
+    fn said_loaded(&self, context: &TaskContext, run: RunId) -> BTreeSet<ChunkId> {
+        let is_copied = |mark: &&TableMark| mark.run == run && mark.stage == TableStage::Copying;
+        let copied: HashSet<&TableName> = self.marks.iter().filter(is_copied).map(|mark| &mark.table).collect();
+        let said = context.runs.run(&context.task.flow, run, |view| {
+            let relations = view.plan.as_ref().map(|plan| plan.relations.as_slice()).unwrap_or_default();
+            let is_of_copied = |chunk: &&ChunkId| {
+                relations.get(chunk.table as usize).is_some_and(|relation| copied.contains(&relation.table))
+            };
+            view.loaded.get(&self.sink).into_iter().flatten().filter(is_of_copied).copied().collect()
         });
-        let Some(lacking) = lacking.filter(|lacking| !lacking.is_empty()) else { return Ok(()) };
+        said.unwrap_or_default()
+    }
+
+    /// Takes back that the sink has chunks: it has not, the notes are of an earlier life of it. It went from the flow and came back
+    /// somewhere else, or somebody set its database back.
+    async fn take_back(&self, context: &TaskContext, run: RunId, lacking: Vec<ChunkId>) -> Result<(), ApplyError> {
+        if lacking.is_empty() {
+            return Ok(());
+        }
         tracing::warn!(task = %context.task, %run, chunks = lacking.len(), "the sink lacks chunks that it is said to have: they are loaded");
         Ok(context.lock.take_back_loaded(run, &self.sink, &lacking).await?)
     }

@@ -8,8 +8,8 @@ use wallaby_postgres_source::{
     SourceError, SourceIdentity, connect_control, ensure_publication, ensure_slot, evict,
 };
 use wallaby_staging::{
-    Log, LogConfig, LogWriter, PutBudget, SegmentCache, SideGroup, SideStore, TailClaims, TailVerdict, Takeover,
-    WriterOptions, judge_tail, open_side, sync_policy,
+    Log, LogConfig, LogWriter, PutBudget, SegmentCache, Shelf, SideGroup, SideStore, Sweep, TailClaims, TailVerdict,
+    Takeover, WriterOptions, judge_tail, open_side, sweep_transactions, sync_policy,
 };
 
 use std::collections::BTreeSet;
@@ -89,6 +89,7 @@ pub async fn run(
     };
     let confirmed = Position::before(prepared.slot().confirmed_flush);
     owned.unconfirmed = Unconfirmed::default();
+    let mut again = BTreeSet::new();
     match takeover {
         Some(takeover) => {
             context.pulse.wait("the side store");
@@ -101,7 +102,7 @@ pub async fn run(
             if is_cut(position, &looked) {
                 (position, rewind) = (Position::before(position.commit).max(confirmed), true);
             }
-            make_room(context, owned, side.as_ref(), epoch, &looked.again).await?;
+            again.clone_from(&looked.again);
             prepared.keep_whole(looked.again);
             // Before the resume record is written: one of a server that is refused would vouch for it to the next owner.
             prepared.verify(position, previous.as_ref()).await?;
@@ -131,7 +132,7 @@ pub async fn run(
                 owned.writer = None;
                 return Err(CaptureError::PartLost { commit });
             }
-            make_room(context, owned, side.as_ref(), epoch, &looked.again).await?;
+            again.clone_from(&looked.again);
             prepared.keep_whole(looked.again);
             prepared.verify(writer.end(), previous.as_ref()).await?;
             vouch(context, &prepared, &log, writer.end()).await?;
@@ -140,6 +141,8 @@ pub async fn run(
     let _retention = retain();
     let Some(writer) = owned.writer.as_ref() else { return Err(CaptureError::Invalid) };
     let (capture, confirm) = prepared.start(writer.end(), previous.as_ref()).await?;
+    // Only now is the source known to send it all again.
+    make_room(context, owned, side.as_ref(), epoch, writer.end(), &again).await?;
     owned.connection += 1;
     let budget = PutBudget::new(context.shared.sizes.puts);
     let side_writer =
@@ -152,7 +155,7 @@ pub async fn run(
     context.status.condition(ConditionType::Capturing, true, "Streaming", "");
     context.status.phase(TaskPhase::Streaming);
     tracing::info!(task = %context.task, %epoch, position = %writer.end(), "capturing");
-    backoff.reset();
+    let failures = std::mem::take(backoff);
     let stage = stage::Stage { context, demand, log: &log, confirm, figures };
     let outcome = stage::run(stage, capture, side_writer, owned).await.map_err(|error| match error {
         // Nothing else is put meanwhile.
@@ -163,28 +166,44 @@ pub async fn run(
         Err(error @ CaptureError::SideFull { xid, .. }) => {
             owned.fallback = Some(Fallback { xid: *xid, said: error.to_string(), until: None });
         }
+        Err(CaptureError::StreamAgain) => owned.fallback = None,
         // A row that needs the side store: it may have room again.
-        Err(CaptureError::StreamAgain | CaptureError::Source(SourceError::RowTooLarge { .. })) => owned.fallback = None,
+        Err(CaptureError::Source(SourceError::RowTooLarge { .. })) => {
+            owned.fallback = None;
+            *backoff = failures;
+        }
+        // That the source could be read is no success here: it is read in vain each time.
+        Err(CaptureError::WholeFull { .. }) => *backoff = failures,
         Err(CaptureError::PartLost { .. }) => owned.writer = None,
         _ => {}
     }
     outcome
 }
 
-/// While the side store is full, removes what is there of transactions that are put there again, by the owners and connections
-/// before this one: it cannot be read whole any more, or will not be. What a younger owner put stays.
+/// While the side store is full and transactions must go there whole, removes what is there of those that the source sends again: what
+/// earlier connections left half put, the attempts behind splices that come again, and those whose splice never came into the log,
+/// which ends at `end`. None can be read any more, or will be. What a younger owner put stays.
 async fn make_room(
     context: &TaskContext,
     owned: &Owned,
     side: &dyn SideStore,
     epoch: Epoch,
+    end: Position,
     again: &BTreeSet<Lsn>,
 ) -> Result<(), CaptureError> {
-    if owned.fallback.is_none() {
+    if owned.fallback.is_none() || again.is_empty() {
         return Ok(());
     }
-    for commit in again {
-        let Some(manifest) = splices::manifest_of(side, *commit).await? else { continue };
+    context.pulse.wait("the side store");
+    // Nothing lives: the connection has put nothing yet. What the purge has passed is not this sweep's.
+    let living = owned.living.now();
+    sweep_transactions(side, &Sweep { epoch, purged_to: Position::ZERO, living: &living }).await?;
+    for group in side.list(Shelf::Transactions).await? {
+        let SideGroup::Manifest(commit) = group else { continue };
+        if !again.contains(&commit) && Position::before(commit) < end {
+            continue;
+        }
+        let Some(manifest) = splices::manifest_of(side, commit).await? else { continue };
         let attempt = manifest.attempt;
         if (attempt.epoch, attempt.connection) <= (epoch, owned.connection) {
             tracing::warn!(task = %context.task, %commit, %attempt, "the side store is full: parts that are put again are removed");
