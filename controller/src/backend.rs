@@ -6,14 +6,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
-use wallaby_coordination::{Coordination, Tls};
+use wallaby_coordination::Coordination;
 use wallaby_model::flow::{LogSpec, SideStoreSpec};
 use wallaby_model::{FlowId, Position};
 use wallaby_staging::{Connections, Log, NatsTarget, StagingError, open_side};
 
 use crate::options::Options;
 use crate::reason::{ApiError, Reason};
-use crate::server::{StartError, read_file};
 use crate::view::LiveView;
 
 /// Between two tries at a server that does not answer.
@@ -50,7 +49,7 @@ impl Backend {
             client_certificate: None,
             name: "wallaby-controller".to_owned(),
         };
-        let etcd_shown = options.etcd.join(", ");
+        let etcd_shown = options.etcd.shown();
         Backend(Arc::new(Inner { etcd_shown, nats_target, etcd: OnceLock::new(), nats: OnceLock::new(), ending }))
     }
 
@@ -191,19 +190,4 @@ async fn pause(shutdown: &CancellationToken) {
         () = tokio::time::sleep(RETRY_AFTER) => {}
         () = shutdown.cancelled() => {}
     }
-}
-
-/// How etcd is spoken to.
-///
-/// # Errors
-/// When a file of the settings cannot be read.
-pub fn etcd_settings(options: &Options) -> Result<wallaby_coordination::Options, StartError> {
-    let uses_tls = options.etcd.iter().any(|endpoint| endpoint.starts_with("https://"));
-    let ca_pem = options.etcd_ca.as_deref().map(read_file).transpose()?;
-    let tls = uses_tls.then(|| Tls { ca_pem, ..Tls::default() });
-    Ok(wallaby_coordination::Options {
-        prefix: options.etcd_prefix.clone(),
-        tls,
-        ..wallaby_coordination::Options::default()
-    })
 }

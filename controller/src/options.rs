@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Parser;
+use wallaby_coordination::EtcdArguments;
 use wallaby_model::PoolId;
 use wallaby_model::flow::Span;
 use wallaby_telemetry::TraceRatio;
@@ -30,17 +31,9 @@ pub struct Options {
     #[arg(long, env = "WALLABY_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
 
-    /// The etcd endpoints, separated by commas.
-    #[arg(long, env = "WALLABY_ETCD", value_delimiter = ',', default_value = "http://127.0.0.1:2379")]
-    pub etcd: Vec<String>,
-
-    /// What every key in etcd starts with. All controllers and workers of one installation share it.
-    #[arg(long, env = "WALLABY_ETCD_PREFIX", default_value = "/wallaby")]
-    pub etcd_prefix: String,
-
-    /// The certificate authority of the etcd servers, PEM.
-    #[arg(long, env = "WALLABY_ETCD_CA", value_name = "FILE")]
-    pub etcd_ca: Option<PathBuf>,
+    /// Where etcd is.
+    #[command(flatten)]
+    pub etcd: EtcdArguments,
 
     /// The NATS servers, separated by commas.
     #[arg(long, env = "WALLABY_NATS", value_delimiter = ',', default_value = "nats://127.0.0.1:4222")]

@@ -22,7 +22,7 @@ use wallaby_proto::v1::snapshot_service_server::SnapshotServiceServer;
 use wallaby_proto::v1::verify_service_server::VerifyServiceServer;
 use wallaby_proto::v1::worker_service_server::WorkerServiceServer;
 
-use crate::backend::{Backend, Etcd, etcd_settings};
+use crate::backend::{Backend, Etcd};
 use crate::options::Options;
 use crate::request_spans::RequestSpansLayer;
 use crate::schedule::{self, SchedulerParts};
@@ -58,6 +58,9 @@ pub enum StartError {
         "--listen {0} is not loopback: give --tls-cert and --tls-key (and --tls-client-ca, so that not everybody may change flows), or listen on 127.0.0.1"
     )]
     NeedsTls(SocketAddr),
+    /// What is said of etcd cannot be used.
+    #[error(transparent)]
+    Etcd(#[from] wallaby_coordination::Error),
     /// A file of the settings cannot be read.
     #[error("cannot read {path}: {cause}")]
     File {
@@ -95,7 +98,7 @@ impl Controller {
         if options.tls_cert.is_none() && !options.listen.ip().is_loopback() {
             return Err(StartError::NeedsTls(options.listen));
         }
-        let etcd_settings = etcd_settings(&options)?;
+        let etcd_settings = options.etcd.options()?;
         let tls = server_tls(&options)?;
         let listener = TcpListener::bind(options.listen).await.map_err(|cause| match cause.kind() {
             ErrorKind::AddrInUse => StartError::Taken(options.listen),
@@ -124,7 +127,7 @@ impl Controller {
         }));
         let until = shutdown.clone();
         tasks.push(tokio::spawn(async move {
-            let reached = backend.reach_etcd(&options.etcd, &etcd_settings, &until).await.cloned();
+            let reached = backend.reach_etcd(&options.etcd.endpoints, &etcd_settings, &until).await.cloned();
             if let Some(etcd) = reached {
                 schedule_tasks(backend, etcd, &options, address, until).await;
             }

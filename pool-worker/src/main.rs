@@ -68,8 +68,9 @@ async fn live(
     address: String,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
+    let settings = options.etcd.options()?;
     let coordination = loop {
-        match Coordination::connect(&options.etcd, wallaby_coordination::Options::default()).await {
+        match Coordination::connect(&options.etcd.endpoints, settings.clone()).await {
             Ok(coordination) => break coordination,
             Err(error) if !error.is_transient() => return Err(error.into()),
             Err(error) => {

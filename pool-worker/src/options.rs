@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Parser;
+use wallaby_coordination::EtcdArguments;
 use wallaby_model::PoolId;
 use wallaby_model::flow::{ByteSize, Span};
 use wallaby_telemetry::TraceRatio;
@@ -15,9 +16,9 @@ use wallaby_telemetry::TraceRatio;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "wallaby-worker", version)]
 pub struct Options {
-    /// The etcd endpoints, separated by commas.
-    #[arg(long, env = "WALLABY_ETCD", value_delimiter = ',', default_value = "http://127.0.0.1:2379")]
-    pub etcd: Vec<String>,
+    /// Where etcd is.
+    #[command(flatten)]
+    pub etcd: EtcdArguments,
 
     /// The NATS servers, separated by commas. All servers of the cluster that holds the logs.
     #[arg(long, env = "WALLABY_NATS", value_delimiter = ',', default_value = "nats://127.0.0.1:4222")]
@@ -65,11 +66,11 @@ pub struct Options {
     pub sink_buffer_bytes: Option<ByteSize>,
 
     /// Cut off from the log's servers for this long, a capture is given up: another worker may reach them.
-    #[arg(long, env = "WALLABY_LOG_PATIENCE", default_value = "60s", hide = true)]
+    #[arg(long, env = "WALLABY_LOG_PATIENCE", default_value = "60s")]
     pub log_patience: Span,
 
     /// A sink's sessions are given up and opened again after this long without an answer.
-    #[arg(long, env = "WALLABY_SINK_PATIENCE", default_value = "5m", hide = true)]
+    #[arg(long, env = "WALLABY_SINK_PATIENCE", default_value = "5m")]
     pub sink_patience: Span,
 
     /// Where /metrics is served. Port 0 takes a free one and prints it.

@@ -21,6 +21,8 @@ use crate::traffic::{LEDGER, Traffic, connect};
 /// How long a dead worker's tasks stay without an owner.
 pub const LEASE_TTL: Duration = Duration::from_secs(2);
 const LOG_LINES: usize = 60;
+/// Not the default: every program has to be told.
+const PREFIX: &str = "/wallaby-system";
 
 /// How a system is set up.
 #[derive(Clone, Debug)]
@@ -107,7 +109,8 @@ impl System {
             admin.batch_execute(&format!("CREATE DATABASE {database}")).await.unwrap();
         }
         let endpoints = etcd.endpoints();
-        let coordination = Coordination::connect(&endpoints, wallaby_coordination::Options::default()).await.unwrap();
+        let options = wallaby_coordination::Options { prefix: PREFIX.to_owned(), ..Default::default() };
+        let coordination = Coordination::connect(&endpoints, options).await.unwrap();
         let greeter = match plan.nats_claims {
             Some(version) => Some(Greeter::start(nats.client_url(), version).await),
             None => None,
@@ -185,6 +188,7 @@ impl System {
         let sinks = self.plan.flow.more_sinks.iter().map(|sink| (FlowFile::variable(sink), self.dsn_of(sink)));
         let ours = [
             ("WALLABY_ETCD", self.etcd.endpoints().join(",")),
+            ("WALLABY_ETCD_PREFIX", PREFIX.to_owned()),
             ("WALLABY_NATS", nats),
             ("WALLABY_NATS_MONITORING", self.nats.monitoring_urls().join(",")),
             ("WALLABY_LOG", std::env::var("WALLABY_LOG").unwrap_or_else(|_| "info".to_owned())),

@@ -13,6 +13,7 @@
 //!
 //! `lease/core.rs`, `watch/cursor.rs` and `paced.rs` hold the rules without I/O; the rest is shell.
 
+mod arguments;
 mod checkpoint;
 mod client;
 mod clock;
@@ -35,6 +36,7 @@ mod runs;
 mod session;
 mod watch;
 
+pub use arguments::EtcdArguments;
 pub use checkpoint::{Checkpoint, Mark, SourceSeen};
 pub use client::Coordination;
 pub use clock::{BootTime, wall_clock_now};

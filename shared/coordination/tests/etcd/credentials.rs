@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use wallaby_coordination::{Coordination, Error, Options, Tls, WatchEvent};
+use clap::{Args, FromArgMatches};
+use wallaby_coordination::{Coordination, Error, EtcdArguments, Options, WatchEvent};
 use wallaby_testkit::{Folder, PortLease, Process, ProcessSpec, Toolbox, eventually};
 
 use crate::setup::*;
@@ -25,6 +26,21 @@ async fn works(coordination: &Coordination) {
     .await;
 }
 
+/// What a program is told on its command line.
+fn told(arguments: &[&str]) -> EtcdArguments {
+    let all = ["program"].iter().chain(arguments);
+    let matches = EtcdArguments::augment_args(clap::Command::new("program")).get_matches_from(all);
+    EtcdArguments::from_arg_matches(&matches).unwrap()
+}
+
+#[test]
+fn what_cannot_be_used_is_named() {
+    let none = told(&["--etcd-ca", "/nowhere/ca.pem", "--etcd", "https://a:1"]).options().unwrap_err().to_string();
+    assert!(none.contains("/nowhere/ca.pem"), "{none}");
+    let plain = told(&["--etcd-ca", "/nowhere/ca.pem", "--etcd", "http://a:1"]).options().unwrap_err().to_string();
+    assert!(plain.contains("http://a:1") && plain.contains("https://"), "{plain}");
+}
+
 #[tokio::test]
 async fn a_password_is_asked_for() {
     let etcd = own_etcd(1).await;
@@ -43,7 +59,13 @@ async fn a_password_is_asked_for() {
         assert!(matches!(error, Error::Settings(_)) && error.to_string().contains("password for it"), "{error:?}");
         assert!(!format!("{error} {error:?}").contains("wrong"), "a password in a message");
     }
-    let right = with(Some(("root", "right")));
+    let folder = Folder::temporary("password").unwrap();
+    let file = folder.path().join("password");
+    std::fs::write(&file, "right\n").unwrap();
+    let endpoints = etcd.endpoints().join(",");
+    let right =
+        told(&["--etcd", &endpoints, "--etcd-user", "root", "--etcd-password-file", &file.display().to_string()]);
+    let right = right.options().unwrap();
     assert!(!format!("{right:?}").contains("right"), "a password in a debug print");
     works(&Coordination::connect(&etcd.endpoints(), right).await.unwrap()).await;
 
@@ -52,13 +74,21 @@ async fn a_password_is_asked_for() {
 }
 
 #[tokio::test]
-async fn tls_is_spoken_and_a_foreign_authority_refused() {
+async fn tls_is_spoken_on_both_sides_and_a_foreign_authority_refused() {
     let folder = Folder::temporary("tls").unwrap();
     let own = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let foreign = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-    let (certificate, key) = (folder.path().join("cert.pem"), folder.path().join("key.pem"));
-    std::fs::write(&certificate, own.cert.pem()).unwrap();
-    std::fs::write(&key, own.signing_key.serialize_pem()).unwrap();
+    let ours = rcgen::generate_simple_self_signed(["wallaby".to_owned()]).unwrap();
+    let write = |name: &str, pem: String| {
+        let file = folder.path().join(name);
+        std::fs::write(&file, pem).unwrap();
+        file
+    };
+    let (certificate, key) = (write("cert.pem", own.cert.pem()), write("key.pem", own.signing_key.serialize_pem()));
+    // What signed itself is its own authority.
+    let (authority, our_key) =
+        (write("ours.pem", ours.cert.pem()), write("ours.key", ours.signing_key.serialize_pem()));
+    let foreign = write("foreign.pem", foreign.cert.pem());
     let (client, peer) = (PortLease::free().unwrap(), PortLease::free().unwrap());
     let (client_url, peer_url) =
         (format!("https://localhost:{}", client.port()), format!("http://127.0.0.1:{}", peer.port()));
@@ -74,24 +104,32 @@ async fn tls_is_spoken_and_a_foreign_authority_refused() {
         ("--initial-cluster", format!("tls={peer_url}")),
         ("--cert-file", path(&certificate)),
         ("--key-file", path(&key)),
+        ("--trusted-ca-file", path(&authority)),
+        ("--client-cert-auth", "true".to_owned()),
+        ("--enable-grpc-gateway", "false".to_owned()),
         ("--log-level", "warn".to_owned()),
     ];
-    let arguments = arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
+    let arguments = arguments.into_iter().map(|(flag, value)| format!("{flag}={value}"));
     let binary = Toolbox::find().unwrap().etcd().unwrap();
     let _etcd = Process::spawn(&ProcessSpec::new("etcd-tls", binary, folder.path()).args(arguments)).unwrap();
 
-    let trusting = |pem: String| Options {
-        tls: Some(Tls { ca_pem: Some(pem.into_bytes()), ..Tls::default() }),
-        connect_timeout: Duration::from_secs(2),
-        ..options("/wallaby")
+    let telling = async |authority: &std::path::Path, is_shown: bool| {
+        let mut arguments = vec!["--etcd".to_owned(), client_url.clone(), "--etcd-ca".to_owned(), path(authority)];
+        if is_shown {
+            let certificate = path(&folder.path().join("ours.pem"));
+            arguments.extend(["--etcd-cert".to_owned(), certificate, "--etcd-key".to_owned(), path(&our_key)]);
+        }
+        let told = told(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        let options = Options { connect_timeout: Duration::from_secs(2), ..told.options().unwrap() };
+        Coordination::connect(&told.endpoints, options).await
     };
-    let coordination = eventually(PATIENCE, "etcd answers over TLS", async || {
-        Coordination::connect(std::slice::from_ref(&client_url), trusting(own.cert.pem())).await
-    })
-    .await;
+    let coordination = eventually(PATIENCE, "etcd answers over TLS", async || telling(&certificate, true).await).await;
     works(&coordination).await;
-    let error = Coordination::connect(&[client_url], trusting(foreign.cert.pem())).await.unwrap_err();
+    let error = telling(&foreign, true).await.unwrap_err();
     println!("{error}");
     assert!(matches!(error, Error::Unreachable { .. }));
     assert!(error.to_string().contains("certificate"), "{error}");
+    let error = telling(&certificate, false).await.unwrap_err();
+    println!("{error}");
+    assert!(matches!(error, Error::Unreachable { .. }));
 }
