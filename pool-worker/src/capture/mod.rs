@@ -37,6 +37,8 @@ pub(crate) struct Owned {
     pub(crate) writer: Option<LogWriter>,
     /// What our fences carry: one for the whole ownership, or a second try would meet the first one's fence as a stranger's.
     pub(crate) nonce: Option<Nonce>,
+    /// Whether something may have been appended under our fences.
+    pub(crate) has_appended: bool,
     /// Counts the connections to the source: transactions that one streamed are other attempts than those of the next.
     pub(crate) connection: u32,
     /// The attempts that are being put into the side store.

@@ -134,8 +134,7 @@ impl Sweeper {
     async fn sweep(&self, log: &Log, purged_to: Position) -> Result<(), CaptureError> {
         // A replay window keeps more than the purge point says.
         let begins = log_begins(log).await?.unwrap_or(Position::ZERO);
-        let living = self.living.now();
-        let what = Sweep { epoch: self.epoch, purged_to: purged_to.min(begins), living: &living };
+        let what = Sweep { epoch: self.epoch, purged_to: purged_to.min(begins), living: &|| self.living.now() };
         let mut swept = sweep_transactions(self.side.as_ref(), &what).await?;
         swept.extend(sweep_chunks(&self.coordination, log.flow(), self.side.as_ref()).await?);
         if !swept.is_empty() {

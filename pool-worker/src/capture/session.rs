@@ -48,12 +48,17 @@ pub async fn run(
     let config = ConnectConfig::parse(&secret::resolve(&demand.source.dsn)?)?
         .with_application_name(&context.task.session_name(epoch));
 
+    if owned.writer.as_ref().is_some_and(LogWriter::has_ended) {
+        // Whatever ended it may be over: the log is taken over again, by us, and its tail judged.
+        owned.writer = None;
+    }
     let takeover = match owned.writer {
         Some(_) => None,
         None => {
             enter(context, TaskPhase::Fencing, "the fence");
             let nonce = *owned.nonce.get_or_insert_with(Nonce::random);
-            Some(LogWriter::take_over(&log, epoch, nonce, writer_options(context, &log).await).await?)
+            let options = WriterOptions { may_stand: !owned.has_appended, ..writer_options(context, &log).await };
+            Some(LogWriter::take_over(&log, epoch, nonce, options).await?)
         }
     };
     enter(context, TaskPhase::SlotWait, "the source");
@@ -107,6 +112,7 @@ pub async fn run(
             // Before the resume record is written: one of a server that is refused would vouch for it to the next owner.
             prepared.verify(position, previous.as_ref()).await?;
             let info = resume_info(demand, prepared.identity(), rewind);
+            owned.has_appended = true;
             let writer = takeover.resume(position, info).await?;
             context.stop_at(Failpoint::StopAfterResume).await;
             vouch(context, &prepared, &log, writer.end()).await?;
@@ -125,7 +131,11 @@ pub async fn run(
             drop(retention);
             context.pulse.wait("the side store");
             let tail = log.tail().await?;
-            let looked = find_broken(&log, side.as_ref(), confirmed, &tail, &owned.unconfirmed).await?;
+            let looked = tokio::select! {
+                looked = find_broken(&log, side.as_ref(), confirmed, &tail, &owned.unconfirmed) => looked?,
+                error = writer.ended() => return Err(error.into()),
+                _ = context.ending() => return Ok(super::close(owned).await),
+            };
             let cut = is_cut(writer.end(), &looked).then_some(writer.end().commit);
             if let Some(commit) = looked.broken.map(|broken| broken.commit).or(cut) {
                 // The log goes back only with a new chain: it is taken over again, by us.
@@ -196,8 +206,8 @@ async fn make_room(
     }
     context.pulse.wait("the side store");
     // Nothing lives: the connection has put nothing yet. What the purge has passed is not this sweep's.
-    let living = owned.living.now();
-    sweep_transactions(side, &Sweep { epoch, purged_to: Position::ZERO, living: &living }).await?;
+    let what = Sweep { epoch, purged_to: Position::ZERO, living: &|| owned.living.now() };
+    sweep_transactions(side, &what).await?;
     for group in side.list(Shelf::Transactions).await? {
         let SideGroup::Manifest(commit) = group else { continue };
         if !again.contains(&commit) && Position::before(commit) < end {

@@ -344,6 +344,22 @@ mod tests {
         assert_eq!(find(&slow, &side, 2008).await, (None, left(&[])));
     }
 
+    /// The log lost its tail after that was read, and the one who would write on is the one who looks.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn h11_a_look_up_to_what_was_lost_meanwhile_ends() {
+        let (nats, folder) = (NatsScope::one_node("ends").await, tempfile::tempdir().unwrap());
+        let (log, side) = (log(&nats).await, side(&folder).await);
+        let writer = resume(take_over(&log, 3).await, Position::before(Lsn(10)), false).await;
+        append(&writer, &keep(&side, 100).await).await;
+        let tail = log.tail().await.unwrap();
+        let tail = Tail { last_sequence: tail.last_sequence + 1, ..tail };
+        let unconfirmed = Unconfirmed::default();
+        let looking = find_broken(&log, &side, Position::before(Lsn(50)), &tail, &unconfirmed);
+        let error =
+            tokio::time::timeout(Duration::from_secs(30), looking).await.expect("it waits for ever").unwrap_err();
+        assert!(error.is_transient() && error.to_string().contains("lost its tail"), "{error}");
+    }
+
     /// A log of real servers, for splices of what is in `side`.
     async fn log(nats: &NatsScope<'_>) -> Log {
         log_at(nats, nats.url()).await

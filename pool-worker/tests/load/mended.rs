@@ -1,8 +1,10 @@
-//! What a person mends at the source is seen there: nobody has to tell the flow.
+//! What a person mends: at the source nobody has to tell the flow, elsewhere `wallaby resume` does.
 
 use std::sync::Arc;
 
+use async_nats::jetstream;
 use wallaby_model::TaskId;
+use wallaby_model::condition::TaskPhase;
 use wallaby_model::run::RunState;
 
 use crate::scene::*;
@@ -42,4 +44,46 @@ async fn is_refused(scene: &Scene) {
             }
         })
         .await;
+}
+
+/// The writer ended over it; a later try is not told so by the one that ended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_capture_goes_on_once_its_log_is_put_back() {
+    let scene = Arc::new(Scene::new("put-back").await);
+    let _offers = scene.offering();
+    scene.source.batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await.unwrap();
+    scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+    let _worker = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    scene.source.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
+    scene.equal("SELECT t::text FROM t ORDER BY id").await;
+    let jetstream = scene.nats.jetstream();
+    let log = jetstream.get_stream(scene.flow.log_stream()).await.unwrap();
+    let (config, state) = (log.cached_info().config.clone(), log.get_info().await.unwrap().state);
+    let mut copy = Vec::new();
+    for sequence in state.first_sequence..=state.last_sequence {
+        copy.push(log.get_raw_message(sequence).await.unwrap());
+    }
+    jetstream.delete_stream(scene.flow.log_stream()).await.unwrap();
+    let capture = TaskId::capture(&scene.flow);
+    scene
+        .until("the capture waits for a person", async || match scene.status_of(&capture).await?.phase {
+            TaskPhase::Stopped => Ok(()),
+            phase => Err(format!("{phase:?}")),
+        })
+        .await;
+    let first_sequence = Some(state.first_sequence);
+    jetstream.create_stream(jetstream::stream::Config { first_sequence, ..config }).await.unwrap();
+    for message in copy {
+        let mut headers = async_nats::HeaderMap::new();
+        for (name, values) in message.headers.iter().filter(|(name, _)| !name.to_string().starts_with("Nats-")) {
+            values.iter().for_each(|value| headers.append(name.clone(), value.clone()));
+        }
+        let landed = jetstream.publish_with_headers(message.subject, headers, message.payload).await.unwrap();
+        assert_eq!(landed.await.unwrap().sequence, message.sequence);
+    }
+    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+    scene.coordination.resume_flow(&seen).await.unwrap();
+    scene.source.batch_execute("INSERT INTO t VALUES (3)").await.unwrap();
+    scene.equal("SELECT t::text FROM t ORDER BY id").await;
 }

@@ -22,6 +22,8 @@ use crate::rule::{ReaderState, Verdict};
 use crate::segment_cache::{SegmentCache, SegmentKey};
 use crate::waiting::{Wait, WaitSender, Waiting};
 
+/// How often it is looked whether a log that is read up to its end still has that end.
+const END_LOOK_EVERY: Duration = Duration::from_secs(2);
 const BACKOFF_FIRST: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// How long the stream may seem not to exist before it is believed.
@@ -154,8 +156,31 @@ impl LogReader {
     /// not guess from a silence that this was all. A silence may be a search, and cancelled each time it would never end.
     ///
     /// # Errors
-    /// As [`LogReader::next`].
+    /// As [`LogReader::next`]; `Unavailable` when the log ends before `last`: it lost its tail meanwhile, and nobody may be there to
+    /// write on.
     pub async fn next_up_to(&mut self, last: u64) -> Result<Option<Accepted>> {
+        if last == u64::MAX {
+            return self.advance(last).await;
+        }
+        let log = self.log.clone();
+        let next = self.advance(last);
+        tokio::pin!(next);
+        loop {
+            // What is under way is never cut off by the look: a search that is would begin anew each time.
+            if let Ok(found) = tokio::time::timeout(END_LOOK_EVERY, &mut next).await {
+                return found;
+            }
+            if let Ok(info) = log.info().await
+                && info.last_sequence < last
+            {
+                let end = info.last_sequence;
+                let reason = format!("it ends at {end} now and was to be read up to {last}: it lost its tail");
+                return Err(StagingError::unavailable(format!("the end of {}", log.stream()), reason));
+            }
+        }
+    }
+
+    async fn advance(&mut self, last: u64) -> Result<Option<Accepted>> {
         loop {
             match self.read(last).await {
                 Ok(None) => return Ok(None),
@@ -259,7 +284,10 @@ impl LogReader {
     fn cached(&self, sequence: u64) -> Option<Staged> {
         let cache = self.options.cache.as_ref()?;
         let incarnation = self.state.incarnation?;
-        cache.get(&SegmentKey { flow: self.log.flow().clone(), incarnation, sequence })
+        let cached = cache.get(&SegmentKey { flow: self.log.flow().clone(), incarnation, sequence });
+        // One of an epoch that is over: the rule would drop it. It may be of a tail that was lost and that nobody missed, and then another
+        // record has its sequence.
+        cached.filter(|staged| self.state.epoch.is_none_or(|epoch| staged.record.epoch >= epoch))
     }
 
     /// Finds the sequence to begin at.

@@ -11,7 +11,7 @@ use crate::log::Log;
 use crate::record::{Incarnation, Link, Staged};
 use crate::rule::{ReaderState, Verdict, WINDOW_COUNT_MAX};
 
-/// Messages that are looked at before the walk gives up.
+/// Messages beside fences that are looked at before the walk gives up.
 const WALK_MAX: usize = 4096;
 /// Valid records over which the end of the last whole transaction is looked for.
 const COMPLETE_DEPTH: usize = 64;
@@ -52,6 +52,7 @@ pub struct TailWalk<'a> {
     kept: Vec<Staged>,
     valid: usize,
     run: ChainRun,
+    is_certain: bool,
 }
 
 /// Whether the reader rule may begin at a record: told going back, newest first. It may where a chain begins, because its owner
@@ -80,7 +81,7 @@ impl ChainRun {
 impl<'a> TailWalk<'a> {
     /// A walk that knows all fences of the stream, in order of sequence.
     pub fn new(fences: &'a [FenceAt]) -> TailWalk<'a> {
-        TailWalk { fences, kept: Vec::new(), valid: 0, run: ChainRun::default() }
+        TailWalk { fences, kept: Vec::new(), valid: 0, run: ChainRun::default(), is_certain: false }
     }
 
     /// The epoch that is valid for records right after `sequence`.
@@ -92,12 +93,21 @@ impl<'a> TailWalk<'a> {
     pub fn push(&mut self, mut staged: Staged) -> bool {
         let is_void = self.epoch_before(staged.sequence).is_some_and(|epoch| staged.record.epoch < epoch);
         let link = if is_void { None } else { staged.link };
-        let is_certain = self.run.push(link);
+        self.is_certain = self.run.push(link);
         self.valid += usize::from(link.is_some());
         // The rows are not needed.
         staged.body = bytes::Bytes::new();
         self.kept.push(staged);
-        !is_certain || (self.valid < COMPLETE_DEPTH && self.lacks_complete_to())
+        !self.is_certain || (self.valid < COMPLETE_DEPTH && self.lacks_complete_to())
+    }
+
+    /// Nothing older is looked at. An end that is not certain is no end: it would count as that of an empty log.
+    fn give_up(&self, log: &Log) -> Result<()> {
+        if self.is_certain {
+            return Ok(());
+        }
+        let reason = format!("its newest {WALK_MAX} records do not show where its last chain begins");
+        Err(StagingError::unavailable(format!("the tail of {}", log.stream()), reason))
     }
 
     fn lacks_complete_to(&self) -> bool {
@@ -178,13 +188,19 @@ pub(crate) async fn read(log: &Log, fences: &[FenceAt]) -> Result<Tail> {
 pub(crate) async fn read_at(log: &Log, fences: &[FenceAt], info: &crate::log::LogInfo) -> Result<Tail> {
     let last = info.last_sequence;
     let mut walk = TailWalk::new(fences);
+    let mut read = 0;
     if info.messages > 0 {
-        let oldest = info.first_sequence.max(last.saturating_sub(WALK_MAX as u64)).max(1);
-        for sequence in (oldest..=last).rev() {
+        for sequence in (info.first_sequence.max(1)..=last).rev() {
             match log.leader().message(log, sequence).await? {
                 Some(message) => {
+                    // Where an owner came no further, however many tries it took, there are fences only.
+                    read += usize::from(!matches!(message.staged.record.kind, RecordKind::Fence { .. }));
                     let needs_older = walk.push(message.staged);
                     if !needs_older {
+                        break;
+                    }
+                    if read == WALK_MAX {
+                        walk.give_up(log)?;
                         break;
                     }
                 }

@@ -85,7 +85,7 @@ impl Patience {
 impl Takeover {
     pub(crate) async fn run(log: &Log, epoch: Epoch, nonce: Nonce, options: WriterOptions) -> Result<Takeover> {
         let mut patience = Patience { until: Instant::now() + options.takeover_timeout, delay: RETRY_FIRST };
-        let mut has_landed = false;
+        let mut has_landed = options.may_stand && has_stood(log, epoch, nonce).await;
         loop {
             // A fence whose acknowledgement was lost is found by its nonce; one that is published twice does no harm.
             let published = match has_landed {
@@ -117,6 +117,7 @@ impl Takeover {
                 }
             };
             has_landed = true;
+            tracing::info!(flow = %log.flow(), %epoch, fence, fences = fences.len(), "the fence stands: reading what is behind it");
             match read_behind(log, &fences, fence).await {
                 Ok((tail, info)) => {
                     metrics::took_over(log.flow());
@@ -162,6 +163,12 @@ impl Takeover {
         };
         LogWriter::start(self, position, info, incarnation).await
     }
+}
+
+/// Whether our fence stands already. Not known counts as no: another one does no harm.
+async fn has_stood(log: &Log, epoch: Epoch, nonce: Nonce) -> bool {
+    let fences = tail::read_fences(log, 0).await.unwrap_or_default();
+    matches!(standing(&fences, epoch, nonce), Standing::Owner { .. })
 }
 
 /// Publishes the fence and waits for its acknowledgement. An error says nothing about whether it landed.

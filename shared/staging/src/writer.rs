@@ -38,6 +38,9 @@ pub struct WriterOptions {
     pub ack_timeout: Duration,
     /// How long a takeover tries.
     pub takeover_timeout: Duration,
+    /// Nothing was appended under a fence with this nonce yet: one that stands is as good as a new one. Where something was, only
+    /// a new fence keeps out what of it is still on its way.
+    pub may_stand: bool,
     /// How often the leader is asked whether it is still the same and still has what it acknowledged.
     pub tail_check_interval: Duration,
     /// How long a leader with a quorum must say that the tail is lost before it is believed.
@@ -55,6 +58,7 @@ impl Default for WriterOptions {
             window_bytes: 4 << 20,
             ack_timeout: Duration::from_secs(2),
             takeover_timeout: Duration::from_secs(30),
+            may_stand: false,
             tail_check_interval: Duration::from_secs(5),
             loss_confirmed_after: Duration::from_secs(3),
             sync: SyncPolicy::Unknown,
@@ -303,6 +307,11 @@ impl LogWriter {
         let mut ended = self.shared.ended.subscribe();
         let ended = ended.wait_for(Option::is_some).await;
         ended.ok().and_then(|error| error.clone()).unwrap_or(closed)
+    }
+
+    /// Whether it has ended: nothing is appended any more, and nothing that was handed in is waited for.
+    pub fn has_ended(&self) -> bool {
+        self.shared.ended.borrow().is_some()
     }
 
     /// Waits for every acknowledgement, then stops.

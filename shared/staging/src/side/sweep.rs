@@ -6,21 +6,29 @@
 
 use std::collections::BTreeSet;
 
-use wallaby_model::{Attempt, Epoch, Lsn, Manifest, Position};
+use serde::Deserialize;
+use wallaby_model::{Attempt, Epoch, Lsn, Position};
 
 use super::{Shelf, SideGroup, SideKey, SideStore};
 use crate::error::Result;
 
 /// What decides over the shelf of transactions.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy)]
 pub struct Sweep<'a> {
     /// Of the owner that sweeps. Its fence is acknowledged.
     pub epoch: Epoch,
     /// The purge has passed everything up to here: the purge point, or where the log begins when that is lower (a replay window
     /// keeps more).
     pub purged_to: Position,
-    /// The owner's own attempts that are still being put, or whose manifest is.
-    pub living: &'a BTreeSet<Attempt>,
+    /// The owner's own attempts that are still being put, or whose manifest is: asked for between two looks at the shelf. One
+    /// that begins after the first look is not seen there, and one that ends before the second has its manifest by then.
+    pub living: &'a (dyn Fn() -> BTreeSet<Attempt> + Sync),
+}
+
+/// What a manifest of any version says of its parts.
+#[derive(Deserialize)]
+struct Names {
+    attempt: Attempt,
 }
 
 impl Sweep<'_> {
@@ -32,13 +40,13 @@ impl Sweep<'_> {
         self.purged_to.commit <= commit
     }
 
-    /// What to keep, given the attempts that are named by manifests that are kept.
-    fn keeps(&self, group: &SideGroup, named: &BTreeSet<Attempt>) -> bool {
+    /// What to keep, given the attempts that live or are named by manifests that are kept.
+    fn keeps(&self, group: &SideGroup, needed: &BTreeSet<Attempt>) -> bool {
         match group {
             SideGroup::Manifest(commit) => self.keeps_manifest(*commit),
             SideGroup::Attempt(attempt) => {
                 // A younger owner's: we were fenced and do not know it yet.
-                attempt.epoch > self.epoch || named.contains(attempt) || self.living.contains(attempt)
+                attempt.epoch > self.epoch || needed.contains(attempt)
             }
             // Not on this shelf.
             SideGroup::ChunkAttempt(..) | SideGroup::Run(_) => true,
@@ -70,18 +78,18 @@ pub async fn sweep(
 /// `Unavailable`; what was removed until then is gone, and sweeping again goes on.
 pub async fn sweep_transactions(side: &dyn SideStore, what: &Sweep<'_>) -> Result<Vec<SideGroup>> {
     let groups = side.list(Shelf::Transactions).await?;
-    let mut named = BTreeSet::new();
-    for group in &groups {
+    let mut needed = (what.living)();
+    for group in side.list(Shelf::Transactions).await? {
         if let SideGroup::Manifest(commit) = group
-            && what.keeps_manifest(*commit)
-            && let Some(body) = side.get(SideKey::Manifest { commit: *commit }).await?
-            && let Ok(manifest) = serde_json::from_slice::<Manifest>(&body)
+            && what.keeps_manifest(commit)
+            && let Some(body) = side.get(SideKey::Manifest { commit }).await?
+            && let Ok(Names { attempt }) = serde_json::from_slice(&body)
         {
-            named.insert(manifest.attempt);
+            needed.insert(attempt);
         }
     }
     // Parts first: killed between, a manifest whose parts are gone is still listed and goes the next time.
-    let mut swept: Vec<SideGroup> = groups.into_iter().filter(|group| !what.keeps(group, &named)).collect();
+    let mut swept: Vec<SideGroup> = groups.into_iter().filter(|group| !what.keeps(group, &needed)).collect();
     swept.sort_by_key(|group| matches!(group, SideGroup::Manifest(_)));
     for group in &swept {
         side.delete(*group).await?;
@@ -98,11 +106,10 @@ mod tests {
     }
 
     #[test]
-    fn attempts_stay_that_are_named_living_or_a_younger_owners() {
-        let living = BTreeSet::from([attempt(7, 1)]);
-        let what = Sweep { epoch: Epoch(7), purged_to: Position::ZERO, living: &living };
-        let named = BTreeSet::from([attempt(5, 2)]);
-        let keeps = |attempt| what.keeps(&SideGroup::Attempt(attempt), &named);
+    fn attempts_stay_that_are_needed_or_a_younger_owners() {
+        let what = Sweep { epoch: Epoch(7), purged_to: Position::ZERO, living: &BTreeSet::new };
+        let needed = BTreeSet::from([attempt(7, 1), attempt(5, 2)]);
+        let keeps = |attempt| what.keeps(&SideGroup::Attempt(attempt), &needed);
         assert!(keeps(attempt(7, 1)), "living");
         assert!(keeps(attempt(5, 2)), "named");
         assert!(keeps(attempt(8, 3)), "a younger owner's");
@@ -112,9 +119,8 @@ mod tests {
 
     #[test]
     fn a_manifest_stays_until_the_purge_is_past_its_transaction() {
-        let living = BTreeSet::new();
         let keeps = |purged_to| {
-            let what = Sweep { epoch: Epoch(7), purged_to, living: &living };
+            let what = Sweep { epoch: Epoch(7), purged_to, living: &BTreeSet::new };
             what.keeps(&SideGroup::Manifest(Lsn(100)), &BTreeSet::new())
         };
         assert!(keeps(Position::ZERO));

@@ -279,6 +279,35 @@ async fn h11_a_lost_tail_is_noticed_rewound_and_read_without_a_gap() {
     flow.end().await;
 }
 
+/// Nobody knows that something was lost, so the log's life goes on. A reader of another worker does, and its cache has other records
+/// under the sequences that come.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h11_a_lost_tail_that_nobody_claims_leads_no_reader_round_and_round() {
+    let flow = Flow::on_one().await;
+    let writer = flow.owner(5).await.unwrap();
+    for n in 1..=20 {
+        writer.append(segment(n, n + 1, 100)).await.unwrap();
+    }
+    writer.settled().await.unwrap();
+    let mut ahead = flow.shared_reader(Start::FirstResume);
+    read_to(&mut ahead, at(21)).await;
+    drop(writer);
+    lose_tail(&flow, 8).await;
+    let takeover = LogWriter::take_over(&flow.log, Epoch(6), wallaby_model::Nonce::random(), options()).await.unwrap();
+    let (end, was) = (takeover.tail().end.unwrap(), takeover.tail().incarnation);
+    assert!(end < at(21));
+    let successor = takeover.resume(end, info(false)).await.unwrap();
+    assert_eq!(Some(successor.incarnation()), was);
+    let mut from = end_of(&successor);
+    while from < 40 {
+        successor.append(segment(from, from + 3, 100)).await.unwrap();
+        from += 3;
+    }
+    successor.settled().await.unwrap();
+    read_to(&mut ahead, at(from)).await;
+    flow.end().await;
+}
+
 /// The newest `count` messages go, and their sequences come again: a copy of the stream without them takes its place.
 async fn lose_tail(flow: &Flow, count: u64) {
     let context = async_nats::jetstream::new(target_client(&flow.url).await);

@@ -1,7 +1,7 @@
 //! One owner after another, and beside another.
 
-use wallaby_model::{Epoch, Nonce};
-use wallaby_staging::{LogWriter, StagingError, Start, WriterOptions};
+use wallaby_model::{Epoch, Nonce, Record, RecordKind};
+use wallaby_staging::{LogWriter, StagingError, Start, WriterOptions, record};
 
 use crate::support::{Flow, at, end_of, info, options, owner, read_to, segment};
 
@@ -141,5 +141,47 @@ async fn appends_that_do_not_continue_the_log_are_refused() {
     let takeover = LogWriter::take_over(&flow.log, Epoch(2), Nonce::random(), options()).await.unwrap();
     let error = takeover.resume(at(9), info(false)).await.map(|_| ()).unwrap_err();
     assert!(matches!(error, StagingError::NotContinuing { .. }), "{error}");
+    flow.end().await;
+}
+
+/// Whoever takes the log over and comes no further, because the source is away, tries again, for days.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tries_that_come_no_further_than_the_fence_hide_nothing() {
+    let flow = Flow::on_one().await;
+    let writer = flow.owner(5).await.unwrap();
+    writer.append(segment(1, 2, 100)).await.unwrap();
+    writer.settled().await.unwrap();
+    drop(writer);
+    // One owner: its fence stands, and is not put again.
+    let nonce = Nonce::random();
+    let before = flow.log.info().await.unwrap().last_sequence;
+    for _ in 0..5 {
+        let options = WriterOptions { may_stand: true, ..options() };
+        let takeover = LogWriter::take_over(&flow.log, Epoch(6), nonce, options).await.unwrap();
+        assert_eq!(takeover.tail().end, Some(at(2)));
+    }
+    assert_eq!(flow.log.info().await.unwrap().last_sequence, before + 1);
+    // One that had appended: only a new fence keeps out what is still on its way.
+    LogWriter::take_over(&flow.log, Epoch(6), nonce, options()).await.unwrap();
+    assert_eq!(flow.log.info().await.unwrap().last_sequence, before + 2);
+    // Many owners: more fences than records are looked at.
+    let context = async_nats::jetstream::new(flow.log.connections().publish.clone());
+    let mut landed = Vec::new();
+    for epoch in 7..4200 {
+        let kind = RecordKind::Fence { nonce: Nonce::random() };
+        let headers = record::encode(&Record { flow: flow.log.flow().clone(), epoch: Epoch(epoch), kind }, None);
+        let subject = flow.log.fence_subject().to_owned();
+        landed.push(context.publish_with_headers(subject, headers, "".into()).await.unwrap());
+        if landed.len() == 100 {
+            for one in landed.drain(..) {
+                one.await.unwrap();
+            }
+        }
+    }
+    for one in landed {
+        one.await.unwrap();
+    }
+    let tail = flow.log.tail().await.unwrap();
+    assert_eq!((tail.end, tail.epoch), (Some(at(2)), Some(Epoch(4199))));
     flow.end().await;
 }

@@ -1,10 +1,14 @@
 //! What is swept, and what is not.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
-use wallaby_model::{Epoch, Lsn, Position};
-use wallaby_staging::{Shelf, SideGroup, SideStore, Sweep, sweep, sweep_transactions};
+use bytes::Bytes;
+use wallaby_model::{Attempt, Epoch, Lsn, Position};
+use wallaby_staging::{
+    Shelf, ShelfUsage, SideGroup, SideKey, SideStore, StagingError, Sweep, sweep, sweep_transactions,
+};
 use wallaby_testkit::NatsScope;
 
 use crate::support::{QUOTAS, attempt, body, chunk, chunk_part, flow, jetstream, made, manifest, manifest_key, part};
@@ -28,7 +32,7 @@ async fn h12_parts_of_dead_attempts_go_and_named_ones_stay() {
     }
     side.put(manifest_key(100), manifest(100, named, 1)).await.unwrap();
     let still = BTreeSet::from([living]);
-    let what = Sweep { epoch: Epoch(7), purged_to: Position::before(Lsn(100)), living: &still };
+    let what = Sweep { epoch: Epoch(7), purged_to: Position::before(Lsn(100)), living: &|| still.clone() };
     let swept = sweep_transactions(&*side, &what).await.unwrap();
     assert_eq!(BTreeSet::from_iter(swept), BTreeSet::from([SideGroup::Attempt(dead), SideGroup::Attempt(given_up)]));
     let left = [named, living, younger].map(SideGroup::Attempt);
@@ -43,6 +47,73 @@ async fn h12_parts_of_dead_attempts_go_and_named_ones_stay() {
     side.remove().await.unwrap();
 }
 
+/// A transaction begins, and another one ends, while the shelf is looked at.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h12_what_begins_or_ends_while_it_is_swept_stays() {
+    let side = side().await;
+    let (ends, begins) = (attempt(7, 1), attempt(7, 2));
+    side.put(part(ends, 0), body(1, 1000)).await.unwrap();
+    let living = Arc::new(Mutex::new(BTreeSet::from([ends])));
+    let busy = Busy { side: Arc::clone(&side), living: Arc::clone(&living), ends, begins, looks: AtomicU32::new(0) };
+    let what = Sweep { epoch: Epoch(7), purged_to: Position::ZERO, living: &|| living.lock().unwrap().clone() };
+    assert_eq!(sweep_transactions(&busy, &what).await.unwrap(), []);
+    let left = BTreeSet::from([SideGroup::Attempt(ends), SideGroup::Attempt(begins), SideGroup::Manifest(Lsn(100))]);
+    assert_eq!(groups(&*side).await, left);
+    side.remove().await.unwrap();
+}
+
+/// A side store whose owner goes on before each look at it.
+#[derive(Debug)]
+struct Busy {
+    side: Arc<dyn SideStore>,
+    living: Arc<Mutex<BTreeSet<Attempt>>>,
+    ends: Attempt,
+    begins: Attempt,
+    looks: AtomicU32,
+}
+
+#[async_trait::async_trait]
+impl SideStore for Busy {
+    async fn list(&self, shelf: Shelf) -> Result<Vec<SideGroup>, StagingError> {
+        match self.looks.fetch_add(1, Ordering::Relaxed) {
+            0 => {
+                self.living.lock().unwrap().insert(self.begins);
+                self.side.put(part(self.begins, 0), body(2, 1000)).await?;
+            }
+            1 => {
+                self.side.put(manifest_key(100), manifest(100, self.ends, 1)).await?;
+                self.living.lock().unwrap().remove(&self.ends);
+            }
+            _ => {}
+        }
+        self.side.list(shelf).await
+    }
+    fn part_bytes_target(&self) -> usize {
+        self.side.part_bytes_target()
+    }
+    async fn ensure(&self, shelf: Shelf) -> Result<(), StagingError> {
+        self.side.ensure(shelf).await
+    }
+    async fn put(&self, key: SideKey, body: Bytes) -> Result<(), StagingError> {
+        self.side.put(key, body).await
+    }
+    async fn get(&self, key: SideKey) -> Result<Option<Bytes>, StagingError> {
+        self.side.get(key).await
+    }
+    async fn delete(&self, group: SideGroup) -> Result<(), StagingError> {
+        self.side.delete(group).await
+    }
+    async fn usage(&self, shelf: Shelf) -> Result<ShelfUsage, StagingError> {
+        self.side.usage(shelf).await
+    }
+    async fn holders(&self, shelf: Shelf) -> Result<Vec<String>, StagingError> {
+        self.side.holders(shelf).await
+    }
+    async fn remove_shelf(&self, shelf: Shelf) -> Result<(), StagingError> {
+        self.side.remove_shelf(shelf).await
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h09_a_manifest_written_again_keeps_its_own_parts_and_not_the_lost_ones() {
     let side = side().await;
@@ -53,8 +124,7 @@ async fn h09_a_manifest_written_again_keeps_its_own_parts_and_not_the_lost_ones(
     side.put(manifest_key(100), manifest(100, again, 1)).await.unwrap();
     // The fenced owner comes late.
     side.put(manifest_key(100), manifest(100, lost, 2)).await.unwrap();
-    let none = BTreeSet::new();
-    let what = Sweep { epoch: Epoch(7), purged_to: Position::ZERO, living: &none };
+    let what = Sweep { epoch: Epoch(7), purged_to: Position::ZERO, living: &BTreeSet::new };
     assert_eq!(sweep_transactions(&*side, &what).await.unwrap(), [SideGroup::Attempt(lost)]);
     assert_eq!(side.get(part(again, 0)).await.unwrap(), Some(body(2, 1000)));
     assert_eq!(side.get(manifest_key(100)).await.unwrap(), Some(manifest(100, again, 1)));
