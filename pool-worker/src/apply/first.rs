@@ -1,10 +1,12 @@
 //! A sink that has no position: its first load, or the load anew of one that was cut off from the log.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use wallaby_connector_api::Sink;
+use wallaby_coordination::Error as EtcdError;
 use wallaby_model::condition::{ConditionType, TaskPhase};
+use wallaby_model::flow::SnapshotMode;
 use wallaby_model::run::RunState;
 use wallaby_model::{Position, SinkId};
 
@@ -12,10 +14,13 @@ use super::load::{Loads, Stepped};
 use super::{ApplyError, finish, session, tables};
 use crate::failpoint::Failpoint;
 use crate::flows::ApplyDemand;
+use crate::run::needed_from;
 use crate::task::TaskContext;
 
 /// How often it is looked again although no run changed.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often the hold is moved.
+const HOLD_EVERY: Duration = Duration::from_secs(3);
 /// Changes of the runs are looked at no more often than this: thousands of chunks come in.
 const PACE: Duration = Duration::from_millis(100);
 
@@ -64,6 +69,7 @@ pub async fn load(
     tokio::pin!(ending);
     context.status.phase(TaskPhase::Opening);
     let mut finishing = None;
+    let mut held_at = Instant::now();
     loop {
         changes.borrow_and_update();
         match loads.step(context, sink, None).await? {
@@ -85,6 +91,10 @@ pub async fn load(
             }
             Stepped::Idle | Stepped::Replay(_) => {}
         }
+        if held_at.elapsed() >= HOLD_EVERY && demand.snapshot != SnapshotMode::Only {
+            held_at = Instant::now();
+            move_hold(context, loads.sink()).await?;
+        }
         let waits_for = waits_for(context, loads);
         context.pulse.wait(waits_for.clone());
         context.status.waiting(Some(&waits_for));
@@ -101,6 +111,23 @@ pub async fn load(
             () = news => {}
         }
         context.pulse.beat();
+    }
+}
+
+/// What the sink will read begins where its run's first snapshot is.
+async fn move_hold(context: &TaskContext, sink: &SinkId) -> Result<(), ApplyError> {
+    let plan =
+        context.runs.of(&context.task.flow, |runs| tables::open_runs(runs, sink).next().map(|(.., plan)| plan.clone()));
+    let Some(plan) = plan else { return Ok(()) };
+    let moved = match needed_from(context, &plan).await {
+        Ok(Some(position)) => context.lock.advance_hold(sink, position).await,
+        other => other.map(drop),
+    };
+    match moved {
+        // Cut off, once more: its next run is waited for.
+        Err(EtcdError::HoldGone { .. }) => Ok(()),
+        Err(error) if error.is_transient() => Ok(()),
+        other => Ok(other?),
     }
 }
 

@@ -16,6 +16,7 @@ mod stream;
 pub(crate) mod tables;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::backoff::Backoff;
 use crate::flows::{ApplyDemand, Demand};
@@ -23,6 +24,7 @@ use crate::task::{Ending, TaskContext, TaskEnd};
 use wallaby_connector_api::Directive;
 use wallaby_coordination::Mark;
 use wallaby_model::condition::ConditionType;
+use wallaby_staging::StagingError;
 
 pub(crate) use error::ApplyError;
 
@@ -44,6 +46,19 @@ pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
     }
 }
 
+/// What is done after an error. A place that was purged is no reason to wait for a person where the sink was cut off from the log: it
+/// was blocked so long that a run is to load it anew already, and its hold is the new one.
+async fn directive_of(context: &TaskContext, demand: &ApplyDemand, error: &ApplyError) -> Directive {
+    if matches!(error, ApplyError::Staging(StagingError::PastHold { .. })) {
+        match context.shared.coordination.detached(&context.task.flow, &demand.sink.name).await {
+            Ok(None) => {}
+            // Not known: it is asked again the next time.
+            Ok(Some(_)) | Err(_) => return Directive::Retry(Duration::from_secs(1)),
+        }
+    }
+    error.directive()
+}
+
 async fn apply(context: &Arc<TaskContext>, demand: &ApplyDemand) -> TaskEnd {
     let mut applied = Applied::default();
     let mut backoff = Backoff::default();
@@ -53,7 +68,7 @@ async fn apply(context: &Arc<TaskContext>, demand: &ApplyDemand) -> TaskEnd {
             Err(error) => error,
         };
         let said = error.to_string();
-        let stands = match error.directive() {
+        let stands = match directive_of(context, demand, &error).await {
             Directive::GiveUp => return TaskEnd::GivenUp(said),
             Directive::Retry(least) => {
                 // A sink that only stands elsewhere is read again at once.

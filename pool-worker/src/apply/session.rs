@@ -237,9 +237,7 @@ impl Run<'_> {
         let context = self.context;
         let ending = context.ending();
         tokio::pin!(ending);
-        let mut ticks = every(TICK);
-        let mut holds = every(HOLD_EVERY);
-        let mut looks = every(LOOK_EVERY);
+        let (mut ticks, mut holds, mut looks) = (Every::new(TICK), Every::new(HOLD_EVERY), Every::new(LOOK_EVERY));
         loop {
             if context.shared.failpoints.fires_once(Failpoint::HangApply) {
                 // Without a named wait, or it would count as one.
@@ -251,17 +249,24 @@ impl Run<'_> {
             if !is_busy {
                 context.pulse.wait(if is_held { "tables that catch up" } else { "changes in the log" });
             }
+            // Also a sink that is always busy, and takes longer over each batch than the shortest of these, reports, moves its hold, does
+            // its part in runs, and ends when it is asked to.
+            if ticks.is_due() {
+                self.report();
+                self.introduce().await;
+            }
+            if holds.is_due() {
+                self.move_hold().await?;
+            }
+            if looks.is_due() {
+                self.look().await?;
+            }
+            let due = ticks.next.min(holds.next).min(looks.next);
             let replay = self.replay.as_mut();
-            // Also a sink that is always busy reports, moves its hold, and ends when it is asked to.
             tokio::select! {
                 biased;
                 _ = &mut ending => break,
-                _ = ticks.tick() => {
-                    self.report();
-                    self.introduce().await;
-                }
-                _ = holds.tick() => self.move_hold().await?,
-                _ = looks.tick() => self.look().await?,
+                () = tokio::time::sleep_until(due.into()), if !is_busy => {}
                 ended = replayed(replay) => if ended? { self.handed_over().await? },
                 read = self.stream.read(), if !is_busy && !is_held => read?,
                 () = std::future::ready(()), if is_busy => {}
@@ -548,10 +553,26 @@ fn pattern_of(table: &TableName) -> String {
     }
 }
 
-fn every(period: Duration) -> tokio::time::Interval {
-    let mut interval = tokio::time::interval(period);
-    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    interval
+/// What is done again and again; the first time at once.
+struct Every {
+    period: Duration,
+    next: Instant,
+}
+
+impl Every {
+    fn new(period: Duration) -> Every {
+        Every { period, next: Instant::now() }
+    }
+
+    /// Whether it is time; the next time comes a period later.
+    fn is_due(&mut self) -> bool {
+        let now = Instant::now();
+        let is_due = now >= self.next;
+        if is_due {
+            self.next = now + self.period;
+        }
+        is_due
+    }
 }
 
 /// Returns when the replay has ended (`true`) or asks the main stream to stop; never when there is none.

@@ -16,7 +16,7 @@ use std::time::Duration;
 use wallaby_coordination::Error as EtcdError;
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::run::{ChunkDone, RunPlan, RunState, RunWish};
-use wallaby_model::{ChunkId, RunId, SinkId, TaskKind};
+use wallaby_model::{ChunkId, Position, RunId, SinkId, TaskId, TaskKind};
 use wallaby_staging::{Shelf, SideGroup, SideStore};
 
 use self::core::{Situation, Step};
@@ -306,6 +306,11 @@ impl Owner<'_> {
                 self.make_room(&chunks).await;
             }
         }
+        if self.demand.is_captured
+            && let Some(position) = needed_from(context, &self.plan).await?
+        {
+            context.lock.advance_hold(self.run, position).await?;
+        }
         if let Some(export) = &self.export {
             let open: Vec<_> = core::unfinished(&self.plan, &chunks).map(|(_, relation)| relation).collect();
             self.is_outdated = export.is_outdated(&open).await?;
@@ -403,6 +408,20 @@ impl Owner<'_> {
         tracing::info!(task = %context.task, ?state, "the run is over");
         Ok(())
     }
+}
+
+/// From where on a run needs the log, as far as the log goes: nothing before its first snapshot. A capture that is far behind the
+/// source comes to that only later, and a log that was held from where it ended before would be full until then. `None` when there is
+/// nothing yet to go by.
+///
+/// # Errors
+/// When etcd cannot be reached.
+pub async fn needed_from(context: &TaskContext, plan: &RunPlan) -> Result<Option<Position>, EtcdError> {
+    let Some(first) = plan.generations.first() else { return Ok(None) };
+    let capture = TaskId::capture(&context.task.flow);
+    let staged = context.shared.coordination.checkpoint(&capture).await?.and_then(|checkpoint| checkpoint.position);
+    // No further than the log: a new reader begins at its end, and must not be behind what may be purged.
+    Ok(staged.map(|staged| staged.min(Position::before(first.consistent_point))))
 }
 
 /// Returns when the exporting session has ended; never when there is none.

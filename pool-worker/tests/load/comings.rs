@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio_util::task::AbortOnDropHandle;
+use wallaby_coordination::{Hold, Key};
+use wallaby_model::condition::TaskPhase;
+use wallaby_model::flow::ByteSize;
 use wallaby_model::run::{RunSpec, RunState};
-use wallaby_model::{RunId, SinkId};
-use wallaby_testkit::Database;
+use wallaby_model::{RunId, SinkId, TaskId};
+use wallaby_testkit::{Database, PostgresOptions};
 
 use crate::scene::*;
 use crate::{ALL, fill};
@@ -163,6 +166,105 @@ async fn a_sink_that_comes_back_elsewhere_while_a_run_is_open_is_loaded_whole() 
         .until("the other sink has what the source has", async || {
             let (source, there) = (rows(&scene.source, ALL).await?, rows(&there, ALL).await?);
             if source == there { Ok(()) } else { Err(format!("{} of {} rows", there.len(), source.len())) }
+        })
+        .await;
+}
+
+/// It was blocked until a run was to load it anew, and then goes on where it stood: what it would read is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h16_a_sink_that_wakes_up_after_its_run_was_made_is_loaded_anew() {
+    let target = cluster(PostgresOptions::default()).await;
+    let (source, target) = tokio::join!(Database::create("source"), Database::create_on(target, "target"));
+    let scene = Arc::new(Scene::with("wakes", source, target).await);
+    fill(&scene, 100).await;
+    let mut document = scene.document("public.t", "initial", "");
+    document.spec.log.max_bytes = ByteSize(32 << 20);
+    scene.coordination.create_flow(document).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker_narrow("w1");
+    scene.run_is(1, RunState::Done).await;
+    let blocked = scene.target.connect().await;
+    blocked.batch_execute("BEGIN; LOCK TABLE t").await.unwrap();
+    // Values that do not shrink, one transaction after the other: more than the sink reads ahead, and some that the log has no room for.
+    let capture = TaskId::capture(&scene.flow);
+    for from in (1000..120_000).step_by(2000) {
+        let rows = format!(
+            "INSERT INTO t SELECT i, 0, (SELECT string_agg(md5(i::text || '/' || j), '') FROM generate_series(1, 9) j)
+             FROM generate_series({from}, {from} + 1999) i"
+        );
+        scene.source.batch_execute(&rows).await.unwrap();
+        let end = scene.wal_end().await;
+        let is_full = scene
+            .until("it is staged, or the log is full", async || {
+                let status = scene.status_of(&capture).await?;
+                match status.phase {
+                    TaskPhase::Backpressured => Ok(true),
+                    _ if status.progress.staged.is_some_and(|staged| staged.commit >= end) => Ok(false),
+                    phase => Err(format!("{phase:?}, {:?} of {end}", status.progress.staged)),
+                }
+            })
+            .await;
+        if is_full {
+            break;
+        }
+    }
+    // More than the log can hold before it comes to the snapshot of the run that is made now.
+    for from in (200_000..260_000).step_by(5000) {
+        let rows = format!(
+            "INSERT INTO t SELECT i, 0, repeat(md5(i::text), 10) FROM generate_series({from}, {from} + 4999) i"
+        );
+        scene.source.batch_execute(&rows).await.unwrap();
+    }
+    scene
+        .until("the sink is cut off", async || {
+            let detached = scene.coordination.detached(&scene.flow, &scene.sink).await;
+            detached.map_err(|error| error.to_string())?.map(|_| ()).ok_or_else(|| "it is not".to_owned())
+        })
+        .await;
+    // What the controller does ten seconds later.
+    scene
+        .until("it has a run", async || {
+            let seen = scene.coordination.flow(&scene.flow).await.map_err(|error| error.to_string())?;
+            let start = Some(scene.log_end().await?);
+            let made = scene.coordination.reattach_sink(&seen, &scene.sink, start).await;
+            made.map(|_| ()).map_err(|error| error.to_string())
+        })
+        .await;
+    blocked.batch_execute("ROLLBACK").await.unwrap();
+    scene.run_is(2, RunState::Done).await;
+    scene.equal("SELECT count(*) || '/' || sum(hashtext(t::text)) FROM t").await;
+}
+
+/// Each batch takes longer than the pauses between what is done beside them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h16_a_slow_sink_with_a_backlog_moves_its_hold() {
+    let scene = Arc::new(Scene::new("slow").await);
+    fill(&scene, 100).await;
+    scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+    let _offers = scene.offering();
+    let first = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    first.end().await;
+    let slow =
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1.1); RETURN NULL; END';
+        CREATE TRIGGER slow BEFORE INSERT ON t FOR EACH STATEMENT EXECUTE FUNCTION slow()";
+    scene.target.batch_execute(slow).await.unwrap();
+    let key = Key::FlowHold(scene.flow.clone(), (&scene.sink).into());
+    let hold = async || scene.coordination.get(&key).await.unwrap().unwrap().decode::<Hold>().unwrap().position;
+    let before = hold().await;
+    // A batch each, and several of them in the memory for what is read ahead: the sink is always busy.
+    for from in (1000..480_000).step_by(60_000) {
+        let rows = format!("INSERT INTO t (id) SELECT i FROM generate_series({from}, {from} + 59999) i");
+        scene.source.batch_execute(&rows).await.unwrap();
+    }
+    let all = "SELECT count(*)::text FROM t";
+    let wanted = rows(&scene.source, all).await.unwrap();
+    let _second = scene.worker("w2");
+    scene
+        .until("the hold moves while there is a backlog", async || {
+            let (now, there) = (hold().await, rows(&scene.target, all).await?);
+            assert!(now > before || there != wanted, "everything is applied, and the hold stands where it stood");
+            if now > before && there != wanted { Ok(()) } else { Err(format!("{now:?}, {there:?} of {wanted:?}")) }
         })
         .await;
 }

@@ -244,6 +244,11 @@ spec:
         self.start(name, Failpoints::default(), &more)
     }
 
+    /// A worker whose sinks read little ahead: their batches are small.
+    pub fn worker_narrow(&self, name: &str) -> Running {
+        self.start(name, Failpoints::default(), &["--nats", &self.nats.url(), "--sink-buffer-bytes", "256Ki"])
+    }
+
     /// A worker that does not know when the servers sync: for minutes, Postgres is told of nothing that it stages.
     pub fn wary_worker(&self, name: &str) -> Running {
         self.start(name, Failpoints::default(), &["--nats", &self.nats.url()])
@@ -451,7 +456,7 @@ spec:
                 kind: TaskKind::Chunk(RunId(1), ChunkId { table: 0, restart: 0, number: 0 }),
             },
         ];
-        let mut said = String::new();
+        let mut said = format!("{:?}", self.coordination.holds(&self.flow).await);
         for task in tasks {
             let Ok(Some(entry)) = self.coordination.get(&Key::TaskStatus(task.clone())).await else { continue };
             said += &format!("\n  {task}: {}", String::from_utf8_lossy(&entry.value));
