@@ -294,6 +294,15 @@ mod of_runs {
         assert_eq!(full.wanted(), standing);
         let loads = world().owned("shop.chunk.1.0-0-2", "w1").owned("shop.chunk.1.0-0-4", "w1").copying();
         assert_eq!(loads.wanted(), [&standing[..], &["load.warehouse.1.0-0-0"]].concat());
+        // Cut off, it is loaded by the run that brings it back.
+        let cut_off = |run| {
+            let mut world = world().owned("shop.chunk.1.0-0-2", "w1").owned("shop.chunk.1.0-0-4", "w1").copying();
+            let detached = Detached { at: Timestamp(1), position: None, reason: "it slept".to_owned(), run: Some(run) };
+            world.put(Key::SinkDetached(shop(), SinkId::new("warehouse").unwrap()), &detached);
+            world.wanted()
+        };
+        assert_eq!(cut_off(RUN), [&standing[..], &["load.warehouse.1.0-0-0"]].concat());
+        assert_eq!(cut_off(RunId(2)), standing);
     }
 
     #[test]
@@ -323,6 +332,24 @@ mod of_runs {
         };
         assert_eq!(deleting(World::new().owned("shop.run.1", "w1")), [""; 0]);
         assert_eq!(deleting(World::new()), ["capture"]);
+    }
+
+    #[test]
+    fn a_deleted_flow_whose_run_was_begun_has_something_to_drop() {
+        let goes_at_once = |mut world: World| {
+            world.record.deleting_since = Some(Timestamp(5));
+            let record = world.record.clone();
+            world.put(Key::FlowSpec(shop()), &record);
+            let mut view = View::default();
+            view.take(WatchEvent::Snapshot { entries: world.entries, revision: Revision(100) });
+            !crate::schedule::goners(&view).is_empty()
+        };
+        let world = || World::new().run(RUN, &spec(|_| ()), None);
+        assert!(goes_at_once(world()));
+        assert!(!goes_at_once(world().owned("shop.run.1", "w1")), "its owner may have made the publication");
+        let mut was_owned = world();
+        was_owned.put(Key::TaskCheckpoint(key_task("shop.run.1")), &serde_json::json!({ "epoch": 3 }));
+        assert!(!goes_at_once(was_owned), "and be dead");
     }
 
     #[test]

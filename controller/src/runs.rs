@@ -56,7 +56,9 @@ pub fn reattached_at<'a>(runs: impl Iterator<Item = &'a RunView>, sink: &SinkId,
     let mut in_vain = 0;
     let is_of_sink = |spec: &RunSpec| spec.reason == RunReason::SinkAnew && spec.sinks == std::slice::from_ref(sink);
     for run in runs.filter(|run| run.spec().is_some_and(is_of_sink)) {
-        let is_cancelled = run.spec().is_some_and(|spec| spec.wish == RunWish::Cancel);
+        // Also one that ended by itself, because its sink was cut off again.
+        let is_cancelled = run.spec().is_some_and(|spec| spec.wish == RunWish::Cancel)
+            || run.plan().is_some_and(|plan| plan.state == RunState::Cancelled);
         in_vain = if is_cancelled { in_vain + 1 } else { 0 };
     }
     let rest = REST * 2_u32.pow(in_vain.min(REST_DOUBLED_MAX));

@@ -161,4 +161,8 @@ fn a_sink_that_is_cut_off_again_and_again_rests_longer_each_time() {
     assert_eq!(at(&[in_vain.clone(), other.clone(), in_vain.clone()]), 40_000);
     assert_eq!(at(&[in_vain.clone(), in_vain.clone(), done]), 10_000);
     assert_eq!(at(&vec![in_vain; 30]), 640_000);
+    // Nobody cancelled it: it ended by itself, because its sink was cut off again.
+    let ended =
+        RunView { plan: Some(RunPlan { state: RunState::Cancelled, ..RunPlan::default() }), ..run(RunWish::Go) };
+    assert_eq!(at(&[ended.clone(), ended]), 40_000);
 }

@@ -98,7 +98,11 @@ impl View {
             tasks.extend(chunk_tasks.filter(|task| !self.is_owned(task)).take(free));
         }
         let sinks = entry.record.document.spec.sinks.iter().filter(|sink| !sink.paused);
-        for sink in sinks.map(|sink| &sink.name) {
+        // One that was cut off is loaded by the run that brings it back, and by no other.
+        let is_in = |sink: &&SinkId| {
+            self.detached(&entry.flow, sink).is_none_or(|detached| detached.run.is_some_and(|with| with <= run))
+        };
+        for sink in sinks.map(|sink| &sink.name).filter(is_in) {
             tasks.extend(view.loads(sink).into_iter().map(|chunk| of(TaskKind::Load(sink.clone(), run, chunk))));
         }
     }

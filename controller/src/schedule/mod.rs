@@ -8,4 +8,6 @@ mod run;
 
 pub use self::core::{Plan, Scheduler, Situation};
 pub use queue::{OfferQueue, QueueError};
+#[cfg(test)]
+pub(crate) use run::goners;
 pub use run::{SchedulerParts, run};

@@ -315,11 +315,15 @@ fn changed_statuses(
 }
 
 /// Flows that are to go and never made anything that a worker would have to drop.
-fn goners(view: &View) -> Vec<FlowEntry> {
+pub(crate) fn goners(view: &View) -> Vec<FlowEntry> {
     let never_captured = |entry: &&FlowEntry| {
         let capture = view.task(&TaskId::capture(&entry.flow));
-        // A run's owner may have made the publication.
-        let has_planned = || view.runs(&entry.flow).any(|(_, run)| run.plan().is_some());
+        // A run's owner may have made the publication, and a shelf of the side store: before it has a plan, too.
+        let is_begun = |run| {
+            let task = view.task(&TaskId { flow: entry.flow.clone(), kind: TaskKind::Run(run) });
+            task.lock.is_some() || task.has_checkpoint
+        };
+        let has_planned = || view.runs(&entry.flow).any(|(run, seen)| seen.plan().is_some() || is_begun(run));
         entry.record.deleting_since.is_some() && capture.lock.is_none() && !capture.has_checkpoint && !has_planned()
     };
     view.flows().filter(never_captured).cloned().collect()

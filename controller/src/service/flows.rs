@@ -1,6 +1,7 @@
 //! `FlowService`.
 
 use tonic::{Request, Response, Status};
+use wallaby_coordination::FlowEntry;
 use wallaby_model::flow::change::flow_change;
 use wallaby_model::flow::{FlowDocument, Problem};
 use wallaby_model::{FlowId, api};
@@ -73,6 +74,7 @@ impl FlowApi {
         let flow = document.metadata.name.clone();
         let seen = self.store.read(&flow).await?;
         check_etag(&seen, &etag)?;
+        not_deleting(&seen)?;
         if seen.record.document == document {
             return Ok(v1::UpdateFlowResponse { flow: Some(self.store.show(&seen)?), changed: false });
         }
@@ -106,6 +108,7 @@ impl FlowApi {
             Err(error) if error.reason() == Reason::FlowNotFound => None,
             Err(error) => return Err(error),
         };
+        seen.as_ref().map_or(Ok(()), not_deleting)?;
         let change = flow_change(seen.as_ref().map(|seen| &seen.record.document), &document);
         let changes = change.changes.into_iter().map(|change| v1::FieldChange {
             path: change.path,
@@ -147,6 +150,14 @@ impl FlowApi {
         }
         tracing::info!(%flow, paused, "flow paused or resumed");
         self.store.show(&entry)
+    }
+}
+
+/// Also where nothing would be changed: whoever makes a flow again under its name is not told that it is there.
+fn not_deleting(seen: &FlowEntry) -> Result<(), ApiError> {
+    match seen.record.deleting_since {
+        Some(_) => Err(wallaby_coordination::Error::FlowDeleting(seen.flow.clone()).into()),
+        None => Ok(()),
     }
 }
 

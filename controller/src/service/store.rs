@@ -52,6 +52,9 @@ impl Store {
         let mut last = None;
         for _ in 0..ATTEMPTS_MAX {
             let seen = coordination.flow(flow).await?;
+            if seen.record.deleting_since.is_some() {
+                return Err(wallaby_coordination::Error::FlowDeleting(flow.clone()).into());
+            }
             let mut document = seen.record.document.clone();
             if !edit(&mut document)? {
                 return Ok(seen);

@@ -4,8 +4,8 @@ use futures::TryStreamExt;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::Code;
 use wallaby_coordination::{Coordination, Key};
-use wallaby_model::FlowId;
 use wallaby_model::flow::{FlowDocument, Replicas};
+use wallaby_model::{FlowId, TaskId, api};
 use wallaby_proto::v1;
 use wallaby_staging::{Connections, Log, LogConfig, NatsTarget, RESERVE_BYTES, Shelf, open_side};
 use wallaby_testkit::{Held, Wire, eventually, unique};
@@ -161,4 +161,30 @@ async fn killed_before_the_end_of_a_flow_is_offered_the_next_controller_offers_i
     assert!(offered(&queue, &task(&format!("{flow}.capture")), PATIENCE).await.is_some());
     worker.revoke().await.unwrap();
     next.controller.stop().await;
+}
+
+/// Whoever makes it again under its name is not told that it is there, and then it goes.
+#[tokio::test]
+async fn a_flow_that_goes_is_not_said_to_be_unchanged() {
+    let scopes = Scopes::create("goes").await;
+    let coordination = scopes.place.coordination().await;
+    let running = Running::ready(&scopes.place).await;
+    let document = small();
+    let flow = document.metadata.name.clone();
+    running.create(&document).await.unwrap();
+    // It does not go before its capture has ended.
+    let worker = scopes.place.worker("w1").await;
+    let seen = coordination.flow(&flow).await.unwrap();
+    let _lock = worker.acquire(&TaskId::capture(&flow), seen.revision).await.unwrap();
+    eventually(PATIENCE, "the deletion is asked for", async || asks(&running, &flow, false).await.unwrap()).await;
+    let message = || Some(api::flow_to_message(&document));
+    let mut flows = running.flows.clone();
+    let answers = [
+        flows.update_flow(v1::UpdateFlowRequest { flow: message() }).await.unwrap_err(),
+        flows.diff_flow(v1::DiffFlowRequest { flow: message() }).await.unwrap_err(),
+        flows.resume_flow(v1::ResumeFlowRequest { name: format!("flows/{flow}") }).await.unwrap_err(),
+    ];
+    for refused in answers {
+        assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("delet"), "{refused}");
+    }
 }
