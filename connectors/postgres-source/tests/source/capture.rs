@@ -155,6 +155,65 @@ async fn b53_shapes_change_in_mid_stream_and_in_mid_transaction() {
 }
 
 #[tokio::test]
+async fn a_row_of_before_the_key_was_changed_has_the_key_of_then() {
+    let db = Database::create("old_key").await;
+    db.batch_execute(
+        "CREATE TABLE t (id int PRIMARY KEY, b int NOT NULL UNIQUE);
+         CREATE TABLE grown (a int PRIMARY KEY);
+         CREATE TABLE named (a int, b int, PRIMARY KEY (b, a));
+         CREATE TABLE made (a int, g int GENERATED ALWAYS AS (a + 1) STORED, PRIMARY KEY (a, g));
+         CREATE TABLE listed (a int, b int, PRIMARY KEY (a, b));
+         INSERT INTO t VALUES (5, 50); INSERT INTO grown VALUES (1); INSERT INTO named VALUES (1, 2);",
+    )
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let own = flow.name.clone();
+    db.batch_execute(&format!(
+        "ALTER PUBLICATION \"{own}\" SET (publish = 'insert'); ALTER PUBLICATION \"{own}\" DROP TABLE listed;
+         ALTER PUBLICATION \"{own}\" ADD TABLE listed (a);
+         INSERT INTO made VALUES (1); INSERT INTO listed VALUES (1, 1);
+         ALTER PUBLICATION \"{own}\" SET (publish = 'insert, update, delete');
+         DELETE FROM t; DELETE FROM grown; DELETE FROM named;
+         ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (b);
+         ALTER TABLE grown ADD b int NOT NULL DEFAULT 1, DROP CONSTRAINT grown_pkey, ADD PRIMARY KEY (b, a);
+         ALTER TABLE named RENAME a TO c;
+         INSERT INTO t VALUES (6, 60); INSERT INTO grown VALUES (2, 2); INSERT INTO named VALUES (3, 4);"
+    ))
+    .await
+    .unwrap();
+    let mut run = flow.start(1, flow.first_position()).await;
+    let mut found = Vec::new();
+    while found.len() < 8 {
+        let segment = run.segment().await;
+        for table in &segment.body.tables {
+            for row in 0..table.rows.num_rows() {
+                let position = table.position(row, &segment.body.transactions);
+                found.push((position, table.schema.table.name.clone(), table.op_at(row).unwrap(), table.schema.key()));
+            }
+        }
+    }
+    found.sort_by_key(|(position, ..)| *position);
+    let found: Vec<(&str, Op, &[u16])> =
+        found.iter().map(|(_, table, op, key)| (table.as_str(), *op, key.as_slice())).collect();
+    use Op::*;
+    assert_eq!(
+        found,
+        [
+            // A part of the key is never sent.
+            ("made", Insert, &[][..]),
+            ("listed", Insert, &[]),
+            ("t", DeleteKey, &[0]),
+            ("grown", DeleteKey, &[0]),
+            ("named", DeleteKey, &[0, 1]),
+            ("t", Insert, &[1]),
+            ("grown", Insert, &[1, 0]),
+            ("named", Insert, &[1, 0]),
+        ]
+    );
+}
+
+#[tokio::test]
 async fn types_are_resolved_through_domains_enums_and_arrays() {
     let db = Database::create("types").await;
     db.batch_execute(
