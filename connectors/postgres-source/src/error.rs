@@ -247,7 +247,7 @@ pub enum SourceError {
     },
     /// The server is in an older state than the one that we staged from.
     #[error(
-        "the source's WAL ends at {wal_end}, before the log, which ends at {log_end:?}: the server was set back to an older \
+        "the source's WAL ends at {wal_end}, before all of the log, which ends at {log_end:?}: the server was set back to an older \
          state; transactions between them are in the log and not in the source"
     )]
     SourceSetBack {
@@ -255,6 +255,17 @@ pub enum SourceError {
         wal_end: Lsn,
         /// The end of the log.
         log_end: Position,
+    },
+    /// The log has a part of a transaction, and the server goes on without it.
+    #[error(
+        "the log ends at {log_end:?}, inside of the transaction that commits at {}, and the source goes on at {passed} \
+         without it: a part of it is in the log, and it is not in the source", log_end.commit
+    )]
+    TransactionGone {
+        /// The end of the log.
+        log_end: Position,
+        /// What came instead of the transaction's rest.
+        passed: Lsn,
     },
     /// `wal_level` is below `logical`.
     #[error("wal_level is {found}, logical decoding needs logical")]
@@ -360,6 +371,7 @@ impl SourceError {
             SourceError::OtherSystem { .. } => "OtherSystem",
             SourceError::TimelineDiverged { .. } => "TimelineDiverged",
             SourceError::SourceSetBack { .. } => "SourceSetBack",
+            SourceError::TransactionGone { .. } => "TransactionGone",
             SourceError::WalLevel { .. } => "WalLevel",
             SourceError::SnapshotGone { .. } => "SnapshotGone",
             SourceError::Rewritten { .. } => "Rewritten",
@@ -416,7 +428,9 @@ impl SourceError {
             ),
             SourceError::SlotWaits { .. } => "End these transactions, or wait until they end: it is tried again".into(),
             SourceError::OtherSystem { .. } => "Point the source's dsn at the cluster the log was made from, or delete the flow and create it again".into(),
-            SourceError::TimelineDiverged { .. } | SourceError::SourceSetBack { .. } => {
+            SourceError::TimelineDiverged { .. }
+            | SourceError::SourceSetBack { .. }
+            | SourceError::TransactionGone { .. } => {
                 "Compare source and sinks, repair the difference, then delete the flow and create it again".into()
             }
             SourceError::WalLevel { .. } => "ALTER SYSTEM SET wal_level = 'logical'; then restart the server".into(),
