@@ -470,7 +470,7 @@ fn check_tables(config: &ConnectConfig, wanted: &PublicationWanted, chosen: &[So
         let sql = format!(
             "CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true);",
             quote_identifier(&wanted.name),
-            chosen.iter().map(|table| table.name.quoted()).collect::<Vec<_>>().join(", ")
+            chosen.iter().map(|table| format!("ONLY {}", table.name.quoted())).collect::<Vec<_>>().join(", ")
         );
         findings.fail("ownership", message, Some(sql));
     }

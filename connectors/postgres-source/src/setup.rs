@@ -138,8 +138,9 @@ async fn alter_publication(
     Ok(Altered::Yes)
 }
 
+/// Each table alone: without ONLY those that inherit from it come and go with it, wanted or not.
 fn list(tables: &BTreeSet<TableName>) -> String {
-    tables.iter().map(TableName::quoted).collect::<Vec<_>>().join(", ")
+    tables.iter().map(|table| format!("ONLY {}", table.quoted())).collect::<Vec<_>>().join(", ")
 }
 
 /// A published table without an identity refuses updates and deletes *at the source*: it is never published.

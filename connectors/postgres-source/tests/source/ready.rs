@@ -214,6 +214,39 @@ async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
 }
 
 #[tokio::test]
+async fn b82_tables_that_inherit_are_published_one_by_one() {
+    let db = Database::create("inherits").await;
+    db.batch_execute(
+        "CREATE TABLE parent (id int PRIMARY KEY); CREATE TABLE child (PRIMARY KEY (id)) INHERITS (parent);
+         CREATE TABLE grown (id int PRIMARY KEY);
+         CREATE TABLE root (id int PRIMARY KEY) PARTITION BY RANGE (id); CREATE TABLE leaf PARTITION OF root DEFAULT;",
+    )
+    .await
+    .unwrap();
+    let control = connect_control(&ConnectConfig::parse(&db.dsn()).unwrap()).await.unwrap();
+    let tables = async || {
+        let sql = "SELECT prrelid::regclass::text FROM pg_publication_rel JOIN pg_publication p ON p.oid = prpubid
+                   WHERE pubname = $1 ORDER BY 1";
+        let rows = db.query(sql, &[&db.name()]).await.unwrap();
+        rows.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>()
+    };
+    // A name alone is that table alone.
+    ensure_publication(&control, &publication(db.name(), &["public.parent"])).await.unwrap();
+    assert_eq!(tables().await, ["parent"]);
+    let mut wanted = publication(db.name(), &["public.*"]);
+    ensure_publication(&control, &wanted).await.unwrap();
+    assert_eq!(tables().await, ["child", "grown", "parent", "root"]);
+    // The parent goes, the child stays.
+    wanted.exclude = vec!["public.parent".into()];
+    ensure_publication(&control, &wanted).await.unwrap();
+    assert_eq!(tables().await, ["child", "grown", "root"]);
+    // A parent that comes after a child which is published.
+    db.batch_execute("CREATE TABLE late (id int NOT NULL PRIMARY KEY); ALTER TABLE grown INHERIT late").await.unwrap();
+    ensure_publication(&control, &wanted).await.unwrap();
+    assert_eq!(tables().await, ["child", "grown", "late", "root"]);
+}
+
+#[tokio::test]
 async fn b47_a_row_by_its_key_equals_the_row_that_was_streamed() {
     let db = Database::create("lookup").await;
     db.batch_execute(
