@@ -423,7 +423,7 @@ impl SourceError {
             SourceError::PublicationUnfit { .. } => "Change the publication, or spec.source.postgres.publication, so that they agree".into(),
             SourceError::TableMissing { .. } => "Correct spec.source.postgres.publication.tables, or create the table".into(),
             SourceError::TableWithoutKey { tables } => format!(
-                "{}; or give them a primary key, or leave them out with spec.source.postgres.publication.exclude",
+                "{} (a partition takes it from no parent: each needs its own, also one that is made later); or give them a primary key that is not DEFERRABLE, or leave them out with spec.source.postgres.publication.exclude",
                 tables.iter().map(|table| format!("ALTER TABLE {} REPLICA IDENTITY FULL", table.quoted())).collect::<Vec<_>>().join("; ")
             ),
             SourceError::SlotWaits { .. } => "End these transactions, or wait until they end: it is tried again".into(),

@@ -6,7 +6,7 @@ use wallaby_connector_api::SourceLookup;
 use wallaby_model::Op;
 use wallaby_model::flow::Failover;
 use wallaby_postgres_source::{
-    Capture, ConnectConfig, Finding, Lookup, PublicationWanted, SlotWanted, Status, connect_control, drop_publication,
+    Capture, ConnectConfig, Finding, Lookup, PublicationWanted, SlotWanted, SourceError, Status, connect_control, drop_publication,
     ensure_publication, ensure_slot, preflight, source_status, widen_publication,
 };
 use wallaby_testkit::{Database, Postgres, PostgresOptions};
@@ -244,6 +244,39 @@ async fn b82_tables_that_inherit_are_published_one_by_one() {
     db.batch_execute("CREATE TABLE late (id int NOT NULL PRIMARY KEY); ALTER TABLE grown INHERIT late").await.unwrap();
     ensure_publication(&control, &wanted).await.unwrap();
     assert_eq!(tables().await, ["child", "grown", "late", "root"]);
+}
+
+#[tokio::test]
+async fn a_table_that_postgres_gives_no_identity_is_not_published_so_that_the_source_goes_on() {
+    let db = Database::create("no_identity").await;
+    db.batch_execute(
+        "CREATE TABLE later (id int PRIMARY KEY DEFERRABLE, v int);
+         CREATE TABLE root (id int, v int) PARTITION BY RANGE (id); CREATE TABLE middle PARTITION OF root DEFAULT PARTITION BY RANGE (id);
+         CREATE TABLE leaf PARTITION OF middle FOR VALUES FROM (0) TO (10); CREATE TABLE whole PARTITION OF middle DEFAULT;
+         ALTER TABLE root REPLICA IDENTITY FULL; ALTER TABLE whole REPLICA IDENTITY FULL;
+         CREATE TABLE keyed (id int PRIMARY KEY) PARTITION BY RANGE (id); CREATE TABLE keyed_leaf PARTITION OF keyed DEFAULT;
+         INSERT INTO later VALUES (1, 1); INSERT INTO root VALUES (1, 1);",
+    )
+    .await
+    .unwrap();
+    let config = ConnectConfig::parse(&db.dsn()).unwrap();
+    let control = connect_control(&config).await.unwrap();
+    for (table, named) in [("public.later", "later"), ("public.root", "leaf")] {
+        let wanted = publication(db.name(), &[table]);
+        let refused = ensure_publication(&control, &wanted).await;
+        // Had it been published, these would be refused.
+        db.batch_execute("UPDATE later SET v = 2; UPDATE root SET v = 2").await.unwrap();
+        let refused = refused.unwrap_err();
+        let SourceError::TableWithoutKey { tables } = &refused else { panic!("{refused}") };
+        assert_eq!(tables.iter().map(|table| table.name.as_str()).collect::<Vec<_>>(), [named]);
+        let full = format!("ALTER TABLE \"public\".\"{named}\" REPLICA IDENTITY FULL");
+        assert!(refused.remedy().unwrap().contains(&full), "{refused}");
+        let findings = preflight(&config, &wanted, &slot(db.name())).await;
+        assert_eq!(find(&findings, "replica_identity").remedy_sql, Some(format!("{full};")));
+        db.batch_execute(&full).await.unwrap();
+    }
+    ensure_publication(&control, &publication(db.name(), &["public.*"])).await.unwrap();
+    db.batch_execute("UPDATE later SET v = 3; UPDATE root SET v = 3; UPDATE keyed SET id = 3; DELETE FROM root").await.unwrap();
 }
 
 #[tokio::test]
