@@ -200,6 +200,14 @@ pub enum SourceError {
         /// What is wrong.
         reason: String,
     },
+    /// The publication, or the tables of the flow, were changed by others at each of several looks.
+    #[error("publication {publication} could not be altered while others change it or its tables: {error}")]
+    PublicationBusy {
+        /// Its name.
+        publication: String,
+        /// What the server said last.
+        error: ServerError,
+    },
     /// A table of the flow does not exist.
     #[error("{reason}")]
     TableMissing {
@@ -322,6 +330,7 @@ impl SourceError {
             | SourceError::Protocol { .. }
             | SourceError::SlotWaits { .. }
             | SourceError::SlotInUse { .. }
+            | SourceError::PublicationBusy { .. }
             | SourceError::SnapshotGone { .. }
             | SourceError::Rewritten { .. }
             | SourceError::RelationGone { .. }
@@ -365,6 +374,7 @@ impl SourceError {
             SourceError::SlotInUse { .. } => "SlotInUse",
             SourceError::PublicationMissing { .. } => "PublicationMissing",
             SourceError::PublicationUnfit { .. } => "PublicationUnfit",
+            SourceError::PublicationBusy { .. } => "PublicationBusy",
             SourceError::TableMissing { .. } => "TableMissing",
             SourceError::TableWithoutKey { .. } => "TableWithoutKey",
             SourceError::SlotWaits { .. } => "SlotWaits",
@@ -442,6 +452,7 @@ impl SourceError {
             | SourceError::ShuttingDown { .. }
             | SourceError::Timeout { .. }
             | SourceError::Protocol { .. }
+            | SourceError::PublicationBusy { .. }
             | SourceError::SnapshotGone { .. }
             | SourceError::Rewritten { .. }
             | SourceError::RelationGone { .. }

@@ -33,7 +33,7 @@ pub(crate) struct ExistingPublication {
     pub(crate) publishes_all_operations: bool,
 }
 
-/// A key that is checked only at the end of a transaction (DEFERRABLE) is no identity. Partitions are found without
+/// A table that is being dropped has no privileges (NULL). A key that is checked only at the end of a transaction (DEFERRABLE) is no identity. Partitions are found without
 /// `pg_partition_tree`, which locks them.
 const TABLES_SQL: &str = "
 WITH RECURSIVE part(root, oid, relkind) AS (
@@ -53,7 +53,7 @@ WITH RECURSIVE part(root, oid, relkind) AS (
 )
 SELECT n.nspname::text, c.relname::text, c.relpersistence = 'p', c.relispartition,
        coalesce(w.schemas, '{}'), coalesce(w.names, '{}'),
-       pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT'),
+       coalesce(pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT'), false),
        pg_catalog.pg_has_role(c.relowner, 'USAGE')
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN without w ON w.root = c.oid

@@ -143,6 +143,39 @@ async fn every_sslmode_means_what_libpq_says() {
     assert_eq!(tls.reason("plain_only", "secret", "sslmode=require").await, "AuthenticationFailed");
 }
 
+/// Says this to every request for TLS, and closes.
+async fn answers(answer: u8) -> u16 {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = [0; 8];
+            if stream.read_exact(&mut request).await.is_ok() {
+                let _ = stream.write_all(&[answer]).await;
+            }
+        }
+    });
+    port
+}
+
+#[tokio::test]
+async fn a_server_that_goes_away_while_it_is_connected_to_is_tried_again() {
+    for (answer, reason, is_transient) in
+        [(b'S', "SourceUnreachable", true), (b'E', "SourceUnreachable", true), (b'N', "TlsFailed", false), (b'H', "TlsFailed", false)]
+    {
+        let port = answers(answer).await;
+        let dsn = format!("host=127.0.0.1 port={port} user=u dbname=d sslmode=require");
+        let config = ConnectConfig::parse(&dsn).unwrap();
+        let control = connect_control(&config).await.err().unwrap();
+        let replication = ReplicationClient::connect(&config).await.err().unwrap();
+        for error in [control, replication] {
+            let found = (error.reason(), error.is_transient());
+            assert_eq!(found, (reason, is_transient), "{}: {error}", char::from(answer));
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_control_connection_outlives_the_idle_time_out_of_its_role() {
     let db = Database::create("idle").await;

@@ -174,6 +174,34 @@ async fn a_publication_that_several_make_and_alter_at_a_time_is_as_wanted() {
 }
 
 #[tokio::test]
+async fn tables_that_come_and_go_beside_it_do_not_stop_the_publication() {
+    let db = Database::create("come_and_go").await;
+    db.batch_execute("CREATE TABLE stays (id int PRIMARY KEY)").await.unwrap();
+    let control = connect_control(&ConnectConfig::parse(&db.dsn()).unwrap()).await.unwrap();
+    let wanted = publication(db.name(), &["public.*"]);
+    let come_and_go = async |name: &str| {
+        let client = db.connect().await;
+        loop {
+            client.batch_execute(&format!("CREATE TABLE {name} (id int PRIMARY KEY)")).await.unwrap();
+            client.batch_execute(&format!("DROP TABLE {name}")).await.unwrap();
+        }
+    };
+    let look = async || {
+        for _ in 0..60 {
+            if let Err(error) = ensure_publication(&control, &wanted).await {
+                assert!(error.is_transient(), "{error}");
+            }
+        }
+    };
+    tokio::select! {
+        () = look() => {}
+        () = come_and_go("a") => {}
+        () = come_and_go("b") => {}
+        () = come_and_go("c") => {}
+    }
+}
+
+#[tokio::test]
 async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
     let db = Database::create("follows").await;
     db.batch_execute("CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE b (id int PRIMARY KEY); CREATE TABLE \"C.\"\"x\" (id int PRIMARY KEY)").await.unwrap();
