@@ -118,6 +118,40 @@ async fn b43_unchanged_toast_is_distinct_from_null_and_b44_full_gives_the_value(
 }
 
 #[tokio::test]
+async fn b43_a_partition_with_less_identity_than_its_root_makes_no_null_of_unchanged_toast() {
+    let db = Database::create("leaf_toast").await;
+    db.batch_execute(
+        "CREATE TABLE root (id int PRIMARY KEY, n int, big text) PARTITION BY RANGE (id);
+         CREATE TABLE by_key PARTITION OF root FOR VALUES FROM (0) TO (100);
+         CREATE TABLE whole PARTITION OF root FOR VALUES FROM (100) TO (200);
+         ALTER TABLE by_key ALTER big SET STORAGE EXTERNAL; ALTER TABLE whole ALTER big SET STORAGE EXTERNAL;
+         ALTER TABLE root REPLICA IDENTITY FULL; ALTER TABLE whole REPLICA IDENTITY FULL;",
+    )
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let mut run = flow.start(1, flow.first_position()).await;
+    db.batch_execute(
+        "INSERT INTO root VALUES (1, 1, repeat('x', 5000)), (101, 1, repeat('y', 5000));
+         UPDATE root SET id = id + 1 WHERE id = 1;
+         UPDATE root SET n = 2 WHERE id = 2;
+         UPDATE root SET id = id + 1 WHERE id = 101;",
+    )
+    .await
+    .unwrap();
+    let rows = run.rows(7).await;
+    assert!(rows.iter().all(|row| row.table == "public.root"));
+    use Op::*;
+    assert_eq!(ops(&rows), [Insert, Insert, OldKey, Update, Update, OldRow, Update]);
+    // The server sends 'O', and of the old row the key alone.
+    assert_eq!(rows[2].values, ["1", "NULL", "NULL"]);
+    assert_eq!(rows[3].values, ["2", "1", "(unchanged)"]);
+    assert_eq!(rows[4].values, ["2", "2", "(unchanged)"]);
+    assert_eq!(rows[5].values, ["101".to_owned(), "1".into(), "y".repeat(5000)]);
+    assert_eq!(rows[6].values, ["102".to_owned(), "1".into(), "y".repeat(5000)]);
+}
+
+#[tokio::test]
 async fn b53_shapes_change_in_mid_stream_and_in_mid_transaction() {
     let db = Database::create("shapes").await;
     db.batch_execute("CREATE TABLE t (id int PRIMARY KEY, a text)").await.unwrap();
