@@ -115,9 +115,8 @@ struct ColumnNow {
 /// be later, only orders them, and only when it names the same ones.
 fn primary_key(shape: &RelationShape, now: &HashMap<String, ColumnNow>) -> Vec<u16> {
     let indexed = || (0u16..).zip(&shape.columns);
-    let mut key: Vec<(i32, u16)> = indexed()
-        .filter_map(|(index, column)| now.get(&column.name)?.key_place.map(|place| (place, index)))
-        .collect();
+    let mut key: Vec<(i32, u16)> =
+        indexed().filter_map(|(index, column)| now.get(&column.name)?.key_place.map(|place| (place, index))).collect();
     key.sort_unstable();
     let key: Vec<u16> = key.into_iter().map(|(_, index)| index).collect();
     let is_whole = key.len() == now.values().filter(|column| column.key_place.is_some()).count();

@@ -149,7 +149,11 @@ fn list(tables: &BTreeSet<TableName>) -> String {
 /// A published table without an identity refuses updates and deletes *at the source*: it is never published.
 fn check_keys(tables: &[SourceTable]) -> Result<(), SourceError> {
     let without: BTreeSet<TableName> = tables.iter().flat_map(|table| table.without_identity.clone()).collect();
-    if without.is_empty() { Ok(()) } else { Err(SourceError::TableWithoutKey { tables: without.into_iter().collect() }) }
+    if without.is_empty() {
+        Ok(())
+    } else {
+        Err(SourceError::TableWithoutKey { tables: without.into_iter().collect() })
+    }
 }
 
 async fn run(control: &Control, sql: &str, during: String) -> Result<Altered, SourceError> {

@@ -165,7 +165,12 @@ fn h04_a_half_staged_transaction_that_never_comes_is_an_error_and_not_taken_for_
         );
         assert!(!error.is_transient() && error.remedy().is_some());
     };
-    let parts = Some(super::PartLimits { target_bytes: 1 << 20, open_bytes_max: 4 << 20, row_bytes_max: 8 << 20, only_whole: false });
+    let parts = Some(super::PartLimits {
+        target_bytes: 1 << 20,
+        open_bytes_max: 4 << 20,
+        row_bytes_max: 8 << 20,
+        only_whole: false,
+    });
     let limits = Limits { parts, ..LIMITS };
     gone(assembler(LIMITS, log_end).push(Lsn(31), &begin(41, 2)).unwrap_err(), 41);
     gone(assembler(LIMITS, log_end).keepalive(Lsn(41)).unwrap_err(), 41);

@@ -161,9 +161,12 @@ async fn answers(answer: u8) -> u16 {
 
 #[tokio::test]
 async fn a_server_that_goes_away_while_it_is_connected_to_is_tried_again() {
-    for (answer, reason, is_transient) in
-        [(b'S', "SourceUnreachable", true), (b'E', "SourceUnreachable", true), (b'N', "TlsFailed", false), (b'H', "TlsFailed", false)]
-    {
+    for (answer, reason, is_transient) in [
+        (b'S', "SourceUnreachable", true),
+        (b'E', "SourceUnreachable", true),
+        (b'N', "TlsFailed", false),
+        (b'H', "TlsFailed", false),
+    ] {
         let port = answers(answer).await;
         let dsn = format!("host=127.0.0.1 port={port} user=u dbname=d sslmode=require");
         let config = ConnectConfig::parse(&dsn).unwrap();
@@ -180,9 +183,11 @@ async fn a_server_that_goes_away_while_it_is_connected_to_is_tried_again() {
 async fn a_control_connection_outlives_the_idle_time_out_of_its_role() {
     let db = Database::create("idle").await;
     let user = format!("u_{}", db.name());
-    db.batch_execute(&format!("CREATE ROLE {user} LOGIN PASSWORD 'pw'; ALTER ROLE {user} SET idle_session_timeout = '500ms'"))
-        .await
-        .unwrap();
+    db.batch_execute(&format!(
+        "CREATE ROLE {user} LOGIN PASSWORD 'pw'; ALTER ROLE {user} SET idle_session_timeout = '500ms'"
+    ))
+    .await
+    .unwrap();
     let port = db.postgres().port();
     let dsn = format!("host=127.0.0.1 port={port} user={user} password=pw dbname={} sslmode=disable", db.name());
     let control = connect_control(&ConnectConfig::parse(&dsn).unwrap()).await.unwrap();

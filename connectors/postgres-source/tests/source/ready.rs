@@ -6,8 +6,8 @@ use wallaby_connector_api::SourceLookup;
 use wallaby_model::Op;
 use wallaby_model::flow::Failover;
 use wallaby_postgres_source::{
-    Capture, ConnectConfig, Finding, Lookup, PublicationWanted, SlotWanted, SourceError, Status, connect_control, drop_publication,
-    ensure_publication, ensure_slot, preflight, source_status, widen_publication,
+    Capture, ConnectConfig, Finding, Lookup, PublicationWanted, SlotWanted, SourceError, Status, connect_control,
+    drop_publication, ensure_publication, ensure_slot, preflight, source_status, widen_publication,
 };
 use wallaby_testkit::{Database, Postgres, PostgresOptions};
 
@@ -304,7 +304,9 @@ async fn a_table_that_postgres_gives_no_identity_is_not_published_so_that_the_so
         db.batch_execute(&full).await.unwrap();
     }
     ensure_publication(&control, &publication(db.name(), &["public.*"])).await.unwrap();
-    db.batch_execute("UPDATE later SET v = 3; UPDATE root SET v = 3; UPDATE keyed SET id = 3; DELETE FROM root").await.unwrap();
+    db.batch_execute("UPDATE later SET v = 3; UPDATE root SET v = 3; UPDATE keyed SET id = 3; DELETE FROM root")
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
