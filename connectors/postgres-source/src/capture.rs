@@ -284,7 +284,7 @@ impl Capture {
                 Frame::Keepalive { end, .. } => {
                     self.server_end = self.server_end.max(end);
                     self.received = self.received.max(end);
-                    self.assembler.keepalive(end);
+                    self.assembler.keepalive(end)?;
                 }
                 Frame::Oversized { bytes, head, .. } => return Err(self.assembler.oversized(bytes, head)),
                 Frame::Notice(notice) => check_notice(&notice, &self.options.publication)?,

@@ -1,14 +1,15 @@
 //! Completes a Relation message from the catalog: what its columns' types are, which are NOT NULL, which are the key.
 //!
-//! Types are looked up by oid and modifier, so that a column that was dropped since still resolves; NOT NULL and the
-//! primary key come from the catalog as it is now, by name.
+//! Types are looked up by oid and modifier, so that a column that was dropped since still resolves; NOT NULL comes from
+//! the catalog as it is now, by name. So does the primary key, but not where the message itself tells it: the WAL may be
+//! older than today's key, and its old rows carry the columns of the key of then.
 
 use std::collections::HashMap;
 
 use tokio_postgres::types::Type;
-use wallaby_model::{Column, ColumnType, TableSchema};
+use wallaby_model::{Column, ColumnType, ReplicaIdentity, TableSchema};
 
-use crate::assemble::RelationShape;
+use crate::assemble::{RelationShape, ShapeColumn};
 use crate::error::SourceError;
 use crate::metrics;
 
@@ -43,7 +44,11 @@ CROSS JOIN LATERAL (SELECT
 ORDER BY base.ordinal";
 
 const COLUMNS_SQL: &str = "
-SELECT a.attname::text, a.attnotnull, pg_catalog.array_position((i.indkey::int2[])[0:i.indnkeyatts - 1], a.attnum)
+SELECT a.attname::text, a.attnotnull, pg_catalog.array_position((i.indkey::int2[])[0:i.indnkeyatts - 1], a.attnum),
+       a.attgenerated <> '' OR EXISTS (
+         SELECT FROM pg_catalog.pg_publication_rel r
+         WHERE r.prrelid = a.attrelid AND pg_catalog.jsonb_typeof(pg_catalog.to_jsonb(r)->'prattrs') = 'array'
+           AND NOT pg_catalog.to_jsonb(r)->'prattrs' @> pg_catalog.to_jsonb(a.attnum))
 FROM pg_catalog.pg_attribute a
 LEFT JOIN pg_catalog.pg_index i ON i.indrelid = a.attrelid AND i.indisprimary
 WHERE a.attrelid = $1::oid AND a.attnum > 0 AND NOT a.attisdropped";
@@ -77,31 +82,58 @@ pub(crate) async fn resolve_quietly(
     .await
     .map_err(failed)?;
 
-    let now: HashMap<String, (bool, Option<i32>)> =
-        now.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect();
-    let mut columns = Vec::with_capacity(shape.columns.len());
-    let mut key = Vec::new();
-    for (index, (column, row)) in shape.columns.iter().zip(&types).enumerate() {
-        let (not_null, key_place) = now.get(&column.name).copied().unwrap_or((false, None));
-        if let Some(place) = key_place {
-            key.push((place, index as u16));
-        }
-        columns.push(Column {
-            name: column.name.clone(),
-            kind: kind_of(row),
-            // A domain travels, and is made at a sink, as its base type.
-            sql_type: row.get(2),
-            type_oid: row.get(0),
-            type_modifier: row.get(1),
-            identity: column.identity,
-            not_null,
-        });
-    }
-    key.sort_unstable();
-    let key_columns = now.values().filter(|(_, place)| place.is_some()).count();
-    let primary_key =
-        if key.len() == key_columns { key.into_iter().map(|(_, index)| index).collect() } else { Vec::new() };
+    let now: HashMap<String, ColumnNow> = now
+        .iter()
+        .map(|row| (row.get(0), ColumnNow { not_null: row.get(1), key_place: row.get(2), may_be_left_out: row.get(3) }))
+        .collect();
+    let column = |(column, row): (&ShapeColumn, &tokio_postgres::Row)| Column {
+        name: column.name.clone(),
+        kind: kind_of(row),
+        // A domain travels, and is made at a sink, as its base type.
+        sql_type: row.get(2),
+        type_oid: row.get(0),
+        type_modifier: row.get(1),
+        identity: column.identity,
+        not_null: now.get(&column.name).is_some_and(|now| now.not_null),
+    };
+    let columns = shape.columns.iter().zip(&types).map(column).collect();
+    let primary_key = primary_key(shape, &now);
     Ok(TableSchema { oid: shape.oid, table: shape.table.clone(), identity: shape.identity, columns, primary_key })
+}
+
+/// What the catalog says today of a column.
+#[derive(Clone, Copy)]
+struct ColumnNow {
+    not_null: bool,
+    /// Its place in the primary key.
+    key_place: Option<i32>,
+    /// Generated, or not in a publication's list of columns: that the stream lacks it does not say that it is new.
+    may_be_left_out: bool,
+}
+
+/// The primary key. Where it is the identity the stream marks its columns, as of the row's time: the catalog, which may
+/// be later, only orders them, and only when it names the same ones.
+fn primary_key(shape: &RelationShape, now: &HashMap<String, ColumnNow>) -> Vec<u16> {
+    let indexed = || (0u16..).zip(&shape.columns);
+    let mut key: Vec<(i32, u16)> =
+        indexed().filter_map(|(index, column)| now.get(&column.name)?.key_place.map(|place| (place, index))).collect();
+    key.sort_unstable();
+    let key: Vec<u16> = key.into_iter().map(|(_, index)| index).collect();
+    let is_whole = key.len() == now.values().filter(|column| column.key_place.is_some()).count();
+    if shape.identity != ReplicaIdentity::Default {
+        return if is_whole { key } else { Vec::new() };
+    }
+    let marked: Vec<u16> = indexed().filter(|(_, column)| column.identity).map(|(index, _)| index).collect();
+    let is_the_same = is_whole && key.len() == marked.len() && marked.iter().all(|index| key.contains(index));
+    // A part of the key that is never sent (PostgreSQL publishes only inserts then) leaves no key.
+    let is_sent = |name: &str| shape.columns.iter().any(|column| column.name == name);
+    let lacks_a_part =
+        now.iter().any(|(name, column)| column.key_place.is_some() && column.may_be_left_out && !is_sent(name));
+    match () {
+        () if is_the_same => key,
+        () if lacks_a_part => Vec::new(),
+        () => marked,
+    }
 }
 
 fn kind_of(row: &tokio_postgres::Row) -> ColumnType {

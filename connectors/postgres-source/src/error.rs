@@ -200,6 +200,14 @@ pub enum SourceError {
         /// What is wrong.
         reason: String,
     },
+    /// The publication, or the tables of the flow, were changed by others at each of several looks.
+    #[error("publication {publication} could not be altered while others change it or its tables: {error}")]
+    PublicationBusy {
+        /// Its name.
+        publication: String,
+        /// What the server said last.
+        error: ServerError,
+    },
     /// A table of the flow does not exist.
     #[error("{reason}")]
     TableMissing {
@@ -247,7 +255,7 @@ pub enum SourceError {
     },
     /// The server is in an older state than the one that we staged from.
     #[error(
-        "the source's WAL ends at {wal_end}, before the log, which ends at {log_end:?}: the server was set back to an older \
+        "the source's WAL ends at {wal_end}, before all of the log, which ends at {log_end:?}: the server was set back to an older \
          state; transactions between them are in the log and not in the source"
     )]
     SourceSetBack {
@@ -255,6 +263,17 @@ pub enum SourceError {
         wal_end: Lsn,
         /// The end of the log.
         log_end: Position,
+    },
+    /// The log has a part of a transaction, and the server goes on without it.
+    #[error(
+        "the log ends at {log_end:?}, inside of the transaction that commits at {}, and the source goes on at {passed} \
+         without it: a part of it is in the log, and it is not in the source", log_end.commit
+    )]
+    TransactionGone {
+        /// The end of the log.
+        log_end: Position,
+        /// What came instead of the transaction's rest.
+        passed: Lsn,
     },
     /// `wal_level` is below `logical`.
     #[error("wal_level is {found}, logical decoding needs logical")]
@@ -311,6 +330,7 @@ impl SourceError {
             | SourceError::Protocol { .. }
             | SourceError::SlotWaits { .. }
             | SourceError::SlotInUse { .. }
+            | SourceError::PublicationBusy { .. }
             | SourceError::SnapshotGone { .. }
             | SourceError::Rewritten { .. }
             | SourceError::RelationGone { .. }
@@ -354,12 +374,14 @@ impl SourceError {
             SourceError::SlotInUse { .. } => "SlotInUse",
             SourceError::PublicationMissing { .. } => "PublicationMissing",
             SourceError::PublicationUnfit { .. } => "PublicationUnfit",
+            SourceError::PublicationBusy { .. } => "PublicationBusy",
             SourceError::TableMissing { .. } => "TableMissing",
             SourceError::TableWithoutKey { .. } => "TableWithoutKey",
             SourceError::SlotWaits { .. } => "SlotWaits",
             SourceError::OtherSystem { .. } => "OtherSystem",
             SourceError::TimelineDiverged { .. } => "TimelineDiverged",
             SourceError::SourceSetBack { .. } => "SourceSetBack",
+            SourceError::TransactionGone { .. } => "TransactionGone",
             SourceError::WalLevel { .. } => "WalLevel",
             SourceError::SnapshotGone { .. } => "SnapshotGone",
             SourceError::Rewritten { .. } => "Rewritten",
@@ -411,12 +433,14 @@ impl SourceError {
             SourceError::PublicationUnfit { .. } => "Change the publication, or spec.source.postgres.publication, so that they agree".into(),
             SourceError::TableMissing { .. } => "Correct spec.source.postgres.publication.tables, or create the table".into(),
             SourceError::TableWithoutKey { tables } => format!(
-                "{}; or give them a primary key, or leave them out with spec.source.postgres.publication.exclude",
+                "{} (a partition takes it from no parent: each needs its own, also one that is made later); or give them a primary key that is not DEFERRABLE, or leave them out with spec.source.postgres.publication.exclude",
                 tables.iter().map(|table| format!("ALTER TABLE {} REPLICA IDENTITY FULL", table.quoted())).collect::<Vec<_>>().join("; ")
             ),
             SourceError::SlotWaits { .. } => "End these transactions, or wait until they end: it is tried again".into(),
             SourceError::OtherSystem { .. } => "Point the source's dsn at the cluster the log was made from, or delete the flow and create it again".into(),
-            SourceError::TimelineDiverged { .. } | SourceError::SourceSetBack { .. } => {
+            SourceError::TimelineDiverged { .. }
+            | SourceError::SourceSetBack { .. }
+            | SourceError::TransactionGone { .. } => {
                 "Compare source and sinks, repair the difference, then delete the flow and create it again".into()
             }
             SourceError::WalLevel { .. } => "ALTER SYSTEM SET wal_level = 'logical'; then restart the server".into(),
@@ -428,6 +452,7 @@ impl SourceError {
             | SourceError::ShuttingDown { .. }
             | SourceError::Timeout { .. }
             | SourceError::Protocol { .. }
+            | SourceError::PublicationBusy { .. }
             | SourceError::SnapshotGone { .. }
             | SourceError::Rewritten { .. }
             | SourceError::RelationGone { .. }

@@ -2,6 +2,8 @@
 //!
 //! Used by `wallaby doctor`, without a controller; changes nothing at the source.
 
+use std::collections::BTreeSet;
+
 use wallaby_model::TableName;
 use wallaby_model::schema::{quote_identifier, quote_literal};
 
@@ -435,15 +437,16 @@ fn check_tables(config: &ConnectConfig, wanted: &PublicationWanted, chosen: &[So
     let statements = |tables: &[&SourceTable], one: &dyn Fn(&TableName) -> String| -> String {
         tables.iter().map(|table| one(&table.name)).collect::<Vec<_>>().join("\n")
     };
-    let without_key: Vec<&SourceTable> = chosen.iter().filter(|table| !table.has_identity).collect();
+    let without_key: BTreeSet<&TableName> = chosen.iter().flat_map(|table| &table.without_identity).collect();
     if without_key.is_empty() {
         findings.ok("replica_identity", "every table has a key or an identity");
     } else {
         let message = format!(
-            "tables without a key: {}. Once published, their updates and deletes would fail at the source. Give them a primary key, or the whole row as identity",
-            names(&without_key)
+            "tables without a key: {}. Once published, their updates and deletes would fail at the source. Give them a primary key that is not DEFERRABLE, or the whole row as identity; a partition takes that from no parent",
+            without_key.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
         );
-        let sql = statements(&without_key, &|name| format!("ALTER TABLE {} REPLICA IDENTITY FULL;", name.quoted()));
+        let full = |name: &&TableName| format!("ALTER TABLE {} REPLICA IDENTITY FULL;", name.quoted());
+        let sql = without_key.iter().map(full).collect::<Vec<_>>().join("\n");
         findings.fail("replica_identity", message, Some(sql));
     }
     let unreadable: Vec<&SourceTable> = chosen.iter().filter(|table| !table.can_select).collect();
@@ -470,7 +473,7 @@ fn check_tables(config: &ConnectConfig, wanted: &PublicationWanted, chosen: &[So
         let sql = format!(
             "CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true);",
             quote_identifier(&wanted.name),
-            chosen.iter().map(|table| table.name.quoted()).collect::<Vec<_>>().join(", ")
+            chosen.iter().map(|table| format!("ONLY {}", table.name.quoted())).collect::<Vec<_>>().join(", ")
         );
         findings.fail("ownership", message, Some(sql));
     }

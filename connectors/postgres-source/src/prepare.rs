@@ -88,11 +88,10 @@ impl Prepared {
                 true => Vec::new(),
                 false => self.replication.timeline_history(self.identity.timeline).await?,
             };
-            let reached = log_end.commit.max(self.slot.confirmed_flush);
-            check_identity(previous, &self.identity, &history, reached, log_end)?;
+            check_identity(previous, &self.identity, &history, self.slot.confirmed_flush, log_end)?;
         }
         // What was staged had been flushed: a server whose WAL ends before it is an older state of the one it came from.
-        if self.wal_end < log_end.commit {
+        if !has_all(self.wal_end, log_end) {
             return Err(SourceError::SourceSetBack { wal_end: self.wal_end, log_end });
         }
         self.slot.check_not_past(log_end)
@@ -221,12 +220,19 @@ async fn explain_start(client: &tokio_postgres::Client, slot: &str, error: Sourc
     }
 }
 
-/// Whether the server's history contains everything up to `reached`, which was written on `previous`' timeline.
+/// Whether WAL that ends at `end` has all of the log. A log that ends inside of a transaction needs its commit record, which
+/// begins at the commit LSN, as well.
+fn has_all(end: Lsn, log_end: Position) -> bool {
+    if log_end.is_between_transactions() { end >= log_end.commit } else { end > log_end.commit }
+}
+
+/// Whether the server's history contains everything up to the log's end and up to what is confirmed, which were written
+/// on `previous`' timeline.
 fn check_identity(
     previous: &SourceIdentity,
     now: &SourceIdentity,
     history: &[TimelineSwitch],
-    reached: Lsn,
+    confirmed: Lsn,
     log_end: Position,
 ) -> Result<(), SourceError> {
     if previous.system_identifier != now.system_identifier {
@@ -241,7 +247,7 @@ fn check_identity(
     // A timeline that is no ancestor (an older server, a sibling) shares nothing that we could rely on.
     let left_at = history.iter().find(|switch| switch.timeline == previous.timeline).map(|switch| switch.at);
     match left_at {
-        Some(at) if reached <= at => Ok(()),
+        Some(at) if has_all(at, log_end) && confirmed <= at => Ok(()),
         at => Err(SourceError::TimelineDiverged {
             expected: previous.timeline,
             found: now.timeline,
@@ -274,6 +280,20 @@ mod tests {
         assert!(!diverged.is_transient());
         assert!(check(1, 3, 150).is_err());
         assert!(check(4, 3, 1).is_err(), "an older server");
+    }
+
+    #[test]
+    fn h04_a_timeline_that_left_at_the_commit_of_a_half_staged_transaction_lacks_it() {
+        let history = [TimelineSwitch { timeline: 1, at: Lsn(100) }];
+        let check = |confirmed, log_end| check_identity(&on(1), &on(2), &history, Lsn(confirmed), log_end);
+        assert!(check(90, Position::before(Lsn(100))).is_ok(), "all that committed before it is there");
+        assert!(check(90, Position::of(Lsn(99), Lsn(80), 1)).is_ok(), "its commit record is there");
+        let diverged = check(90, Position::of(Lsn(100), Lsn(80), 1)).unwrap_err();
+        assert_eq!(diverged.reason(), "TimelineDiverged");
+        assert!(check(101, Position::of(Lsn(99), Lsn(80), 1)).is_err(), "more was confirmed");
+        assert!(has_all(Lsn(100), Position::before(Lsn(100))) && !has_all(Lsn(99), Position::before(Lsn(100))));
+        assert!(has_all(Lsn(101), Position::of(Lsn(100), Lsn(80), 1)));
+        assert!(!has_all(Lsn(100), Position::of(Lsn(100), Lsn(80), 1)), "a server that was set back to it");
     }
 
     #[test]

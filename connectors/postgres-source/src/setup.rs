@@ -15,7 +15,7 @@ use wallaby_model::schema::quote_identifier;
 
 use crate::config::ConnectConfig;
 use crate::control::{Control, connect_control};
-use crate::error::{PUBLICATION_NOW, SourceError};
+use crate::error::{PUBLICATION_NOW, ServerError, SourceError};
 use crate::prepare::setting;
 use crate::sessions::{self, SessionOwner};
 use crate::slot::{self, SlotState};
@@ -54,7 +54,8 @@ pub struct SlotWanted {
 /// updates and deletes fail at the source. Several may do this at a time: the capture and a run of one flow.
 ///
 /// # Errors
-/// `TableMissing`, `TableWithoutKey`, `PublicationMissing` (not ours to make), `PublicationUnfit`, a missing privilege.
+/// `TableMissing`, `TableWithoutKey`, `PublicationMissing` (not ours to make), `PublicationUnfit`, a missing privilege;
+/// `PublicationBusy` when somebody else was faster at every look.
 pub async fn ensure_publication(control: &Control, wanted: &PublicationWanted) -> Result<(), SourceError> {
     settle_publication(control, wanted, Surplus::Dropped).await
 }
@@ -81,7 +82,9 @@ async fn settle_publication(control: &Control, wanted: &PublicationWanted, then:
         tries -= 1;
         match alter_publication(control, wanted, then).await? {
             Altered::Yes => return Ok(()),
-            Altered::Raced(error) if tries == 0 => return Err(error),
+            Altered::Raced(error) if tries == 0 => {
+                return Err(SourceError::PublicationBusy { publication: wanted.name.clone(), error });
+            }
             Altered::Raced(_) => {}
         }
     }
@@ -92,7 +95,7 @@ enum Altered {
     /// It is as wanted.
     Yes,
     /// Somebody altered it between the look and the statement: it is to be looked at again.
-    Raced(SourceError),
+    Raced(ServerError),
 }
 
 async fn alter_publication(
@@ -138,15 +141,19 @@ async fn alter_publication(
     Ok(Altered::Yes)
 }
 
+/// Each table alone: without ONLY those that inherit from it come and go with it, wanted or not.
 fn list(tables: &BTreeSet<TableName>) -> String {
-    tables.iter().map(TableName::quoted).collect::<Vec<_>>().join(", ")
+    tables.iter().map(|table| format!("ONLY {}", table.quoted())).collect::<Vec<_>>().join(", ")
 }
 
 /// A published table without an identity refuses updates and deletes *at the source*: it is never published.
 fn check_keys(tables: &[SourceTable]) -> Result<(), SourceError> {
-    let without: Vec<TableName> =
-        tables.iter().filter(|table| !table.has_identity).map(|table| table.name.clone()).collect();
-    if without.is_empty() { Ok(()) } else { Err(SourceError::TableWithoutKey { tables: without }) }
+    let without: BTreeSet<TableName> = tables.iter().flat_map(|table| table.without_identity.clone()).collect();
+    if without.is_empty() {
+        Ok(())
+    } else {
+        Err(SourceError::TableWithoutKey { tables: without.into_iter().collect() })
+    }
 }
 
 async fn run(control: &Control, sql: &str, during: String) -> Result<Altered, SourceError> {
@@ -154,18 +161,21 @@ async fn run(control: &Control, sql: &str, during: String) -> Result<Altered, So
         Ok(()) => Ok(Altered::Yes),
         Err(error) => {
             let is_race = is_race(&error);
-            let error = SourceError::from_client(during, &error);
-            if is_race { Ok(Altered::Raced(error)) } else { Err(error) }
+            match SourceError::from_client(during, &error) {
+                SourceError::Server { error, .. } if is_race => Ok(Altered::Raced(error)),
+                error => Err(error),
+            }
         }
     }
 }
 
 /// What the server says to the slower of two: the object is there (seen, or met in the catalog's unique index), it is
-/// gone, or its row in the catalog was changed in between (an internal error, known by its words only).
+/// gone (the publication, a table or its schema), or its row in the catalog was changed in between (an internal error, known
+/// by its words only).
 fn is_race(error: &tokio_postgres::Error) -> bool {
     let Some(error) = error.as_db_error() else { return false };
     match error.code().code() {
-        "42710" | "42704" => true,
+        "42710" | "42704" | "42P01" | "3F000" => true,
         "23505" => {
             error.schema() == Some("pg_catalog") || error.constraint().is_some_and(|name| name.starts_with("pg_"))
         }

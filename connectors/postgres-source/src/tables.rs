@@ -11,8 +11,9 @@ use crate::error::SourceError;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SourceTable {
     pub(crate) name: TableName,
-    /// Updates and deletes say which row they mean: a primary key, an identity index, or FULL.
-    pub(crate) has_identity: bool,
+    /// The table itself, or those of its partitions, whose updates and deletes do not say which row they mean: no primary
+    /// key, identity index or FULL. Postgres asks this of the partition that has the row, whatever its root has.
+    pub(crate) without_identity: Vec<TableName>,
     /// UNLOGGED or TEMPORARY tables are not in the WAL.
     pub(crate) logged: bool,
     /// A partition of another table.
@@ -32,14 +33,30 @@ pub(crate) struct ExistingPublication {
     pub(crate) publishes_all_operations: bool,
 }
 
+/// A table that is being dropped has no privileges (NULL). A key that is checked only at the end of a transaction (DEFERRABLE) is no identity. Partitions are found without
+/// `pg_partition_tree`, which locks them.
 const TABLES_SQL: &str = "
+WITH RECURSIVE part(root, oid, relkind) AS (
+  SELECT oid, oid, relkind FROM pg_catalog.pg_class WHERE relkind IN ('r', 'p') AND relpersistence <> 't'
+  UNION ALL
+  SELECT part.root, c.oid, c.relkind
+  FROM part JOIN pg_catalog.pg_inherits h ON part.relkind = 'p' AND h.inhparent = part.oid
+  JOIN pg_catalog.pg_class c ON c.oid = h.inhrelid
+), without AS (
+  SELECT part.root, array_agg(n.nspname::text ORDER BY n.nspname, c.relname) AS schemas,
+         array_agg(c.relname::text ORDER BY n.nspname, c.relname) AS names
+  FROM part JOIN pg_catalog.pg_class c ON c.oid = part.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+  WHERE (part.oid = part.root OR part.relkind = 'r') AND c.relreplident <> 'f'
+    AND NOT EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indimmediate AND i.indisvalid
+                    AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident ELSE false END)
+  GROUP BY 1
+)
 SELECT n.nspname::text, c.relname::text, c.relpersistence = 'p', c.relispartition,
-       c.relreplident = 'f'
-         OR (c.relreplident = 'd' AND EXISTS (SELECT 1 FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisprimary))
-         OR (c.relreplident = 'i' AND EXISTS (SELECT 1 FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)),
-       pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT'),
+       coalesce(w.schemas, '{}'), coalesce(w.names, '{}'),
+       coalesce(pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT'), false),
        pg_catalog.pg_has_role(c.relowner, 'USAGE')
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN without w ON w.root = c.oid
 WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
 ORDER BY 1, 2";
 
@@ -51,9 +68,11 @@ pub(crate) async fn all(client: &tokio_postgres::Client) -> Result<Vec<SourceTab
         name: TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)),
         logged: row.get(2),
         is_partition: row.get(3),
-        has_identity: row.get(4),
-        can_select: row.get(5),
-        owned: row.get(6),
+        without_identity: std::iter::zip(row.get::<_, Vec<String>>(4), row.get::<_, Vec<String>>(5))
+            .map(|(schema, name)| TableName::new(schema, name))
+            .collect(),
+        can_select: row.get(6),
+        owned: row.get(7),
     };
     Ok(rows.iter().map(table).collect())
 }
@@ -201,7 +220,7 @@ mod tests {
     fn table(schema: &str, name: &str) -> SourceTable {
         SourceTable {
             name: TableName::new(schema, name),
-            has_identity: true,
+            without_identity: Vec::new(),
             logged: true,
             is_partition: false,
             can_select: true,

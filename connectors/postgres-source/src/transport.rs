@@ -40,9 +40,16 @@ pub(crate) fn attempts(config: &ConnectConfig) -> &'static [Encryption] {
     }
 }
 
-/// Whether the next attempt may help: the handshake failed, or pg_hba.conf has no entry for this kind of connection.
+/// Whether the next attempt may help: the handshake failed or was cut off, or pg_hba.conf has no entry for this kind of
+/// connection.
 pub(crate) fn tries_next(error: &SourceError) -> bool {
-    matches!(error, SourceError::Tls { .. }) || error.sqlstate() == Some("28000")
+    match error {
+        SourceError::Tls { .. } => true,
+        SourceError::Connect { error, .. } => {
+            matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
+        }
+        error => error.sqlstate() == Some("28000"),
+    }
 }
 
 enum Wire {
@@ -161,12 +168,18 @@ async fn negotiate(
         b'S' => {}
         b'N' if encryption == Encryption::Offered => return Ok(plain(stream)),
         b'N' => return Err(refused("the server does not offer TLS (ssl = off)")),
+        // What an overloaded server says before it has come to know what was asked. The text is nobody's: no TLS yet.
+        b'E' => return Err(lost(io::Error::other("the server answered the request for TLS with an error"))),
         _ => return Err(refused("the server did not answer the request for TLS; is it PostgreSQL?")),
     }
     let name = ServerName::try_from(host.to_owned()).map_err(|error| refused(&format!("host: {error}")))?;
     let failed = |reason| SourceError::Tls { target: config.target(), reason };
     let connector = TlsConnector::from(Arc::new(config.tls.client_config().map_err(failed)?));
-    let stream = connector.connect(name, stream).await.map_err(|error| refused(&error.to_string()))?;
+    let stream = connector.connect(name, stream).await.map_err(|error| match error.kind() {
+        // What TLS itself makes of certificates and messages; all else is the wire's.
+        io::ErrorKind::InvalidData => refused(&error.to_string()),
+        _ => lost(error),
+    })?;
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let end_point = certificate.and_then(|certificate| tls::server_end_point(certificate));
     Ok(Transport { wire: Wire::Tls(Box::new(stream)), end_point, guard: ClearTextGuard::off() })

@@ -333,7 +333,7 @@ impl Run<'_> {
             }
             if let Some(before) = before {
                 let carried = before_is_whole || changes.schema.columns[column].identity;
-                if carried && !changes.is_unchanged(before.row as usize, column) {
+                if carried && is_known(changes, before.row as usize, column) {
                     return before;
                 }
             }
@@ -399,6 +399,13 @@ impl Run<'_> {
     }
 }
 
+/// Whether a before-image knows the value of a column that its update left out. Such a value is never NULL: a NULL there is
+/// what a before-image without it has, whatever its shape says of the identity (a partition's is not always its root's).
+fn is_known(changes: &TableChanges, before: usize, column: usize) -> bool {
+    use arrow_array::Array;
+    !changes.is_unchanged(before, column) && !changes.rows.column(FIRST_COLUMN + column).is_null(before)
+}
+
 /// What a run does to a table without a key.
 #[derive(Debug, Default)]
 pub(crate) struct Bag {
@@ -438,8 +445,13 @@ pub(crate) fn collapse_bag(bound: &Bound<'_>) -> Result<Bag, CollapseError> {
                 Some(Op::Update) => {
                     let which = || CollapseError::WhichRow(changes.schema.table.clone(), chunk.position(row));
                     let before = before.ok_or_else(which)?;
-                    let cell = |column| if changes.is_unchanged(row, column) { before } else { at };
-                    let cells = (0..changes.schema.columns.len()).map(cell).collect();
+                    let unchanged = |&column: &usize| changes.is_unchanged(row, column);
+                    let columns = 0..changes.schema.columns.len();
+                    if columns.clone().filter(unchanged).any(|column| !is_known(changes, before.row as usize, column)) {
+                        return Err(which());
+                    }
+                    let cell = |column| if unchanged(&column) { before } else { at };
+                    let cells = columns.map(cell).collect();
                     counts.add(Row { at: before, cells: None }, -1)?;
                     counts.add(Row { at, cells: Some(cells) }, 1)?;
                 }
@@ -487,5 +499,56 @@ impl Counts<'_> {
             slot.1 += by;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use wallaby_connector_api::conformance::{Change, Log, Shape, Value};
+    use wallaby_model::ColumnType;
+
+    use super::*;
+
+    fn chunks(changes: impl IntoIterator<Item = Change>) -> Vec<Chunk> {
+        let mut log = Log::new();
+        log.transaction(changes);
+        let batch = log.batch();
+        let parts = batch.parts.iter();
+        let of_part =
+            parts.flat_map(|part| part.tables().map(|changes| Chunk { body: Arc::clone(&part.body), changes }));
+        of_part.collect()
+    }
+
+    #[test]
+    fn h03_a_before_image_with_the_key_alone_makes_no_null_of_an_unchanged_value() {
+        // The shape is the root's, with REPLICA IDENTITY FULL; the partition's WAL has the old key only.
+        let shape = Shape::new("root").key("id", ColumnType::Int4).column("big", ColumnType::Text).full().build();
+        let old = || vec![Value::Int(1), Value::Null];
+        let new = || vec![Value::Int(2), Value::Unchanged];
+        for change in [Change::update_key(&shape, old(), new()), Change::update_full(&shape, old(), new())] {
+            let chunks = chunks([change]);
+            let bound = Bound::new(&chunks, &[Wire::Own, Wire::Text]);
+            let net = collapse(&bound, &[0]).unwrap();
+            assert_eq!(net.moves.len(), 1, "{net:?}");
+            assert_eq!(net.moves[0].unchanged, [false, true], "the value comes from the row of the old key");
+        }
+        // Where the run knows the value it follows the row.
+        let born = Change::insert(&shape, vec![Value::Int(1), "value".into()]);
+        let chunks = chunks([born, Change::update_key(&shape, old(), new())]);
+        let bound = Bound::new(&chunks, &[Wire::Own, Wire::Text]);
+        let net = collapse(&bound, &[0]).unwrap();
+        let mut value = Vec::new();
+        bound.write(net.born[0].cell(1), 1, &mut value).unwrap();
+        assert!(value.ends_with(b"value"));
+    }
+
+    #[test]
+    fn h03_a_bag_refuses_an_unchanged_value_that_its_before_image_lacks() {
+        let shape = Shape::new("bag").column("id", ColumnType::Int4).column("big", ColumnType::Text).full().build();
+        let update = |old: Value| Change::update_full(&shape, [Value::Int(1), old], [Value::Int(2), Value::Unchanged]);
+        let outcome = |old| collapse_bag(&Bound::new(&chunks([update(old)]), &[Wire::Own, Wire::Text])).map(|_| ());
+        assert!(matches!(outcome(Value::Null), Err(CollapseError::WhichRow(..))));
+        outcome("value".into()).unwrap();
     }
 }

@@ -202,7 +202,8 @@ pub struct TableSchema {
     /// The columns that the publication sends, in order.
     pub columns: Vec<Column>,
     /// Indexes into `columns` of the primary key in key order; empty when there is none, or when a column of it is
-    /// not published.
+    /// not published. With [`ReplicaIdentity::Default`] it is the key that the table had when the WAL was written, and
+    /// its columns are those that are marked as the identity; else it is the one that the table has today.
     pub primary_key: Vec<u16>,
 }
 

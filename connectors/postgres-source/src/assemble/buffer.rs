@@ -9,7 +9,7 @@ use wallaby_model::{Op, Position, SegmentBody, TableChanges, TableSchema, Transa
 use super::table::{RowHead, TableBuilder};
 use super::table_set::TableSet;
 use crate::error::SourceError;
-use crate::pgoutput::Tuple;
+use crate::pgoutput::{Cell, DecodeError, Tuple};
 
 /// Bytes of a transaction's entry in a segment.
 const TRANSACTION_BYTES: usize = 20;
@@ -100,7 +100,10 @@ impl Buffer {
         }
         let head = |op| RowHead { txn, change: position.change, index: position.index, op };
         let mut whole_old = None;
-        if let Some((op, old)) = change.old {
+        if let Some((mut op, old)) = change.old {
+            if op == Op::OldRow && lacks_values(old, change.row)? {
+                op = Op::OldKey;
+            }
             table.push(head(op), old, None)?;
             whole_old = (op == Op::OldRow).then_some(old);
         }
@@ -138,6 +141,19 @@ impl Buffer {
         let (rows, content_bytes) = (std::mem::take(&mut self.rows), std::mem::take(&mut self.content_bytes));
         Ok(Some(Taken { body, rows, content_bytes }))
     }
+}
+
+/// Whether an old row that is sent as a whole one is none. A partitioned table with REPLICA IDENTITY FULL says so of its
+/// partitions too, whose WAL has no more than their own identity. A TOAST value that did not change is never NULL: where the
+/// old row has NULL in its place, only the old key is known.
+fn lacks_values(old: &Tuple<'_>, new: &Tuple<'_>) -> Result<bool, DecodeError> {
+    let (mut old_cells, mut new_cells) = (old.cells(), new.cells());
+    for _ in 0..old.columns().min(new.columns()) {
+        if let (Cell::Null, Cell::Unchanged) = (old_cells.read()?, new_cells.read()?) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// A change of one row: the row, and what the WAL carries of the old one.

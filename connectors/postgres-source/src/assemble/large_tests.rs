@@ -159,7 +159,7 @@ fn of(sub: u32, message: &[u8]) -> Vec<u8> {
     streamed
 }
 
-fn stream_commit(xid: u32, lsn: u64, end: u64) -> Vec<u8> {
+pub(super) fn stream_commit(xid: u32, lsn: u64, end: u64) -> Vec<u8> {
     let mut message = vec![b'c'];
     message.extend_from_slice(&xid.to_be_bytes());
     message.extend_from_slice(&commit(lsn, end)[1..]);

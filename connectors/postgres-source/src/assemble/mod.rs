@@ -187,10 +187,22 @@ impl Assembler {
     }
 
     /// Takes a keepalive: everything before `end` was sent.
-    pub(crate) fn keepalive(&mut self, end: Lsn) {
+    pub(crate) fn keepalive(&mut self, end: Lsn) -> Result<(), SourceError> {
         if self.open.is_none() && Position::before(end) > self.end {
+            self.check_goes_on(end)?;
             self.keepalive = self.keepalive.max(Some(end));
         }
+        Ok(())
+    }
+
+    /// While the log has a part of a transaction, nothing later may come before the transaction itself: a server that
+    /// goes on without it never had it (hazard 4), and half of it would be taken for all of it. `passed` is the commit of
+    /// what came, or what the server says it has sent.
+    fn check_goes_on(&self, passed: Lsn) -> Result<(), SourceError> {
+        if self.end.is_between_transactions() || passed <= self.end.commit {
+            return Ok(());
+        }
+        Err(SourceError::TransactionGone { log_end: self.end, passed })
     }
 
     /// The error for a row that was too large to be received whole.
@@ -293,6 +305,7 @@ impl Assembler {
         if self.open.is_some() {
             return Err(out_of_order('B', "the transaction before it did not end").into());
         }
+        self.check_goes_on(begin.final_lsn)?;
         let parts = self.is_kept_whole(begin.final_lsn).then_some(0);
         if parts.is_some() && self.buffer.rows() > 0 {
             // What committed before it goes first.

@@ -223,6 +223,7 @@ impl Assembler {
 
     /// A streamed transaction committed: here is its place in the log.
     pub(super) fn stream_commit(&mut self, xid: u32, commit: Commit) -> Result<Step, SourceError> {
+        self.check_goes_on(commit.commit_lsn)?;
         if self.buffer.rows() > 0 {
             // What committed before it goes first.
             return Ok(Step::FlushFirst);

@@ -110,19 +110,19 @@ fn an_empty_transaction_is_a_heartbeat_and_extends_a_segment() {
 fn b84_keepalives_make_a_heartbeat_a_second_in_stream_order() {
     let now = Instant::now();
     let mut assembler = assembler(LIMITS, Position::before(Lsn(10)));
-    assembler.keepalive(Lsn(10));
+    assembler.keepalive(Lsn(10)).unwrap();
     assert_eq!(assembler.take_heartbeat(now), None, "nothing new");
-    assembler.keepalive(Lsn(11));
+    assembler.keepalive(Lsn(11)).unwrap();
     assert_eq!(assembler.take_heartbeat(now), Some(Position::before(Lsn(11))));
-    assembler.keepalive(Lsn(12));
+    assembler.keepalive(Lsn(12)).unwrap();
     assert_eq!(assembler.take_heartbeat(now + Duration::from_millis(900)), None);
     assert_eq!(assembler.heartbeat_wait(now + Duration::from_millis(900)), Some(Duration::from_millis(100)));
-    assembler.keepalive(Lsn(13));
+    assembler.keepalive(Lsn(13)).unwrap();
     assert_eq!(assembler.take_heartbeat(now + Duration::from_secs(1)), Some(Position::before(Lsn(13))));
     // While a transaction is open a keepalive says nothing.
     assembler.push(Lsn(14), &begin(20, 1)).unwrap();
     assembler.push(Lsn(14), &insert(1, 1, "x")).unwrap();
-    assembler.keepalive(Lsn(99));
+    assembler.keepalive(Lsn(99)).unwrap();
     assembler.push(Lsn(20), &commit(20, 30)).unwrap();
     let draft = assembler.take_segment().unwrap().unwrap();
     assert_eq!(draft.to, Position::before(Lsn(30)));
@@ -133,7 +133,7 @@ fn b84_keepalives_make_a_heartbeat_a_second_in_stream_order() {
 fn a_transaction_that_ends_after_its_rows_were_given_out_is_completed_at_once() {
     let now = Instant::now();
     let mut assembler = assembler(LIMITS, Position::before(Lsn(10)));
-    assembler.keepalive(Lsn(11));
+    assembler.keepalive(Lsn(11)).unwrap();
     assembler.take_heartbeat(now).unwrap();
     assembler.push(Lsn(14), &begin(20, 1)).unwrap();
     assembler.push(Lsn(14), &insert(1, 1, "x")).unwrap();
@@ -153,6 +153,41 @@ fn what_came_whole_is_given_out_before_a_row_that_is_too_large_is_an_error() {
     assembler.push(Lsn(7), &begin(9, 77)).unwrap();
     let error = assembler.push(Lsn(7), &insert(2, 2, &"x".repeat(10_000))).unwrap_err();
     assert!(matches!(&error, SourceError::RowTooLarge { xid: 77, table, .. } if table.name == "t2"), "{error}");
+}
+
+#[test]
+fn h04_a_half_staged_transaction_that_never_comes_is_an_error_and_not_taken_for_whole() {
+    let log_end = Position::of(Lsn(40), Lsn(30), 2);
+    let gone = |error: SourceError, passed| {
+        assert!(
+            matches!(error, SourceError::TransactionGone { log_end: end, passed: at } if end == log_end && at == Lsn(passed)),
+            "{error}"
+        );
+        assert!(!error.is_transient() && error.remedy().is_some());
+    };
+    let parts = Some(super::PartLimits {
+        target_bytes: 1 << 20,
+        open_bytes_max: 4 << 20,
+        row_bytes_max: 8 << 20,
+        only_whole: false,
+    });
+    let limits = Limits { parts, ..LIMITS };
+    gone(assembler(LIMITS, log_end).push(Lsn(31), &begin(41, 2)).unwrap_err(), 41);
+    gone(assembler(LIMITS, log_end).keepalive(Lsn(41)).unwrap_err(), 41);
+    let mut streams = Assembler::new(limits, 2, log_end);
+    gone(streams.push(Lsn(50), &super::large_tests::stream_commit(7, 50, 51)).unwrap_err(), 50);
+
+    // What committed before it may come again, and the server may say how far it has got.
+    let mut whole = assembler(LIMITS, log_end);
+    whole.keepalive(Lsn(40)).unwrap();
+    whole.push(Lsn(20), &begin(25, 1)).unwrap();
+    whole.push(Lsn(25), &commit(25, 26)).unwrap();
+    whole.push(Lsn(30), &begin(40, 2)).unwrap();
+    whole.push(Lsn(30), &insert(1, 1, "x")).unwrap();
+    whole.keepalive(Lsn(99)).unwrap();
+    whole.push(Lsn(40), &commit(40, 45)).unwrap();
+    whole.keepalive(Lsn(46)).unwrap();
+    whole.push(Lsn(50), &begin(60, 3)).unwrap();
 }
 
 #[test]

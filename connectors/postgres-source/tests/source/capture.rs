@@ -118,6 +118,40 @@ async fn b43_unchanged_toast_is_distinct_from_null_and_b44_full_gives_the_value(
 }
 
 #[tokio::test]
+async fn b43_a_partition_with_less_identity_than_its_root_makes_no_null_of_unchanged_toast() {
+    let db = Database::create("leaf_toast").await;
+    db.batch_execute(
+        "CREATE TABLE root (id int PRIMARY KEY, n int, big text) PARTITION BY RANGE (id);
+         CREATE TABLE by_key PARTITION OF root FOR VALUES FROM (0) TO (100);
+         CREATE TABLE whole PARTITION OF root FOR VALUES FROM (100) TO (200);
+         ALTER TABLE by_key ALTER big SET STORAGE EXTERNAL; ALTER TABLE whole ALTER big SET STORAGE EXTERNAL;
+         ALTER TABLE root REPLICA IDENTITY FULL; ALTER TABLE whole REPLICA IDENTITY FULL;",
+    )
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let mut run = flow.start(1, flow.first_position()).await;
+    db.batch_execute(
+        "INSERT INTO root VALUES (1, 1, repeat('x', 5000)), (101, 1, repeat('y', 5000));
+         UPDATE root SET id = id + 1 WHERE id = 1;
+         UPDATE root SET n = 2 WHERE id = 2;
+         UPDATE root SET id = id + 1 WHERE id = 101;",
+    )
+    .await
+    .unwrap();
+    let rows = run.rows(7).await;
+    assert!(rows.iter().all(|row| row.table == "public.root"));
+    use Op::*;
+    assert_eq!(ops(&rows), [Insert, Insert, OldKey, Update, Update, OldRow, Update]);
+    // The server sends 'O', and of the old row the key alone.
+    assert_eq!(rows[2].values, ["1", "NULL", "NULL"]);
+    assert_eq!(rows[3].values, ["2", "1", "(unchanged)"]);
+    assert_eq!(rows[4].values, ["2", "2", "(unchanged)"]);
+    assert_eq!(rows[5].values, ["101".to_owned(), "1".into(), "y".repeat(5000)]);
+    assert_eq!(rows[6].values, ["102".to_owned(), "1".into(), "y".repeat(5000)]);
+}
+
+#[tokio::test]
 async fn b53_shapes_change_in_mid_stream_and_in_mid_transaction() {
     let db = Database::create("shapes").await;
     db.batch_execute("CREATE TABLE t (id int PRIMARY KEY, a text)").await.unwrap();
@@ -152,6 +186,65 @@ async fn b53_shapes_change_in_mid_stream_and_in_mid_transaction() {
     let names: Vec<&str> = shapes.iter().map(|(names, _)| names.as_str()).collect();
     assert_eq!(names, ["id,a", "id,a,b", "id,b", "id,c"]);
     assert!(shapes.iter().all(|(_, key)| key == &[0]), "{shapes:?}");
+}
+
+#[tokio::test]
+async fn a_row_of_before_the_key_was_changed_has_the_key_of_then() {
+    let db = Database::create("old_key").await;
+    db.batch_execute(
+        "CREATE TABLE t (id int PRIMARY KEY, b int NOT NULL UNIQUE);
+         CREATE TABLE grown (a int PRIMARY KEY);
+         CREATE TABLE named (a int, b int, PRIMARY KEY (b, a));
+         CREATE TABLE made (a int, g int GENERATED ALWAYS AS (a + 1) STORED, PRIMARY KEY (a, g));
+         CREATE TABLE listed (a int, b int, PRIMARY KEY (a, b));
+         INSERT INTO t VALUES (5, 50); INSERT INTO grown VALUES (1); INSERT INTO named VALUES (1, 2);",
+    )
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let own = flow.name.clone();
+    db.batch_execute(&format!(
+        "ALTER PUBLICATION \"{own}\" SET (publish = 'insert'); ALTER PUBLICATION \"{own}\" DROP TABLE listed;
+         ALTER PUBLICATION \"{own}\" ADD TABLE listed (a);
+         INSERT INTO made VALUES (1); INSERT INTO listed VALUES (1, 1);
+         ALTER PUBLICATION \"{own}\" SET (publish = 'insert, update, delete');
+         DELETE FROM t; DELETE FROM grown; DELETE FROM named;
+         ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (b);
+         ALTER TABLE grown ADD b int NOT NULL DEFAULT 1, DROP CONSTRAINT grown_pkey, ADD PRIMARY KEY (b, a);
+         ALTER TABLE named RENAME a TO c;
+         INSERT INTO t VALUES (6, 60); INSERT INTO grown VALUES (2, 2); INSERT INTO named VALUES (3, 4);"
+    ))
+    .await
+    .unwrap();
+    let mut run = flow.start(1, flow.first_position()).await;
+    let mut found = Vec::new();
+    while found.len() < 8 {
+        let segment = run.segment().await;
+        for table in &segment.body.tables {
+            for row in 0..table.rows.num_rows() {
+                let position = table.position(row, &segment.body.transactions);
+                found.push((position, table.schema.table.name.clone(), table.op_at(row).unwrap(), table.schema.key()));
+            }
+        }
+    }
+    found.sort_by_key(|(position, ..)| *position);
+    let found: Vec<(&str, Op, &[u16])> =
+        found.iter().map(|(_, table, op, key)| (table.as_str(), *op, key.as_slice())).collect();
+    use Op::*;
+    assert_eq!(
+        found,
+        [
+            // A part of the key is never sent.
+            ("made", Insert, &[][..]),
+            ("listed", Insert, &[]),
+            ("t", DeleteKey, &[0]),
+            ("grown", DeleteKey, &[0]),
+            ("named", DeleteKey, &[0, 1]),
+            ("t", Insert, &[1]),
+            ("grown", Insert, &[1, 0]),
+            ("named", Insert, &[1, 0]),
+        ]
+    );
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SignatureAlgorithm};
 use wallaby_postgres_source::{ConnectConfig, ReplicationClient, SourceError, connect_control};
-use wallaby_testkit::{Postgres, PostgresOptions, TlsIdentity};
+use wallaby_testkit::{Database, Postgres, PostgresOptions, TlsIdentity};
 
 /// A server whose certificate is for `localhost` alone, an authority that signed it, and one that did not.
 struct Tls {
@@ -141,6 +141,65 @@ async fn every_sslmode_means_what_libpq_says() {
     assert!(tls.try_both("tls_only", "secret", "sslmode=allow").await.unwrap());
     assert!(!tls.try_both("plain_only", "secret", "sslmode=prefer").await.unwrap());
     assert_eq!(tls.reason("plain_only", "secret", "sslmode=require").await, "AuthenticationFailed");
+}
+
+/// Says this to every request for TLS, and closes.
+async fn answers(answer: u8) -> u16 {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = [0; 8];
+            if stream.read_exact(&mut request).await.is_ok() {
+                let _ = stream.write_all(&[answer]).await;
+            }
+        }
+    });
+    port
+}
+
+#[tokio::test]
+async fn a_server_that_goes_away_while_it_is_connected_to_is_tried_again() {
+    for (answer, reason, is_transient) in [
+        (b'S', "SourceUnreachable", true),
+        (b'E', "SourceUnreachable", true),
+        (b'N', "TlsFailed", false),
+        (b'H', "TlsFailed", false),
+    ] {
+        let port = answers(answer).await;
+        let dsn = format!("host=127.0.0.1 port={port} user=u dbname=d sslmode=require");
+        let config = ConnectConfig::parse(&dsn).unwrap();
+        let control = connect_control(&config).await.err().unwrap();
+        let replication = ReplicationClient::connect(&config).await.err().unwrap();
+        for error in [control, replication] {
+            let found = (error.reason(), error.is_transient());
+            assert_eq!(found, (reason, is_transient), "{}: {error}", char::from(answer));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_control_connection_outlives_the_idle_time_out_of_its_role() {
+    let db = Database::create("idle").await;
+    let user = format!("u_{}", db.name());
+    db.batch_execute(&format!(
+        "CREATE ROLE {user} LOGIN PASSWORD 'pw'; ALTER ROLE {user} SET idle_session_timeout = '500ms'"
+    ))
+    .await
+    .unwrap();
+    let port = db.postgres().port();
+    let dsn = format!("host=127.0.0.1 port={port} user={user} password=pw dbname={} sslmode=disable", db.name());
+    let control = connect_control(&ConnectConfig::parse(&dsn).unwrap()).await.unwrap();
+    control.query("SELECT 1", &[]).await.unwrap();
+    // Idle for less long than ours: once the server has ended it, ours has outlived the time-out.
+    let (_other, connection) = tokio_postgres::connect(&dsn, tokio_postgres::NoTls).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let ended = tokio::time::timeout(crate::kit::LIMIT, connection).await.expect("the time-out does not hold");
+    assert_eq!(ended.unwrap().unwrap_err().code().unwrap().code(), "57P05");
+    control.query("SELECT 1", &[]).await.unwrap_or_else(|error| panic!("it was ended: {error}"));
+    drop(control);
+    db.batch_execute(&format!("DROP ROLE {user}")).await.unwrap();
 }
 
 #[tokio::test]

@@ -6,8 +6,8 @@ use wallaby_connector_api::SourceLookup;
 use wallaby_model::Op;
 use wallaby_model::flow::Failover;
 use wallaby_postgres_source::{
-    Capture, ConnectConfig, Finding, Lookup, PublicationWanted, SlotWanted, Status, connect_control, drop_publication,
-    ensure_publication, ensure_slot, preflight, source_status, widen_publication,
+    Capture, ConnectConfig, Finding, Lookup, PublicationWanted, SlotWanted, SourceError, Status, connect_control,
+    drop_publication, ensure_publication, ensure_slot, preflight, source_status, widen_publication,
 };
 use wallaby_testkit::{Database, Postgres, PostgresOptions};
 
@@ -174,6 +174,34 @@ async fn a_publication_that_several_make_and_alter_at_a_time_is_as_wanted() {
 }
 
 #[tokio::test]
+async fn tables_that_come_and_go_beside_it_do_not_stop_the_publication() {
+    let db = Database::create("come_and_go").await;
+    db.batch_execute("CREATE TABLE stays (id int PRIMARY KEY)").await.unwrap();
+    let control = connect_control(&ConnectConfig::parse(&db.dsn()).unwrap()).await.unwrap();
+    let wanted = publication(db.name(), &["public.*"]);
+    let come_and_go = async |name: &str| {
+        let client = db.connect().await;
+        loop {
+            client.batch_execute(&format!("CREATE TABLE {name} (id int PRIMARY KEY)")).await.unwrap();
+            client.batch_execute(&format!("DROP TABLE {name}")).await.unwrap();
+        }
+    };
+    let look = async || {
+        for _ in 0..60 {
+            if let Err(error) = ensure_publication(&control, &wanted).await {
+                assert!(error.is_transient(), "{error}");
+            }
+        }
+    };
+    tokio::select! {
+        () = look() => {}
+        () = come_and_go("a") => {}
+        () = come_and_go("b") => {}
+        () = come_and_go("c") => {}
+    }
+}
+
+#[tokio::test]
 async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
     let db = Database::create("follows").await;
     db.batch_execute("CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE b (id int PRIMARY KEY); CREATE TABLE \"C.\"\"x\" (id int PRIMARY KEY)").await.unwrap();
@@ -211,6 +239,74 @@ async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
     }
     drop_publication(&control, &name).await.unwrap();
     drop_publication(&control, &name).await.unwrap();
+}
+
+#[tokio::test]
+async fn b82_tables_that_inherit_are_published_one_by_one() {
+    let db = Database::create("inherits").await;
+    db.batch_execute(
+        "CREATE TABLE parent (id int PRIMARY KEY); CREATE TABLE child (PRIMARY KEY (id)) INHERITS (parent);
+         CREATE TABLE grown (id int PRIMARY KEY);
+         CREATE TABLE root (id int PRIMARY KEY) PARTITION BY RANGE (id); CREATE TABLE leaf PARTITION OF root DEFAULT;",
+    )
+    .await
+    .unwrap();
+    let control = connect_control(&ConnectConfig::parse(&db.dsn()).unwrap()).await.unwrap();
+    let tables = async || {
+        let sql = "SELECT prrelid::regclass::text FROM pg_publication_rel JOIN pg_publication p ON p.oid = prpubid
+                   WHERE pubname = $1 ORDER BY 1";
+        let rows = db.query(sql, &[&db.name()]).await.unwrap();
+        rows.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>()
+    };
+    // A name alone is that table alone.
+    ensure_publication(&control, &publication(db.name(), &["public.parent"])).await.unwrap();
+    assert_eq!(tables().await, ["parent"]);
+    let mut wanted = publication(db.name(), &["public.*"]);
+    ensure_publication(&control, &wanted).await.unwrap();
+    assert_eq!(tables().await, ["child", "grown", "parent", "root"]);
+    // The parent goes, the child stays.
+    wanted.exclude = vec!["public.parent".into()];
+    ensure_publication(&control, &wanted).await.unwrap();
+    assert_eq!(tables().await, ["child", "grown", "root"]);
+    // A parent that comes after a child which is published.
+    db.batch_execute("CREATE TABLE late (id int NOT NULL PRIMARY KEY); ALTER TABLE grown INHERIT late").await.unwrap();
+    ensure_publication(&control, &wanted).await.unwrap();
+    assert_eq!(tables().await, ["child", "grown", "late", "root"]);
+}
+
+#[tokio::test]
+async fn a_table_that_postgres_gives_no_identity_is_not_published_so_that_the_source_goes_on() {
+    let db = Database::create("no_identity").await;
+    db.batch_execute(
+        "CREATE TABLE later (id int PRIMARY KEY DEFERRABLE, v int);
+         CREATE TABLE root (id int, v int) PARTITION BY RANGE (id); CREATE TABLE middle PARTITION OF root DEFAULT PARTITION BY RANGE (id);
+         CREATE TABLE leaf PARTITION OF middle FOR VALUES FROM (0) TO (10); CREATE TABLE whole PARTITION OF middle DEFAULT;
+         ALTER TABLE root REPLICA IDENTITY FULL; ALTER TABLE whole REPLICA IDENTITY FULL;
+         CREATE TABLE keyed (id int PRIMARY KEY) PARTITION BY RANGE (id); CREATE TABLE keyed_leaf PARTITION OF keyed DEFAULT;
+         INSERT INTO later VALUES (1, 1); INSERT INTO root VALUES (1, 1);",
+    )
+    .await
+    .unwrap();
+    let config = ConnectConfig::parse(&db.dsn()).unwrap();
+    let control = connect_control(&config).await.unwrap();
+    for (table, named) in [("public.later", "later"), ("public.root", "leaf")] {
+        let wanted = publication(db.name(), &[table]);
+        let refused = ensure_publication(&control, &wanted).await;
+        // Had it been published, these would be refused.
+        db.batch_execute("UPDATE later SET v = 2; UPDATE root SET v = 2").await.unwrap();
+        let refused = refused.unwrap_err();
+        let SourceError::TableWithoutKey { tables } = &refused else { panic!("{refused}") };
+        assert_eq!(tables.iter().map(|table| table.name.as_str()).collect::<Vec<_>>(), [named]);
+        let full = format!("ALTER TABLE \"public\".\"{named}\" REPLICA IDENTITY FULL");
+        assert!(refused.remedy().unwrap().contains(&full), "{refused}");
+        let findings = preflight(&config, &wanted, &slot(db.name())).await;
+        assert_eq!(find(&findings, "replica_identity").remedy_sql, Some(format!("{full};")));
+        db.batch_execute(&full).await.unwrap();
+    }
+    ensure_publication(&control, &publication(db.name(), &["public.*"])).await.unwrap();
+    db.batch_execute("UPDATE later SET v = 3; UPDATE root SET v = 3; UPDATE keyed SET id = 3; DELETE FROM root")
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
