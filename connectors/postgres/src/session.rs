@@ -20,7 +20,8 @@ use crate::error::{Doing, PostgresError};
 
 /// What is gathered before it is handed to the connection.
 const COPY_CHUNK: usize = 128 << 10;
-/// Temporary tables are emptied at each commit, which costs a little for each: more than this are thrown away.
+/// Temporary tables are emptied at each commit, which costs a little for each: more than this are thrown away. So many with rows in
+/// them are emptied before the commit, to be used again.
 const STAGES_MAX: usize = 64;
 /// Prepared statements kept; past that all are thrown away.
 const STATEMENTS_MAX: usize = 512;
@@ -34,7 +35,7 @@ const STAY_ALIVE_EVERY: Duration = Duration::from_secs(10);
 struct Stage {
     name: String,
     types: Vec<String>,
-    /// Holds rows of this transaction already.
+    /// May hold rows of this transaction.
     used: bool,
 }
 
@@ -153,19 +154,12 @@ impl Session {
         Ok(statement)
     }
 
-    /// An empty temporary table with columns `c0`, `c1`, … of these types; its name.
+    /// An empty temporary table with columns `c0`, `c1`, … of these types; its name. It is the caller's alone until the stages are
+    /// emptied.
     pub(crate) async fn stage(&mut self, types: &[&str]) -> Result<String, PostgresError> {
         if let Some(stage) = self.stages.iter_mut().find(|stage| stage.types == types && !stage.used) {
             stage.used = true;
             return Ok(stage.name.clone());
-        }
-        if self.stages.len() >= STAGES_MAX
-            && let Some(stage) = self.stages.iter().find(|stage| stage.types == types)
-        {
-            let name = stage.name.clone();
-            let emptied = self.client.batch_execute(&format!("TRUNCATE {name}")).await;
-            emptied.doing(|| "emptying a temporary table at the sink".to_owned())?;
-            return Ok(name);
         }
         self.stages_made += 1;
         let name = format!("pg_temp.wallaby_stage_{}", self.stages_made);
@@ -177,8 +171,16 @@ impl Session {
         Ok(name)
     }
 
-    /// Empties the temporary tables that were used, inside of a transaction and outside of a savepoint: the server then gives their
-    /// room back at once, except for what they had before the first time.
+    /// Empties the temporary tables if there are many with rows in them. For a place where nobody needs rows of one any more.
+    pub(crate) async fn empty_many_stages(&mut self) -> Result<(), PostgresError> {
+        match self.stages.iter().filter(|stage| stage.used).count() {
+            0..STAGES_MAX => Ok(()),
+            _ => self.empty_stages().await,
+        }
+    }
+
+    /// Empties the temporary tables that were used, inside of a transaction. Outside of a savepoint the server gives their room back
+    /// at once, except for what they had before the first time.
     pub(crate) async fn empty_stages(&mut self) -> Result<(), PostgresError> {
         let used: Vec<&str> = self.stages.iter().filter(|stage| stage.used).map(|stage| stage.name.as_str()).collect();
         if used.is_empty() {
@@ -197,9 +199,12 @@ impl Session {
         self.stages.len()
     }
 
-    /// Forgets the temporary tables that a rollback took back.
+    /// Forgets the temporary tables that a rollback took back. That others were emptied since may be taken back too.
     pub(crate) fn rolled_back_to(&mut self, mark: usize) {
         self.stages.truncate(mark);
+        for stage in &mut self.stages {
+            stage.used = true;
+        }
     }
 
     /// The transaction is over: all temporary tables that are left are empty.

@@ -45,6 +45,7 @@ impl Writer<'_> {
         for run in tables.iter().flat_map(|table| &table.runs) {
             let Some(target) = self.targets.get(&run.schema) else { continue };
             rows += self.write_run(&Arc::clone(target), &run.chunks).await?;
+            self.session.empty_many_stages().await?;
         }
         Ok(rows)
     }
