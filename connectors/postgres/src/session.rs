@@ -95,13 +95,15 @@ pub(crate) async fn connect_as(
 
 impl Session {
     /// Text forms as the source prints them, whatever the database's defaults are; plans by the tables' present size;
-    /// and a commit that is on disk, because only that may move a checkpoint.
+    /// a commit that is on disk, because only that may move a checkpoint; and a server that notices within half a minute that we
+    /// vanished, also in the middle of a COPY, where it waits for us without a bound of its own. Over a Unix socket that has no effect.
     async fn configure(&self, idle_max: Duration) -> Result<(), PostgresError> {
         let settings = format!(
             "SET datestyle = 'ISO, MDY'; SET timezone = 'UTC'; SET intervalstyle = 'postgres'; \
              SET extra_float_digits = 1; SET bytea_output = 'hex'; SET client_encoding = 'UTF8'; \
              SET standard_conforming_strings = on; SET statement_timeout = 0; SET lock_timeout = 0; \
-             SET idle_in_transaction_session_timeout = {}; SET plan_cache_mode = force_custom_plan; \
+             SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; \
+             SET tcp_user_timeout = 30000; SET idle_in_transaction_session_timeout = {}; SET plan_cache_mode = force_custom_plan; \
              SET temp_buffers = '32MB'; SET jit = off; SET default_transaction_isolation = 'read committed'; \
              SET default_transaction_read_only = off; SET default_transaction_deferrable = off; \
              SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",
@@ -298,4 +300,36 @@ async fn feed(mut sink: Pin<&mut CopyInSink<Bytes>>, rows: Vec<u8>) -> Result<()
 /// The answer of an `apply` without `open`.
 pub(crate) fn not_open() -> SinkError {
     SinkError::Transient("the sink is not open: open it first".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+    use wallaby_model::flow::{PostgresSinkSpec, SecretRef, SinkMode};
+    use wallaby_testkit::Database;
+
+    #[tokio::test]
+    async fn the_server_notices_a_client_that_vanished() {
+        let database = Database::create("keepalive").await;
+        let spec =
+            PostgresSinkSpec { dsn: SecretRef::Value(String::new()), schema: "s".to_owned(), mode: SinkMode::Upsert };
+        let folder = database.postgres().socket_folder().display().to_string();
+        let at = database.dsn();
+        let (user, _) = at.split_once("@127.0.0.1").unwrap();
+        let user = user.strip_prefix("postgres://").unwrap();
+        let (user, password) = user.split_once(':').unwrap();
+        let (port, name) = (database.postgres().port(), database.name());
+        let socket = format!("host={folder} port={port} user={user} password={password} dbname={name}");
+        // In seconds, and for the last one in milliseconds.
+        for (dsn, expected) in [(at.as_str(), ["15", "5", "3", "30000"]), (&socket, ["0", "0", "0", "0"])] {
+            let config = PostgresSinkConfig::new(dsn, &spec).unwrap();
+            let session = connect_as(&config, "wallaby/test", IDLE_IN_TRANSACTION_MAX).await.unwrap();
+            let query = "SELECT current_setting('tcp_keepalives_idle'), current_setting('tcp_keepalives_interval'), \
+                current_setting('tcp_keepalives_count'), current_setting('tcp_user_timeout')";
+            let row = session.client.query_one(query, &[]).await.unwrap();
+            let found: Vec<String> = (0..4).map(|n| row.get(n)).collect();
+            assert_eq!(found, expected, "{}", config.target());
+        }
+    }
 }

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use target::{Target, apply, query, rows};
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use wallaby_connector_api::conformance::{Change, Log, PartFeed, Shape, SinkUnderTest, Value, chunk_part};
 use wallaby_connector_api::{
@@ -106,6 +108,62 @@ async fn h23_two_attempts_at_one_chunk_overlap() {
     assert_eq!(first.await.unwrap().unwrap(), Loaded::Now { rows: 100 });
     assert_eq!(second.await.unwrap().unwrap(), Loaded::Before);
     assert_eq!(target.rows(&events.table).await.len(), 100);
+}
+
+/// The port of a wire to the server over which so many bytes go there and then none, while it stays open: a client that vanished.
+async fn wire_that_falls_silent(port: u16, after: u64) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let here = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let (client, _) = listener.accept().await.unwrap();
+        let server = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let ((from_client, mut to_client), (mut from_server, mut to_server)) =
+            (client.into_split(), server.into_split());
+        let mut first = from_client.take(after);
+        let requests = async {
+            tokio::io::copy(&mut first, &mut to_server).await.unwrap();
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            _ = tokio::io::copy(&mut from_server, &mut to_client) => {}
+            () = requests => {}
+        }
+    });
+    here
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h23_a_loader_that_vanished_in_the_middle_of_a_copy_is_ended_by_the_next_one() {
+    let target = Target::fresh("h23_vanished").await;
+    let (log, table) = (Log::new(), Shape::new("big").column("t", ColumnType::Text).build());
+    let mut sink = target.sink();
+    sink.open(Epoch(1)).await.unwrap();
+    sink.loads().unwrap().prepare(RUN, 0, &table).await.unwrap();
+    let row = |n: i64| vec![Value::Text(n.to_string().repeat(1000))];
+    let part = PartFeed::new([chunk_part(&table, log.start().commit, (1000..2000).map(row))]);
+    // Numbers of every length: the session's name has room for them.
+    let mut largest = chunk(&table, u32::MAX, 0, true);
+    largest.chunk.table = u32::MAX;
+    let port = target.database.postgres().port();
+    let wire = wire_that_falls_silent(port, 1 << 20).await;
+    let dsn = target.database.dsn().replace(&format!(":{port}/"), &format!(":{wire}/"));
+    let factory = PostgresSinkFactory::new(target.config_at(&dsn));
+    let lookup = Arc::new(wallaby_connector_api::conformance::EmptySource);
+    let mut vanished = factory.make_loader(SinkTask { task: target.task.clone(), since: Epoch(0), lookup }).unwrap();
+    let first = tokio::spawn({
+        let (chunk, mut part) = (largest.clone(), part.clone());
+        async move { vanished.load(&chunk, &mut part).await }
+    });
+    let copying = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'active' \
+        AND wait_event = 'ClientRead' AND query LIKE 'COPY%'";
+    eventually(LIMIT, "the server waits for more rows", async || {
+        if query(&target.database, copying).await == rows(&[&["1"]]) { Ok(()) } else { Err("not yet") }
+    })
+    .await;
+    let second = tokio::time::timeout(3 * LIMIT, load(&target, &largest, &mut part.clone())).await;
+    assert_eq!(second.expect("the next one waits for it without end").unwrap(), Loaded::Now { rows: 1000 });
+    assert!(matches!(first.await.unwrap(), Err(SinkError::Transient(_))));
+    assert_eq!(target.rows(&table.table).await.len(), 1000);
 }
 
 /// The table is started again while a load of its last start is in mid-transaction.

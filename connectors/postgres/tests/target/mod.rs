@@ -27,12 +27,16 @@ impl Target {
     }
 
     pub fn config(&self) -> PostgresSinkConfig {
+        self.config_at(&self.database.dsn())
+    }
+
+    pub fn config_at(&self, dsn: &str) -> PostgresSinkConfig {
         let spec = PostgresSinkSpec {
             dsn: SecretRef::Value(String::new()),
             schema: "{{ .schema }}".to_owned(),
             mode: SinkMode::Upsert,
         };
-        PostgresSinkConfig::new(&self.database.dsn(), &spec).unwrap()
+        PostgresSinkConfig::new(dsn, &spec).unwrap()
     }
 
     pub fn sink(&self) -> Box<dyn Sink> {
