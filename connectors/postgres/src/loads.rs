@@ -60,8 +60,17 @@ impl PostgresSink {
         open.session.transaction_ended().await?;
         // The table may have been made or widened.
         open.targets.clear();
-        if let Change::StartAnew = change {
-            open.position = None;
+        match change {
+            Change::StartAnew => {
+                open.position = None;
+                open.owners = None;
+            }
+            Change::Mark { tables, stage: TableStage::Gone, .. } => {
+                if let Some(owners) = &mut open.owners {
+                    owners.retain(|_, owner| !tables.contains(owner));
+                }
+            }
+            _ => {}
         }
         self.open = Some(open);
         Ok(())
@@ -103,6 +112,8 @@ impl PostgresSink {
         if kept.as_ref().is_some_and(|kept| is_prepared(kept, run, restart)) {
             return Ok(());
         }
+        open.claim(&self.config, task, table).await?;
+        let client = &open.session.client;
         let here = self.config.target_table(table);
         let is_new = read_existing(client, &here).await?.is_none();
         fit(client, shape, &here, Position::ZERO, &self.name, Extra::Refused).await?;

@@ -31,9 +31,13 @@ impl Target {
     }
 
     pub fn config_at(&self, dsn: &str) -> PostgresSinkConfig {
+        Self::config_of(dsn, "{{ .schema }}")
+    }
+
+    pub fn config_of(dsn: &str, schema: &str) -> PostgresSinkConfig {
         let spec = PostgresSinkSpec {
             dsn: SecretRef::Value(String::new()),
-            schema: "{{ .schema }}".to_owned(),
+            schema: schema.to_owned(),
             mode: SinkMode::Upsert,
         };
         PostgresSinkConfig::new(dsn, &spec).unwrap()
