@@ -358,6 +358,20 @@ async fn extras_are_added_once_and_foreign_keys_come_back_after_another_load() {
     target.sql(not_valid).await;
     assert_eq!(beside.loads().unwrap().finish(&items.table).await.unwrap().len(), 2);
     assert_eq!(query(&target.database, found).await, all);
+    // Loaded anew, from chunks of two generations: a value went from one row to the other in between.
+    target.sql("ALTER TABLE items ADD CONSTRAINT a_persons UNIQUE (n, id)").await;
+    sink.loads().unwrap().prepare(RunId(2), 0, &items).await.unwrap();
+    for number in 1..=2 {
+        let mut part = PartFeed::new([chunk_part(&items, log.start().commit, [item(number, 1, "one")])]);
+        let chunk = ChunkLoad { run: RunId(2), ..chunk(&items, u32::try_from(number).unwrap(), 0, false) };
+        assert_eq!(load(&target, &chunk, &mut part).await.unwrap(), Loaded::Now { rows: 1 });
+    }
+    let persons = "SELECT count(*) FROM pg_constraint WHERE conname = 'a_persons'";
+    assert_eq!(query(&target.database, persons).await, rows(&[&["1"]]), "the source does not have it");
+    target.sql("DELETE FROM items WHERE id = 1").await;
+    sink.loads().unwrap().mark(std::slice::from_ref(&items.table), TableStage::Ready, log.start()).await.unwrap();
+    assert_eq!(beside.loads().unwrap().finish(&items.table).await.unwrap().len(), 2);
+    assert_eq!(query(&target.database, found).await, all);
     // The table that is referred to is loaded anew, alone.
     sink.loads().unwrap().prepare(RunId(2), 0, &parents).await.unwrap();
     let foreign_keys = "SELECT conname::text FROM pg_constraint WHERE contype = 'f'";
