@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use wallaby_model::{SegmentBody, TableName, TableSchema};
+use wallaby_model::{SegmentBody, TableChanges, TableName, TableSchema};
 
 use crate::{SinkError, TableExtras};
 
@@ -14,6 +14,15 @@ pub type KeyValues = Vec<Option<String>>;
 /// row is gone.
 pub type SourceRow = Option<SegmentBody>;
 
+/// What the source has for the first of some keys.
+#[derive(Clone, Debug, Default)]
+pub struct SourceRows {
+    /// How many of the keys were looked for: at least one, if there was one.
+    pub keys: usize,
+    /// The rows of these that are there, in the keys' order, each as in [`SourceRow`].
+    pub rows: Vec<SegmentBody>,
+}
+
 /// Reads single rows of the source over a connection that is opened on demand.
 #[async_trait]
 pub trait SourceLookup: Send + Sync {
@@ -22,6 +31,31 @@ pub trait SourceLookup: Send + Sync {
     /// # Errors
     /// When the source cannot be reached or refuses; transient ones may be tried again.
     async fn row_by_key(&self, table: &Arc<TableSchema>, key: &KeyValues) -> Result<SourceRow, SinkError>;
+
+    /// Reads the rows of `table` with these keys, in their order, until there are `bytes_max` bytes of rows or more: the rest is for
+    /// another call.
+    ///
+    /// # Errors
+    /// As [`SourceLookup::row_by_key`].
+    async fn rows_by_keys(
+        &self,
+        table: &Arc<TableSchema>,
+        keys: &[KeyValues],
+        bytes_max: usize,
+    ) -> Result<SourceRows, SinkError> {
+        let (mut found, mut bytes) = (SourceRows::default(), 0);
+        for key in keys {
+            found.keys += 1;
+            if let Some(row) = self.row_by_key(table, key).await? {
+                bytes += row.tables.iter().map(TableChanges::bytes).sum::<usize>();
+                found.rows.push(row);
+            }
+            if bytes >= bytes_max {
+                break;
+            }
+        }
+        Ok(found)
+    }
 
     /// What a table has at the source beyond columns and primary key, for a sink that made it. Empty when the table is gone.
     ///

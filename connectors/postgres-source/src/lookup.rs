@@ -6,14 +6,15 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use futures::{StreamExt, stream};
 use tokio::sync::Mutex;
 use tokio_postgres::SimpleQueryMessage;
 use tokio_postgres::types::Type;
 use wallaby_connector_api::{
-    ForeignKey, KeyValues, SinkError, SourceLookup, SourceRow, TableExtra, TableExtras, TableIndex,
+    ForeignKey, KeyValues, SinkError, SourceLookup, SourceRow, SourceRows, TableExtra, TableExtras, TableIndex,
 };
 use wallaby_model::schema::{quote_identifier, quote_literal};
-use wallaby_model::{ReplicaIdentity, TableName, TableSchema};
+use wallaby_model::{ReplicaIdentity, TableChanges, TableName, TableSchema};
 
 use crate::assemble::{RelationShape, ShapeColumn, single_row};
 use crate::catalog;
@@ -21,6 +22,9 @@ use crate::config::ConnectConfig;
 use crate::control::{Control, connect_control};
 use crate::error::SourceError;
 use crate::metrics;
+
+/// Rows that are asked for before the first of them has come.
+const ON_THE_WAY: usize = 8;
 
 /// Reads rows over a connection that is opened when it is first needed, and again when it was lost.
 pub struct Lookup {
@@ -35,16 +39,15 @@ impl Lookup {
         Lookup { config, publication: publication.to_owned(), control: Mutex::new(None) }
     }
 
-    async fn read(&self, table: &TableSchema, key: &KeyValues) -> Result<SourceRow, SourceError> {
+    async fn read(&self, table: &TableSchema, keys: &[KeyValues], bytes_max: usize) -> Result<SourceRows, SourceError> {
         let mut slot = self.control.lock().await;
         let control = match slot.take() {
             Some(control) if !control.is_closed() => control,
             _ => connect_control(&self.config).await?,
         };
-        let row = self.read_over(&control, table, key).await;
+        let rows = self.read_over(&control, table, keys, bytes_max).await;
         *slot = Some(control);
-        metrics::lookup();
-        row
+        rows
     }
 
     async fn read_extras(&self, table: &TableName) -> Result<TableExtras, SourceError> {
@@ -62,25 +65,44 @@ impl Lookup {
         &self,
         control: &Control,
         table: &TableSchema,
-        key: &KeyValues,
-    ) -> Result<SourceRow, SourceError> {
+        keys: &[KeyValues],
+        bytes_max: usize,
+    ) -> Result<SourceRows, SourceError> {
         let Some(shape) = current_shape(control, &self.publication, table.oid, &table.table).await? else {
-            return Ok(None);
+            return Ok(SourceRows { keys: keys.len(), rows: Vec::new() });
         };
-        let schema = catalog::resolve(control, &shape).await?;
-        let sql = select_sql(&schema, table, key);
-        let during = || format!("reading a row of {} by its key", schema.table);
-        let messages = control.simple_query(&sql).await;
-        let messages = messages.map_err(|error| SourceError::from_client(during(), &error))?;
-        for message in messages {
-            if let SimpleQueryMessage::Row(row) = message {
-                let cells: Vec<Option<&[u8]>> =
-                    (0..schema.columns.len()).map(|index| row.get(index).map(str::as_bytes)).collect();
-                return single_row(&Arc::new(schema), &cells).map(Some);
+        let schema = Arc::new(catalog::resolve(control, &shape).await?);
+        // Statements of their own, so that each row is found as any index on its key finds it; several on their way at a time.
+        let questions: Vec<String> = keys.iter().map(|key| select_sql(&schema, table, key)).collect();
+        let mut answers = stream::iter(questions).map(|sql| row_over(control, &schema, sql)).buffered(ON_THE_WAY);
+        let (mut found, mut bytes) = (SourceRows::default(), 0);
+        while let Some(row) = answers.next().await {
+            metrics::lookup();
+            found.keys += 1;
+            if let Some(row) = row? {
+                bytes += row.tables.iter().map(TableChanges::bytes).sum::<usize>();
+                found.rows.push(row);
+            }
+            if bytes >= bytes_max {
+                break;
             }
         }
-        Ok(None)
+        Ok(found)
     }
+}
+
+async fn row_over(control: &Control, schema: &Arc<TableSchema>, sql: String) -> Result<SourceRow, SourceError> {
+    let during = || format!("reading a row of {} by its key", schema.table);
+    let messages = control.simple_query(&sql).await;
+    let messages = messages.map_err(|error| SourceError::from_client(during(), &error))?;
+    for message in messages {
+        if let SimpleQueryMessage::Row(row) = message {
+            let cells: Vec<Option<&[u8]>> =
+                (0..schema.columns.len()).map(|index| row.get(index).map(str::as_bytes)).collect();
+            return single_row(schema, &cells).map(Some);
+        }
+    }
+    Ok(None)
 }
 
 fn select_sql(schema: &TableSchema, asked: &TableSchema, key: &KeyValues) -> String {
@@ -224,7 +246,7 @@ async fn extras_over(control: &Control, table: &TableName) -> Result<TableExtras
     })
 }
 
-/// In a sink's terms; `what` as in "a row".
+/// In a sink's terms; `what` as in "rows".
 fn for_a_sink(error: &SourceError, what: &str) -> SinkError {
     if error.is_transient() {
         return SinkError::Transient(error.to_string());
@@ -236,7 +258,17 @@ fn for_a_sink(error: &SourceError, what: &str) -> SinkError {
 #[async_trait]
 impl SourceLookup for Lookup {
     async fn row_by_key(&self, table: &Arc<TableSchema>, key: &KeyValues) -> Result<SourceRow, SinkError> {
-        self.read(table, key).await.map_err(|error| for_a_sink(&error, "a row"))
+        let found = self.rows_by_keys(table, std::slice::from_ref(key), usize::MAX).await?;
+        Ok(found.rows.into_iter().next())
+    }
+
+    async fn rows_by_keys(
+        &self,
+        table: &Arc<TableSchema>,
+        keys: &[KeyValues],
+        bytes_max: usize,
+    ) -> Result<SourceRows, SinkError> {
+        self.read(table, keys, bytes_max).await.map_err(|error| for_a_sink(&error, "rows"))
     }
 
     async fn extras(&self, table: &TableName) -> Result<TableExtras, SinkError> {

@@ -4,13 +4,14 @@
 //! Each is added outside of a transaction and unless it is there, so that a second try goes on where the first one died. Definitions
 //! come from the source's catalog and go out one statement at a time, in a protocol that takes one only.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use tokio_postgres::Client;
-use wallaby_connector_api::{ForeignKey, SinkError, SinkTask, TableExtra, TableIndex};
+use wallaby_connector_api::{ForeignKey, SinkError, SinkTask, TableExtra, TableExtras, TableIndex};
 use wallaby_model::run::TableStage;
 use wallaby_model::schema::{quote_identifier, quote_literal};
-use wallaby_model::{TableName, TaskId};
+use wallaby_model::{TableName, TableSchema, TaskId};
 
 use crate::checkpoint;
 use crate::config::PostgresSinkConfig;
@@ -67,6 +68,55 @@ pub(crate) async fn empty(client: &Client, table: &TableName) -> Result<Vec<Stri
     Ok(owed)
 }
 
+/// Unique and exclusion constraints, and unique indexes that are no constraint's: name, whether it is a constraint, columns, whether
+/// these are unique.
+const UNIQUE: &str = "\
+    SELECT c.relname::text, k.oid IS NOT NULL, \
+        ARRAY(SELECT a.attname::text FROM unnest(i.indkey) WITH ORDINALITY u(attnum, n) \
+            JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = u.attnum WHERE u.n <= i.indnkeyatts), \
+        i.indisunique AND k.contype IS DISTINCT FROM 'x' \
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
+        LEFT JOIN pg_constraint k ON k.conindid = i.indexrelid AND k.conrelid = i.indrelid AND k.contype IN ('u', 'x') \
+    WHERE i.indrelid = to_regclass($1) AND NOT i.indisprimary AND (i.indisunique OR k.contype = 'x') ORDER BY 1";
+
+/// Takes off what chunks of several generations may violate, and what `finish` makes again because the source has it: unique and
+/// exclusion constraints and unique indexes, but for the key's. Those of a person, which the source does not have, stay.
+pub(crate) async fn take_off(
+    client: &Client,
+    shape: &TableSchema,
+    table: &TableName,
+    extras: &TableExtras,
+) -> Result<(), PostgresError> {
+    let doing = || format!("taking unique constraints off {table} at the sink for a load");
+    let key: HashSet<&str> = shape.key().into_iter().map(|n| shape.columns[usize::from(n)].name.as_str()).collect();
+    let rows = client.query(UNIQUE, &[&table.quoted()]).await.doing(doing)?;
+    for row in &rows {
+        let (name, is_constraint, columns): (&str, bool, Vec<&str>) = (row.get(0), row.get(1), row.get(2));
+        let comes_back = if is_constraint {
+            extras.constraints.iter().any(|constraint| constraint.name == name)
+        } else {
+            extras.indexes.iter().any(|index| index.name == name)
+        };
+        let is_unique: bool = row.get(3);
+        let is_key = is_unique
+            && !key.is_empty()
+            && columns.len() == key.len()
+            && columns.iter().all(|&column| key.contains(column));
+        if !comes_back || is_key {
+            continue;
+        }
+        let quoted = quote_identifier(name);
+        let drop = if is_constraint {
+            format!("ALTER TABLE {} DROP CONSTRAINT {quoted}", table.quoted())
+        } else {
+            format!("DROP INDEX {}.{quoted}", quote_identifier(&table.schema))
+        };
+        tracing::info!(%table, drop, "taking off for a load what is made again after it");
+        client.batch_execute(&drop).await.doing(doing)?;
+    }
+    Ok(())
+}
+
 /// Adds what the source's table has. Returns a sentence for each that could not be added.
 pub(crate) async fn finish(
     config: &PostgresSinkConfig,
@@ -102,22 +152,24 @@ async fn try_finish(
     session.command(LOCK_TIMEOUT).await?;
     let here = config.target_table(table);
     let mut finish = Finish { session, config, task: &task.task, here, failed: Vec::new() };
-    finish.pay(table).await?;
     let mark = marks::read(&finish.session.client, &task.task, table, Locking::None).await?;
-    if mark.is_some_and(|mark| mark.made_here) {
-        let extras = task.lookup.extras(table).await?;
-        for index in &extras.indexes {
-            finish.index(index).await?;
-        }
-        for constraint in &extras.constraints {
-            finish.constraint(constraint).await?;
-        }
-        for key in &extras.foreign_keys {
-            finish.foreign_key(key).await?;
-        }
-        for default in &extras.defaults {
-            finish.default(default).await?;
-        }
+    let extras = match mark {
+        Some(mark) if mark.made_here => task.lookup.extras(table).await?,
+        _ => TableExtras::default(),
+    };
+    for index in &extras.indexes {
+        finish.index(index).await?;
+    }
+    for constraint in &extras.constraints {
+        finish.constraint(constraint).await?;
+    }
+    // May refer to what is unique by one of those.
+    finish.pay(table).await?;
+    for key in &extras.foreign_keys {
+        finish.foreign_key(key).await?;
+    }
+    for default in &extras.defaults {
+        finish.default(default).await?;
     }
     Ok(finish.failed)
 }

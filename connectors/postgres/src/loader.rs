@@ -2,23 +2,28 @@
 //!
 //! A loader is not fenced by an epoch. Its transaction takes a shared lock on the table's mark and goes on only while the table is
 //! being copied in the chunk's run and restart; then it writes the note of the chunk, which a second load of the same chunk waits
-//! for; then the rows. So a load that commits has been the first, and of use. A loader that freezes loses its transaction after
-//! [`IDLE_MAX`], so that nobody waits for it for long.
+//! for; then the rows. So a load that commits has been the first, and of use.
+//!
+//! Nobody waits for long for a loader that is of no use any more: one that freezes between two statements loses its transaction after
+//! [`IDLE_MAX`]; one that vanished in the middle of a COPY is noticed by the server's keepalives; and whoever is given the same chunk
+//! ends the session of the one before it after [`NOTE_WAITS`], be it frozen or only slow: its worker has lost the load's lock.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures::future::{Either, select};
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use wallaby_connector_api::{ChunkLoad, ChunkLoader, ChunkParts, Loaded, SinkError, SinkTask};
 use wallaby_model::run::TableStage;
-use wallaby_model::{Op, Position, SegmentBody, TableChanges, TableName, TableSchema, TaskId, TaskKind};
+use wallaby_model::{ChunkId, Op, Position, SegmentBody, TableChanges, TableName, TableSchema, TaskId, TaskKind};
 
 use crate::catalog::fit;
 use crate::checkpoint;
 use crate::collapse::Chunk;
 use crate::config::PostgresSinkConfig;
-use crate::error::PostgresError;
+use crate::error::{Doing, PostgresError};
 use crate::marks::{self, Locking};
 use crate::metrics::{CHUNK_SECONDS, CHUNKS, LOADED_ROWS};
 use crate::schema::{Extra, Target};
@@ -28,6 +33,10 @@ use crate::write::{Targets, Writer};
 /// A session that does nothing inside of a transaction for longer than this is ended by the server. A loader that waits for parts
 /// says every few seconds that it lives.
 const IDLE_MAX: Duration = Duration::from_secs(30);
+/// How long the note of a chunk waits for an older load of the chunk before that is ended.
+const NOTE_WAITS: &str = "5s";
+/// How often that is tried before the load backs off.
+const NOTE_TRIES: u32 = 3;
 /// How much is copied at once: parts are gathered up to about this much memory.
 const GROUP_BYTES: usize = 4 << 20;
 /// A group with more, which has huge rows, is written before the next one is fetched.
@@ -61,6 +70,12 @@ impl PostgresLoader {
         self.task.session_prefix().replacen("wallaby/", "wallaby-load/", 1)
     }
 
+    /// The session's name while it loads a chunk: one of its own for each within the 63 bytes that a name has.
+    fn chunk_name(&self, load: &ChunkLoad) -> String {
+        let ChunkId { table, restart, number } = load.chunk;
+        format!("{}{:08x}{table:08x}{restart:08x}{number:08x}", self.session_name(), load.run.0)
+    }
+
     async fn run(&mut self, chunk: &ChunkLoad, parts: &mut dyn ChunkParts) -> Result<Loaded, PostgresError> {
         let mut session = match self.session.take() {
             Some(session) if !session.client.is_closed() => session,
@@ -71,7 +86,8 @@ impl PostgresLoader {
             self.session = Some(session);
             return Ok(Loaded::Stale);
         }
-        session.command("BEGIN").await?;
+        // Only inside of its transaction does the session go by the chunk's name: that ends it to no other one's harm.
+        session.command(&format!("BEGIN; SET LOCAL application_name = '{}'", self.chunk_name(chunk))).await?;
         let loaded = match self.admit(&session, chunk).await? {
             Some(refused) => {
                 session.command("ROLLBACK").await?;
@@ -108,8 +124,43 @@ impl PostgresLoader {
             let is_noted = marks::is_noted(client, &self.task, chunk.run, chunk.chunk).await?;
             return Ok(Some(if is_noted { Loaded::Before } else { Loaded::Stale }));
         }
-        let is_first = marks::note(client, &self.task, chunk.run, chunk.chunk, &chunk.table).await?;
+        let is_first = self.note(client, chunk).await?;
         Ok((!is_first).then_some(Loaded::Before))
+    }
+
+    /// Notes the chunk; false when it is noted already. Ends older loads of it that are under way for too long.
+    async fn note(&self, client: &Client, chunk: &ChunkLoad) -> Result<bool, PostgresError> {
+        let run =
+            async |sql: &str| client.batch_execute(sql).await.doing(|| format!("noting a chunk of {}", chunk.table));
+        run(&format!("SET LOCAL lock_timeout = '{NOTE_WAITS}'; SAVEPOINT wallaby_note")).await?;
+        let mut tries = 1;
+        let is_first = loop {
+            match marks::note(client, &self.task, chunk.run, chunk.chunk, &chunk.table).await {
+                Err(error) if error.sqlstate() == Some(&SqlState::LOCK_NOT_AVAILABLE) && tries < NOTE_TRIES => {
+                    run("ROLLBACK TO wallaby_note").await?;
+                    self.end_older_loads(client, chunk).await?;
+                    tries += 1;
+                }
+                noted => break noted?,
+            }
+        };
+        run("RELEASE wallaby_note; SET LOCAL lock_timeout = 0").await?;
+        Ok(is_first)
+    }
+
+    /// Ends sessions that load this chunk since before our transaction began.
+    async fn end_older_loads(&self, client: &Client, chunk: &ChunkLoad) -> Result<(), PostgresError> {
+        let doing = || format!("ending older loads of a chunk of {}", chunk.table);
+        // What a transaction has seen of the sessions stays as it was otherwise.
+        client.batch_execute("SELECT pg_stat_clear_snapshot()").await.doing(doing)?;
+        // Not as a condition: those have no order.
+        let end = "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1 \
+            AND datname = current_database() AND pid <> pg_backend_pid() AND xact_start < now()";
+        for ended in client.query(end, &[&self.chunk_name(chunk)]).await.doing(doing)? {
+            let (pid, table, chunk): (i32, _, _) = (ended.get(0), &chunk.table, chunk.chunk);
+            tracing::warn!(task = %self.task, %table, %chunk, pid, "ended the session of an older load of a chunk at the sink");
+        }
+        Ok(())
     }
 
     /// Writes the rows; while one group of parts is written, the next one is fetched, unless it has huge rows.

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use wallaby_connector_api::{Batch, Portions, SinkError, TableLoads, TableMark};
+use wallaby_connector_api::{Batch, Portions, SinkError, TableExtras, TableLoads, TableMark};
 use wallaby_model::run::TableStage;
 use wallaby_model::{ChunkId, Position, RunId, TableName, TableSchema};
 
@@ -60,8 +60,17 @@ impl PostgresSink {
         open.session.transaction_ended().await?;
         // The table may have been made or widened.
         open.targets.clear();
-        if let Change::StartAnew = change {
-            open.position = None;
+        match change {
+            Change::StartAnew => {
+                open.position = None;
+                open.owners = None;
+            }
+            Change::Mark { tables, stage: TableStage::Gone, .. } => {
+                if let Some(owners) = &mut open.owners {
+                    owners.retain(|_, owner| !tables.contains(owner));
+                }
+            }
+            _ => {}
         }
         self.open = Some(open);
         Ok(())
@@ -103,16 +112,23 @@ impl PostgresSink {
         if kept.as_ref().is_some_and(|kept| is_prepared(kept, run, restart)) {
             return Ok(());
         }
+        open.claim(&self.config, task, table).await?;
+        let client = &open.session.client;
         let here = self.config.target_table(table);
         let is_new = read_existing(client, &here).await?.is_none();
         fit(client, shape, &here, Position::ZERO, &self.name, Extra::Refused).await?;
+        let made_here = is_new || kept.is_some_and(|kept| kept.made_here);
         let mut owed = Vec::new();
         if !is_new {
+            let extras = match made_here {
+                true => open.session.wait_for(self.task.lookup.extras(table)).await??,
+                false => TableExtras::default(),
+            };
             lock_timeout(client, DDL_LOCK_TIMEOUT).await?;
             owed = extras::empty(client, &here).await?;
+            extras::take_off(client, shape, &here, &extras).await?;
             lock_timeout(client, "0").await?;
         }
-        let made_here = is_new || kept.is_some_and(|kept| kept.made_here);
         marks::put_copying(client, task, table, (run, restart), made_here, &owed).await
     }
 

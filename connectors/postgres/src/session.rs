@@ -20,7 +20,8 @@ use crate::error::{Doing, PostgresError};
 
 /// What is gathered before it is handed to the connection.
 const COPY_CHUNK: usize = 128 << 10;
-/// Temporary tables are emptied at each commit, which costs a little for each: more than this are thrown away.
+/// Temporary tables are emptied at each commit, which costs a little for each: more than this are thrown away. So many with rows in
+/// them are emptied before the commit, to be used again.
 const STAGES_MAX: usize = 64;
 /// Prepared statements kept; past that all are thrown away.
 const STATEMENTS_MAX: usize = 512;
@@ -34,7 +35,7 @@ const STAY_ALIVE_EVERY: Duration = Duration::from_secs(10);
 struct Stage {
     name: String,
     types: Vec<String>,
-    /// Holds rows of this transaction already.
+    /// May hold rows of this transaction.
     used: bool,
 }
 
@@ -94,13 +95,15 @@ pub(crate) async fn connect_as(
 
 impl Session {
     /// Text forms as the source prints them, whatever the database's defaults are; plans by the tables' present size;
-    /// and a commit that is on disk, because only that may move a checkpoint.
+    /// a commit that is on disk, because only that may move a checkpoint; and a server that notices within half a minute that we
+    /// vanished, also in the middle of a COPY, where it waits for us without a bound of its own. Over a Unix socket that has no effect.
     async fn configure(&self, idle_max: Duration) -> Result<(), PostgresError> {
         let settings = format!(
             "SET datestyle = 'ISO, MDY'; SET timezone = 'UTC'; SET intervalstyle = 'postgres'; \
              SET extra_float_digits = 1; SET bytea_output = 'hex'; SET client_encoding = 'UTF8'; \
              SET standard_conforming_strings = on; SET statement_timeout = 0; SET lock_timeout = 0; \
-             SET idle_in_transaction_session_timeout = {}; SET plan_cache_mode = force_custom_plan; \
+             SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; \
+             SET tcp_user_timeout = 30000; SET idle_in_transaction_session_timeout = {}; SET plan_cache_mode = force_custom_plan; \
              SET temp_buffers = '32MB'; SET jit = off; SET default_transaction_isolation = 'read committed'; \
              SET default_transaction_read_only = off; SET default_transaction_deferrable = off; \
              SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",
@@ -153,19 +156,12 @@ impl Session {
         Ok(statement)
     }
 
-    /// An empty temporary table with columns `c0`, `c1`, … of these types; its name.
+    /// An empty temporary table with columns `c0`, `c1`, … of these types; its name. It is the caller's alone until the stages are
+    /// emptied.
     pub(crate) async fn stage(&mut self, types: &[&str]) -> Result<String, PostgresError> {
         if let Some(stage) = self.stages.iter_mut().find(|stage| stage.types == types && !stage.used) {
             stage.used = true;
             return Ok(stage.name.clone());
-        }
-        if self.stages.len() >= STAGES_MAX
-            && let Some(stage) = self.stages.iter().find(|stage| stage.types == types)
-        {
-            let name = stage.name.clone();
-            let emptied = self.client.batch_execute(&format!("TRUNCATE {name}")).await;
-            emptied.doing(|| "emptying a temporary table at the sink".to_owned())?;
-            return Ok(name);
         }
         self.stages_made += 1;
         let name = format!("pg_temp.wallaby_stage_{}", self.stages_made);
@@ -177,8 +173,16 @@ impl Session {
         Ok(name)
     }
 
-    /// Empties the temporary tables that were used, inside of a transaction and outside of a savepoint: the server then gives their
-    /// room back at once, except for what they had before the first time.
+    /// Empties the temporary tables if there are many with rows in them. For a place where nobody needs rows of one any more.
+    pub(crate) async fn empty_many_stages(&mut self) -> Result<(), PostgresError> {
+        match self.stages.iter().filter(|stage| stage.used).count() {
+            0..STAGES_MAX => Ok(()),
+            _ => self.empty_stages().await,
+        }
+    }
+
+    /// Empties the temporary tables that were used, inside of a transaction. Outside of a savepoint the server gives their room back
+    /// at once, except for what they had before the first time.
     pub(crate) async fn empty_stages(&mut self) -> Result<(), PostgresError> {
         let used: Vec<&str> = self.stages.iter().filter(|stage| stage.used).map(|stage| stage.name.as_str()).collect();
         if used.is_empty() {
@@ -197,9 +201,12 @@ impl Session {
         self.stages.len()
     }
 
-    /// Forgets the temporary tables that a rollback took back.
+    /// Forgets the temporary tables that a rollback took back. That others were emptied since may be taken back too.
     pub(crate) fn rolled_back_to(&mut self, mark: usize) {
         self.stages.truncate(mark);
+        for stage in &mut self.stages {
+            stage.used = true;
+        }
     }
 
     /// The transaction is over: all temporary tables that are left are empty.
@@ -293,4 +300,36 @@ async fn feed(mut sink: Pin<&mut CopyInSink<Bytes>>, rows: Vec<u8>) -> Result<()
 /// The answer of an `apply` without `open`.
 pub(crate) fn not_open() -> SinkError {
     SinkError::Transient("the sink is not open: open it first".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+    use wallaby_model::flow::{PostgresSinkSpec, SecretRef, SinkMode};
+    use wallaby_testkit::Database;
+
+    #[tokio::test]
+    async fn the_server_notices_a_client_that_vanished() {
+        let database = Database::create("keepalive").await;
+        let spec =
+            PostgresSinkSpec { dsn: SecretRef::Value(String::new()), schema: "s".to_owned(), mode: SinkMode::Upsert };
+        let folder = database.postgres().socket_folder().display().to_string();
+        let at = database.dsn();
+        let (user, _) = at.split_once("@127.0.0.1").unwrap();
+        let user = user.strip_prefix("postgres://").unwrap();
+        let (user, password) = user.split_once(':').unwrap();
+        let (port, name) = (database.postgres().port(), database.name());
+        let socket = format!("host={folder} port={port} user={user} password={password} dbname={name}");
+        // In seconds, and for the last one in milliseconds.
+        for (dsn, expected) in [(at.as_str(), ["15", "5", "3", "30000"]), (&socket, ["0", "0", "0", "0"])] {
+            let config = PostgresSinkConfig::new(dsn, &spec).unwrap();
+            let session = connect_as(&config, "wallaby/test", IDLE_IN_TRANSACTION_MAX).await.unwrap();
+            let query = "SELECT current_setting('tcp_keepalives_idle'), current_setting('tcp_keepalives_interval'), \
+                current_setting('tcp_keepalives_count'), current_setting('tcp_user_timeout')";
+            let row = session.client.query_one(query, &[]).await.unwrap();
+            let found: Vec<String> = (0..4).map(|n| row.get(n)).collect();
+            assert_eq!(found, expected, "{}", config.target());
+        }
+    }
 }

@@ -170,7 +170,7 @@ impl Sink for PostgresSink {
         };
         self.count(SESSIONS_ENDED, u64::from(opened.sessions_ended));
         let position = opened.position;
-        self.open = Some(Open { session, epoch, position, targets: HashMap::new(), owners: HashMap::new() });
+        self.open = Some(Open { session, epoch, position, targets: HashMap::new(), owners: None });
         Ok(opened)
     }
 

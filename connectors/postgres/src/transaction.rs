@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use futures::future::join;
 use wallaby_connector_api::{Batch, BatchPart, SinkError, SinkTask};
-use wallaby_model::{Epoch, Position, TableName, TableSchema};
+use wallaby_model::run::TableStage;
+use wallaby_model::schema::quote_literal;
+use wallaby_model::{Epoch, Position, TableName, TableSchema, TaskId};
 
 use crate::assemble::{TableRuns, positions, slice, tables};
 use crate::catalog::{Leniency, fit, fit_superseded};
@@ -29,8 +31,8 @@ pub(crate) struct Open {
     pub position: Option<Position>,
     /// Shapes whose tables were found, or brought, to fit.
     pub targets: HashMap<Arc<TableSchema>, Arc<Target>>,
-    /// Which source table each table here belongs to.
-    pub owners: HashMap<TableName, TableName>,
+    /// Which source table each table here belongs to; read from the marks when it is first asked.
+    pub owners: Option<HashMap<TableName, TableName>>,
 }
 
 /// What a transaction moves.
@@ -164,6 +166,40 @@ impl Open {
         Err(checkpoint::refused_epoch(client, &task.task, self.epoch).await?.into())
     }
 
+    /// Two tables of the source cannot share one here: neither with one whose rows came since the sink was opened, nor with one that
+    /// this task has loaded. One that is gone from the source has left its table to others.
+    pub(crate) async fn claim(
+        &mut self,
+        config: &PostgresSinkConfig,
+        task: &TaskId,
+        source: &TableName,
+    ) -> Result<(), PostgresError> {
+        let here = config.target_table(source);
+        let owners = match &mut self.owners {
+            Some(owners) => owners,
+            unknown => {
+                let marked = marks::read_all(&self.session.client, task).await?.into_iter();
+                let marked = marked.filter(|mark| mark.stage != TableStage::Gone);
+                unknown.insert(marked.map(|mark| (config.target_table(&mark.table), mark.table)).collect())
+            }
+        };
+        let owner = owners.entry(here.clone()).or_insert_with(|| source.clone());
+        if owner == source {
+            return Ok(());
+        }
+        Err(PostgresError::Sink(SinkError::Configuration {
+            reason: format!("{owner} and {source} of the source both go to {here} at the sink"),
+            remedy: format!(
+                "Put {{{{ .schema }}}} into the sink's schema, or leave one of the tables out. If {owner} is gone from the source, or \
+                 {source} now, run at the sink: DELETE FROM wallaby.tables WHERE task = {} AND source_schema = {} AND \
+                 source_table = {}; then wallaby resume",
+                quote_literal(&task.to_string()),
+                quote_literal(&owner.schema),
+                quote_literal(&owner.name)
+            ),
+        }))
+    }
+
     /// After a failed transaction, `mark` being what the session had before it.
     pub(crate) async fn taken_back(&mut self, error: &PostgresError, mark: usize) -> Result<(), PostgresError> {
         // Tables may have been made or widened in what is now taken back.
@@ -225,7 +261,7 @@ impl Transaction<'_> {
         let mut targets = Targets::new();
         for table in by_table {
             let here = self.config.target_table(&table.table);
-            self.claim(&here, &table.table)?;
+            self.open.claim(self.config, &self.task.task, &table.table).await?;
             let Some(((last, first), earlier)) = table.shapes.split_last() else { continue };
             let client = &self.open.session.client;
             let target = match self.open.targets.get(last) {
@@ -246,18 +282,6 @@ impl Transaction<'_> {
             targets.insert(Arc::clone(last), target);
         }
         Ok(targets)
-    }
-
-    /// Two tables of the source cannot share one here.
-    fn claim(&mut self, here: &TableName, source: &TableName) -> Result<(), PostgresError> {
-        let owner = self.open.owners.entry(here.clone()).or_insert_with(|| source.clone());
-        if owner == source {
-            return Ok(());
-        }
-        Err(PostgresError::Sink(SinkError::Configuration {
-            reason: format!("{owner} and {source} of the source both go to {here} at the sink"),
-            remedy: "Put {{ .schema }} into the sink's schema, or leave one of the tables out".to_owned(),
-        }))
     }
 
     /// Applies the parts past `from` in order. A step that the data refuse is halved, down to a single change. Deferrable

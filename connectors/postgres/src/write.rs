@@ -6,10 +6,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use futures::{StreamExt, TryStreamExt, stream};
 use wallaby_connector_api::{KeyValues, SinkError, SourceLookup};
 use wallaby_model::schema::quote_identifier;
-use wallaby_model::{TableName, TableSchema};
+use wallaby_model::{SegmentBody, TableName, TableSchema};
 
 use crate::assemble::TableRuns;
 use crate::catalog::fit_superseded;
@@ -20,8 +19,9 @@ use crate::metrics::{COPIES_REPEATED, ROWS_READ_AGAIN};
 use crate::schema::{POSITION_COLUMN, Target, TargetColumn};
 use crate::session::Session;
 
-/// Rows that are read again at the same time.
-const LOOKUPS: usize = 8;
+/// Rows that are read again are written in groups of so many at most, or of about so many bytes.
+const READ_AGAIN_ROWS: usize = 256;
+const READ_AGAIN_BYTES: usize = 4 << 20;
 
 /// How rows of each shape in the batch are written.
 pub(crate) type Targets = HashMap<Arc<TableSchema>, Arc<Target>>;
@@ -45,6 +45,7 @@ impl Writer<'_> {
         for run in tables.iter().flat_map(|table| &table.runs) {
             let Some(target) = self.targets.get(&run.schema) else { continue };
             rows += self.write_run(&Arc::clone(target), &run.chunks).await?;
+            self.session.empty_many_stages().await?;
         }
         Ok(rows)
     }
@@ -324,12 +325,21 @@ impl Writer<'_> {
     async fn read_again(&mut self, target: &Target, keys: Vec<KeyValues>) -> Result<(), PostgresError> {
         metrics::counter!(ROWS_READ_AGAIN, "sink" => self.sink.to_owned()).increment(keys.len() as u64);
         tracing::info!(table = %target.table, rows = keys.len(), "partial changes met no row: reading again at the source");
-        let (lookup, schema) = (self.lookup, &target.schema);
-        let found = stream::iter(keys)
-            .map(|key| async move { lookup.row_by_key(schema, &key).await })
-            .buffered(LOOKUPS)
-            .try_filter_map(|row| async move { Ok(row) });
-        let bodies: Vec<_> = found.try_collect().await?;
+        let mut left = keys.as_slice();
+        while !left.is_empty() {
+            let group = &left[..left.len().min(READ_AGAIN_ROWS)];
+            let found = self.lookup.rows_by_keys(&target.schema, group, READ_AGAIN_BYTES);
+            // However long the source takes: the transaction stays.
+            let found = self.session.wait_for(found).await??;
+            left = &left[found.keys.clamp(1, group.len())..];
+            self.write_again(target, found.rows).await?;
+            self.session.empty_many_stages().await?;
+        }
+        Ok(())
+    }
+
+    /// Rows of the source, over what is here.
+    async fn write_again(&mut self, target: &Target, bodies: Vec<SegmentBody>) -> Result<(), PostgresError> {
         let mut by_shape: HashMap<Arc<TableSchema>, Vec<Chunk>> = HashMap::new();
         for body in bodies {
             let body = Arc::new(body);

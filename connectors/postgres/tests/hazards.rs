@@ -272,6 +272,49 @@ async fn h14_a_batch_that_another_session_of_the_same_epoch_applied_is_refused_b
     assert_eq!(target.rows(&events.table).await, rows(&[&["1"]]), "the change stands doubled");
 }
 
+/// More tables than there are temporary ones, all of one shape, and one whose key is its row: each statement has rows of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_many_tables_in_one_transaction_are_not_mixed() {
+    const TABLES: i64 = 150;
+    let target = Target::fresh("many_tables").await;
+    let mut log = Log::new();
+    let int = ColumnType::Int4;
+    let shape = |name: &str| Shape::new(name).key("id", int).column("n", int).build();
+    let others: Vec<_> = (0..TABLES).map(|n| shape(&format!("t{n}"))).collect();
+    let pairs = Shape::new("pairs").key("a", int).key("b", int).build();
+    let seats = shape("seats");
+    let row = |a: i64, b: i64| vec![Value::from(a), Value::from(b)];
+    let mut sink = target.opened(&log).await;
+    let ids = || (0..TABLES).zip(&others);
+    log.transaction(ids().map(|(id, table)| Change::insert(table, row(id, 0))));
+    log.transaction([
+        Change::insert(&pairs, row(1, 2)),
+        Change::insert(&seats, row(1, 1)),
+        Change::insert(&seats, row(2, 2)),
+    ]);
+    apply(&mut sink, &log.batch()).await;
+    target.constrain(&seats.table, &["n"]).await;
+    let updates = |n: i64| ids().map(move |(id, table)| Change::update(table, row(id, n)));
+    let expect = async |n: i64, b: &str, seated: [&str; 2]| {
+        for (id, table) in ids() {
+            assert_eq!(target.rows(&table.table).await, rows(&[&[&id.to_string(), &n.to_string()]]), "{}", table.table);
+        }
+        assert_eq!(target.rows(&pairs.table).await, rows(&[&["1", b]]));
+        assert_eq!(target.rows(&seats.table).await, rows(&[&["1", seated[0]], &["2", seated[1]]]));
+    };
+
+    log.transaction(updates(1).chain([Change::update_key(&pairs, row(1, 2), row(1, 3))]));
+    apply(&mut sink, &log.batch()).await;
+    expect(1, "3", ["1", "2"]).await;
+    // The same in small steps, of which one fails after it has used all temporary tables.
+    let swap =
+        [Change::update(&seats, row(1, 9)), Change::update(&seats, row(2, 1)), Change::update(&seats, row(1, 2))];
+    let moved = [Change::update_key(&pairs, row(1, 3), row(1, 4))];
+    log.transaction(updates(2).chain(updates(3)).chain(moved).chain(swap));
+    apply(&mut sink, &log.batch()).await;
+    expect(3, "4", ["2", "1"]).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h25_swapped_unique_values_are_applied_in_order() {
     let target = Target::fresh("h25").await;

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use target::{Target, apply, query, rows};
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use wallaby_connector_api::conformance::{Change, Log, PartFeed, Shape, SinkUnderTest, Value, chunk_part};
 use wallaby_connector_api::{
@@ -106,6 +108,62 @@ async fn h23_two_attempts_at_one_chunk_overlap() {
     assert_eq!(first.await.unwrap().unwrap(), Loaded::Now { rows: 100 });
     assert_eq!(second.await.unwrap().unwrap(), Loaded::Before);
     assert_eq!(target.rows(&events.table).await.len(), 100);
+}
+
+/// The port of a wire to the server over which so many bytes go there and then none, while it stays open: a client that vanished.
+async fn wire_that_falls_silent(port: u16, after: u64) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let here = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let (client, _) = listener.accept().await.unwrap();
+        let server = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let ((from_client, mut to_client), (mut from_server, mut to_server)) =
+            (client.into_split(), server.into_split());
+        let mut first = from_client.take(after);
+        let requests = async {
+            tokio::io::copy(&mut first, &mut to_server).await.unwrap();
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            _ = tokio::io::copy(&mut from_server, &mut to_client) => {}
+            () = requests => {}
+        }
+    });
+    here
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h23_a_loader_that_vanished_in_the_middle_of_a_copy_is_ended_by_the_next_one() {
+    let target = Target::fresh("h23_vanished").await;
+    let (log, table) = (Log::new(), Shape::new("big").column("t", ColumnType::Text).build());
+    let mut sink = target.sink();
+    sink.open(Epoch(1)).await.unwrap();
+    sink.loads().unwrap().prepare(RUN, 0, &table).await.unwrap();
+    let row = |n: i64| vec![Value::Text(n.to_string().repeat(1000))];
+    let part = PartFeed::new([chunk_part(&table, log.start().commit, (1000..2000).map(row))]);
+    // Numbers of every length: the session's name has room for them.
+    let mut largest = chunk(&table, u32::MAX, 0, true);
+    largest.chunk.table = u32::MAX;
+    let port = target.database.postgres().port();
+    let wire = wire_that_falls_silent(port, 1 << 20).await;
+    let dsn = target.database.dsn().replace(&format!(":{port}/"), &format!(":{wire}/"));
+    let factory = PostgresSinkFactory::new(target.config_at(&dsn));
+    let lookup = Arc::new(wallaby_connector_api::conformance::EmptySource);
+    let mut vanished = factory.make_loader(SinkTask { task: target.task.clone(), since: Epoch(0), lookup }).unwrap();
+    let first = tokio::spawn({
+        let (chunk, mut part) = (largest.clone(), part.clone());
+        async move { vanished.load(&chunk, &mut part).await }
+    });
+    let copying = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'active' \
+        AND wait_event = 'ClientRead' AND query LIKE 'COPY%'";
+    eventually(LIMIT, "the server waits for more rows", async || {
+        if query(&target.database, copying).await == rows(&[&["1"]]) { Ok(()) } else { Err("not yet") }
+    })
+    .await;
+    let second = tokio::time::timeout(3 * LIMIT, load(&target, &largest, &mut part.clone())).await;
+    assert_eq!(second.expect("the next one waits for it without end").unwrap(), Loaded::Now { rows: 1000 });
+    assert!(matches!(first.await.unwrap(), Err(SinkError::Transient(_))));
+    assert_eq!(target.rows(&table.table).await.len(), 1000);
 }
 
 /// The table is started again while a load of its last start is in mid-transaction.
@@ -300,6 +358,20 @@ async fn extras_are_added_once_and_foreign_keys_come_back_after_another_load() {
     target.sql(not_valid).await;
     assert_eq!(beside.loads().unwrap().finish(&items.table).await.unwrap().len(), 2);
     assert_eq!(query(&target.database, found).await, all);
+    // Loaded anew, from chunks of two generations: a value went from one row to the other in between.
+    target.sql("ALTER TABLE items ADD CONSTRAINT a_persons UNIQUE (n, id)").await;
+    sink.loads().unwrap().prepare(RunId(2), 0, &items).await.unwrap();
+    for number in 1..=2 {
+        let mut part = PartFeed::new([chunk_part(&items, log.start().commit, [item(number, 1, "one")])]);
+        let chunk = ChunkLoad { run: RunId(2), ..chunk(&items, u32::try_from(number).unwrap(), 0, false) };
+        assert_eq!(load(&target, &chunk, &mut part).await.unwrap(), Loaded::Now { rows: 1 });
+    }
+    let persons = "SELECT count(*) FROM pg_constraint WHERE conname = 'a_persons'";
+    assert_eq!(query(&target.database, persons).await, rows(&[&["1"]]), "the source does not have it");
+    target.sql("DELETE FROM items WHERE id = 1").await;
+    sink.loads().unwrap().mark(std::slice::from_ref(&items.table), TableStage::Ready, log.start()).await.unwrap();
+    assert_eq!(beside.loads().unwrap().finish(&items.table).await.unwrap().len(), 2);
+    assert_eq!(query(&target.database, found).await, all);
     // The table that is referred to is loaded anew, alone.
     sink.loads().unwrap().prepare(RunId(2), 0, &parents).await.unwrap();
     let foreign_keys = "SELECT conname::text FROM pg_constraint WHERE contype = 'f'";
@@ -319,6 +391,63 @@ async fn a_persons_foreign_key_in_the_way_is_named() {
     let prepared = sink.loads().unwrap().prepare(RUN, 0, &items()).await;
     let Err(SinkError::Configuration { remedy, .. }) = prepared else { panic!("{prepared:?}") };
     assert!(remedy.contains(r#"ALTER TABLE "public"."lines" DROP CONSTRAINT "of_item""#), "{remedy}");
+}
+
+/// What two tables that go to one here are told.
+fn collision<T: std::fmt::Debug>(outcome: Result<T, SinkError>) -> String {
+    match outcome {
+        Err(SinkError::Configuration { reason, remedy }) if reason.contains("both go to dw.orders") => remedy,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_tables_of_the_source_do_not_share_one_here() {
+    let target = Target::fresh("shared").await;
+    let factory = PostgresSinkFactory::new(Target::config_of(&target.database.dsn(), "dw"));
+    let lookup = Arc::new(wallaby_connector_api::conformance::EmptySource);
+    let task = SinkTask { task: target.task.clone(), since: Epoch(0), lookup };
+    let [a, b] = ["tenant_a", "tenant_b"].map(|schema| {
+        let mut shape = TableSchema::clone(&Shape::new("orders").key("id", ColumnType::Int4).build());
+        shape.table.schema = schema.to_owned();
+        Arc::new(shape)
+    });
+    let (mut log, here) = (Log::new(), TableName::new("dw", "orders"));
+    let mut sink = factory.make(task.clone());
+    sink.open(Epoch(1)).await.unwrap();
+    sink.loads().unwrap().prepare(RUN, 0, &a).await.unwrap();
+    let mut loader = factory.make_loader(task.clone()).unwrap();
+    let mut part = PartFeed::new([chunk_part(&a, log.start().commit, [vec![Value::Int(1)]])]);
+    assert_eq!(loader.load(&chunk(&a, 0, 0, true), &mut part).await.unwrap(), Loaded::Now { rows: 1 });
+    // In the same run, in whatever stage the first one is.
+    let first = rows(&[&["1"]]);
+    collision(sink.loads().unwrap().prepare(RUN, 0, &b).await);
+    assert_eq!(target.rows(&here).await, first, "the rows of the other one are gone");
+    sink.open(Epoch(1)).await.unwrap();
+    sink.loads().unwrap().mark(std::slice::from_ref(&a.table), TableStage::Ready, log.start()).await.unwrap();
+    sink.start_at(log.start(), log.epoch).await.unwrap();
+    // In a later one.
+    collision(sink.loads().unwrap().prepare(RunId(2), 0, &b).await);
+    assert_eq!(target.rows(&here).await, first, "the rows of the other one are gone");
+    // Without a load of its own, in an opening in which the first one had no change.
+    sink.open(Epoch(1)).await.unwrap();
+    log.transaction([Change::insert(&b, [1.into()]), Change::delete(&b, [1.into()])]);
+    let batch = log.batch();
+    let remedy = collision(sink.apply(&batch).await);
+    assert_eq!(target.rows(&here).await, first, "the row of the other one is gone");
+    // A table that went to another schema at the source.
+    let (_, forget) = remedy.split_once("run at the sink: ").unwrap();
+    let (forget, _) = forget.split_once(';').unwrap();
+    assert!(forget.contains("'tenant_a'"), "{forget}");
+    let forget = format!("BEGIN; {forget}; ROLLBACK");
+    target.sql(&forget).await;
+    // The same one anew, and the other one when it is gone.
+    sink.open(Epoch(1)).await.unwrap();
+    sink.loads().unwrap().prepare(RunId(2), 0, &a).await.unwrap();
+    sink.loads().unwrap().mark(std::slice::from_ref(&a.table), TableStage::Gone, log.start()).await.unwrap();
+    sink.loads().unwrap().prepare(RunId(2), 0, &b).await.unwrap();
+    sink.loads().unwrap().start_anew().await.unwrap();
+    sink.loads().unwrap().prepare(RunId(3), 0, &a).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

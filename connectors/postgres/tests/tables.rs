@@ -3,11 +3,12 @@
 
 mod target;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use target::{Target, apply, query, rows, try_apply};
-use wallaby_connector_api::conformance::{Change, Log, Shape, SinkUnderTest, Value};
+use wallaby_connector_api::conformance::{Change, Log, Shape, SinkUnderTest, Value, chunk_part};
 use wallaby_connector_api::{KeyValues, SinkError, SourceLookup, SourceRow};
 use wallaby_model::{ColumnType, Epoch, SegmentBody, TableSchema};
 
@@ -230,6 +231,73 @@ async fn a_partial_change_that_meets_no_row_is_read_again() {
     apply(&mut sink, &log.batch()).await;
     let expected = rows(&[&["1", "7", "one"], &["30", "7", "thirty"], &["9", "5", "nine"]]);
     assert_eq!(target.rows(&t.table).await, expected);
+}
+
+/// A source that looks at what the sink's session did last, whenever it is asked for a row.
+struct Watching {
+    client: tokio_postgres::Client,
+    shape: Arc<TableSchema>,
+    /// The value of each row's last column.
+    big: String,
+    /// The session has to say that it lives before the first row comes.
+    is_slow: bool,
+    /// What the session did last when each row was asked for.
+    seen: Mutex<Vec<String>>,
+}
+
+impl Watching {
+    async fn last(&self) -> String {
+        let sql = "SELECT query FROM pg_stat_activity WHERE application_name LIKE 'wallaby/%' AND datname = current_database()";
+        query(&self.client, sql).await[0][0].clone().unwrap()
+    }
+}
+
+#[async_trait]
+impl SourceLookup for Watching {
+    async fn row_by_key(&self, _: &Arc<TableSchema>, key: &KeyValues) -> Result<SourceRow, SinkError> {
+        if self.is_slow && self.seen.lock().unwrap().is_empty() {
+            let deadline = Instant::now() + Duration::from_secs(40);
+            while !self.last().await.is_empty() {
+                assert!(Instant::now() < deadline, "the session does not say that it lives");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        let last = self.last().await;
+        self.seen.lock().unwrap().push(last);
+        let id: i64 = key[0].as_ref().unwrap().parse().unwrap();
+        let row = vec![id.into(), 7.into(), self.big.as_str().into()];
+        Ok(Some(SegmentBody::clone(&chunk_part(&self.shape, Log::new().start().commit, [row]))))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_are_read_again_are_written_in_groups_while_the_session_lives() {
+    for (rows, bytes, is_slow) in [(600, 1, true), (200, 64 << 10, false)] {
+        let target = Target::fresh("again_many").await;
+        let mut log = Log::new();
+        let shape = Shape::new("t").key("id", ColumnType::Int4).column("n", ColumnType::Int4);
+        let t = shape.column("big", ColumnType::Text).build();
+        let source = Arc::new(Watching {
+            client: target.database.connect().await,
+            shape: Arc::clone(&t),
+            big: "x".repeat(bytes),
+            is_slow,
+            seen: Mutex::default(),
+        });
+        let mut sink = target.opened_with(&log, Arc::clone(&source) as Arc<dyn SourceLookup>).await;
+        log.transaction([Change::insert(&t, [0.into(), 0.into(), "zero".into()])]);
+        apply(&mut sink, &log.batch()).await;
+        log.transaction((1..=rows).map(|id| Change::update(&t, [id.into(), 5.into(), Value::Unchanged])));
+        apply(&mut sink, &log.batch()).await;
+        let found = query(&target.database, "SELECT count(*), min(length(big)) FROM t WHERE n = 7").await;
+        assert_eq!(found, [[Some(rows.to_string()), Some(bytes.to_string())]]);
+        let seen = source.seen.lock().unwrap();
+        assert_eq!(seen.len() as i64, rows);
+        assert!(
+            seen.last().unwrap().starts_with("INSERT INTO \"public\".\"t\""),
+            "nothing was written before: {seen:?}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

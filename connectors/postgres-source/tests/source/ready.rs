@@ -340,6 +340,16 @@ async fn b47_a_row_by_its_key_equals_the_row_that_was_streamed() {
     }
     let gone = vec![Some("no".to_owned()), Some("9".to_owned())];
     assert!(lookup.row_by_key(&schema, &gone).await.unwrap().is_none());
+    // Several at a time: in the keys' order, and no more than asked for.
+    let keys = [["x", "2"], ["no", "9"], ["it's \\", "1"], ["x", "2"]];
+    let keys = keys.map(|key| key.iter().map(|part| Some((*part).to_owned())).collect::<Vec<_>>());
+    let values = |row: &wallaby_model::SegmentBody| rows_of(row)[0].values.clone();
+    let all = lookup.rows_by_keys(&schema, &keys[..3], usize::MAX).await.unwrap();
+    let found: Vec<_> = all.rows.iter().map(values).collect();
+    assert_eq!((all.keys, found), (3, vec![streamed[1].values.clone(), streamed[0].values.clone()]));
+    let first = lookup.rows_by_keys(&schema, &keys[1..], 1).await.unwrap();
+    let found: Vec<_> = first.rows.iter().map(values).collect();
+    assert_eq!((first.keys, found), (2, vec![streamed[0].values.clone()]));
     // The connection is lost, the next question opens another.
     db.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'", &[]).await.unwrap();
     wallaby_testkit::eventually(crate::kit::LIMIT, "it answers again", async || {

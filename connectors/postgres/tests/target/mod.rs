@@ -27,12 +27,20 @@ impl Target {
     }
 
     pub fn config(&self) -> PostgresSinkConfig {
+        self.config_at(&self.database.dsn())
+    }
+
+    pub fn config_at(&self, dsn: &str) -> PostgresSinkConfig {
+        Self::config_of(dsn, "{{ .schema }}")
+    }
+
+    pub fn config_of(dsn: &str, schema: &str) -> PostgresSinkConfig {
         let spec = PostgresSinkSpec {
             dsn: SecretRef::Value(String::new()),
-            schema: "{{ .schema }}".to_owned(),
+            schema: schema.to_owned(),
             mode: SinkMode::Upsert,
         };
-        PostgresSinkConfig::new(&self.database.dsn(), &spec).unwrap()
+        PostgresSinkConfig::new(dsn, &spec).unwrap()
     }
 
     pub fn sink(&self) -> Box<dyn Sink> {
