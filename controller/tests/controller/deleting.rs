@@ -169,7 +169,8 @@ async fn a_flow_that_goes_is_not_said_to_be_unchanged() {
     let scopes = Scopes::create("goes").await;
     let coordination = scopes.place.coordination().await;
     let running = Running::ready(&scopes.place).await;
-    let document = small();
+    let mut document = small();
+    document.spec.paused = true;
     let flow = document.metadata.name.clone();
     running.create(&document).await.unwrap();
     // It does not go before its capture has ended.
@@ -182,7 +183,7 @@ async fn a_flow_that_goes_is_not_said_to_be_unchanged() {
     let answers = [
         flows.update_flow(v1::UpdateFlowRequest { flow: message() }).await.unwrap_err(),
         flows.diff_flow(v1::DiffFlowRequest { flow: message() }).await.unwrap_err(),
-        flows.resume_flow(v1::ResumeFlowRequest { name: format!("flows/{flow}") }).await.unwrap_err(),
+        flows.pause_flow(v1::PauseFlowRequest { name: format!("flows/{flow}") }).await.unwrap_err(),
     ];
     for refused in answers {
         assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("delet"), "{refused}");
