@@ -4,17 +4,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wallaby_connector_api::Sink;
-use wallaby_coordination::Error as EtcdError;
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::flow::SnapshotMode;
-use wallaby_model::run::RunState;
+use wallaby_model::run::{RunPlan, RunState};
 use wallaby_model::{Position, SinkId};
 
 use super::load::{Loads, Stepped};
 use super::{ApplyError, finish, session, tables};
 use crate::failpoint::Failpoint;
 use crate::flows::ApplyDemand;
-use crate::run::needed_from;
+use crate::run::move_hold;
 use crate::task::TaskContext;
 
 /// How often it is looked again although no run changed.
@@ -91,9 +90,12 @@ pub async fn load(
             }
             Stepped::Idle | Stepped::Replay(_) => {}
         }
-        if held_at.elapsed() >= HOLD_EVERY && demand.snapshot != SnapshotMode::Only {
+        if held_at.elapsed() >= HOLD_EVERY
+            && demand.snapshot != SnapshotMode::Only
+            && let Some(plan) = plan_of(context, loads.sink())
+        {
             held_at = Instant::now();
-            move_hold(context, loads.sink()).await?;
+            move_hold(context, &plan, loads.sink()).await?;
         }
         let waits_for = waits_for(context, loads);
         context.pulse.wait(waits_for.clone());
@@ -114,21 +116,9 @@ pub async fn load(
     }
 }
 
-/// What the sink will read begins where its run's first snapshot is.
-async fn move_hold(context: &TaskContext, sink: &SinkId) -> Result<(), ApplyError> {
-    let plan =
-        context.runs.of(&context.task.flow, |runs| tables::open_runs(runs, sink).next().map(|(.., plan)| plan.clone()));
-    let Some(plan) = plan else { return Ok(()) };
-    let moved = match needed_from(context, &plan).await {
-        Ok(Some(position)) => context.lock.advance_hold(sink, position).await,
-        other => other.map(drop),
-    };
-    match moved {
-        // Cut off, once more: its next run is waited for.
-        Err(EtcdError::HoldGone { .. }) => Ok(()),
-        Err(error) if error.is_transient() => Ok(()),
-        other => Ok(other?),
-    }
+/// The plan of the run that brings the sink to life.
+fn plan_of(context: &TaskContext, sink: &SinkId) -> Option<RunPlan> {
+    context.runs.of(&context.task.flow, |runs| tables::open_runs(runs, sink).next().map(|(.., plan)| plan.clone()))
 }
 
 /// What the load waits for, for people.

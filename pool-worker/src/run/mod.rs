@@ -16,7 +16,7 @@ use std::time::Duration;
 use wallaby_coordination::Error as EtcdError;
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::run::{ChunkDone, RunPlan, RunState, RunWish};
-use wallaby_model::{ChunkId, Position, RunId, SinkId, TaskId, TaskKind};
+use wallaby_model::{ChunkId, Position, Reader, RunId, SinkId, TaskId, TaskKind};
 use wallaby_staging::{Shelf, SideGroup, SideStore};
 
 use self::core::{Situation, Step};
@@ -306,10 +306,8 @@ impl Owner<'_> {
                 self.make_room(&chunks).await;
             }
         }
-        if self.demand.is_captured
-            && let Some(position) = needed_from(context, &self.plan).await?
-        {
-            context.lock.advance_hold(self.run, position).await?;
+        if self.demand.is_captured {
+            move_hold(context, &self.plan, self.run).await?;
         }
         if let Some(export) = &self.export {
             let open: Vec<_> = core::unfinished(&self.plan, &chunks).map(|(_, relation)| relation).collect();
@@ -416,12 +414,30 @@ impl Owner<'_> {
 ///
 /// # Errors
 /// When etcd cannot be reached.
-pub async fn needed_from(context: &TaskContext, plan: &RunPlan) -> Result<Option<Position>, EtcdError> {
+async fn needed_from(context: &TaskContext, plan: &RunPlan) -> Result<Option<Position>, EtcdError> {
     let Some(first) = plan.generations.first() else { return Ok(None) };
     let capture = TaskId::capture(&context.task.flow);
     let staged = context.shared.coordination.checkpoint(&capture).await?.and_then(|checkpoint| checkpoint.position);
     // No further than the log: a new reader begins at its end, and must not be behind what may be purged.
     Ok(staged.map(|staged| staged.min(Position::before(first.consistent_point))))
+}
+
+/// Moves the hold of a run, or of a sink that has no position before it, to where the run needs the log from. What keeps it from that
+/// and may pass is no reason to give the snapshot up: it is tried again at the next look.
+///
+/// # Errors
+/// When the ownership is lost, or what etcd has cannot be read.
+pub async fn move_hold(context: &TaskContext, plan: &RunPlan, reader: impl Into<Reader>) -> Result<(), EtcdError> {
+    let moved = match needed_from(context, plan).await {
+        Ok(Some(position)) => context.lock.advance_hold(reader, position).await,
+        other => other.map(drop),
+    };
+    match moved {
+        // A sink that was cut off once more: its next run is waited for. A run that is over.
+        Err(EtcdError::HoldGone { .. }) => Ok(()),
+        Err(error) if error.is_transient() => Ok(()),
+        other => other,
+    }
 }
 
 /// Returns when the exporting session has ended; never when there is none.

@@ -5,10 +5,9 @@ use std::sync::Arc;
 
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Hold, Key};
-use wallaby_model::condition::TaskPhase;
 use wallaby_model::flow::ByteSize;
 use wallaby_model::run::{RunSpec, RunState};
-use wallaby_model::{RunId, SinkId, TaskId};
+use wallaby_model::{RunId, SinkId};
 use wallaby_testkit::{Database, PostgresOptions};
 
 use crate::scene::*;
@@ -186,7 +185,6 @@ async fn h16_a_sink_that_wakes_up_after_its_run_was_made_is_loaded_anew() {
     let blocked = scene.target.connect().await;
     blocked.batch_execute("BEGIN; LOCK TABLE t").await.unwrap();
     // Values that do not shrink, one transaction after the other: more than the sink reads ahead, and some that the log has no room for.
-    let capture = TaskId::capture(&scene.flow);
     for from in (1000..120_000).step_by(2000) {
         let rows = format!(
             "INSERT INTO t SELECT i, 0, (SELECT string_agg(md5(i::text || '/' || j), '') FROM generate_series(1, 9) j)
@@ -194,17 +192,7 @@ async fn h16_a_sink_that_wakes_up_after_its_run_was_made_is_loaded_anew() {
         );
         scene.source.batch_execute(&rows).await.unwrap();
         let end = scene.wal_end().await;
-        let is_full = scene
-            .until("it is staged, or the log is full", async || {
-                let status = scene.status_of(&capture).await?;
-                match status.phase {
-                    TaskPhase::Backpressured => Ok(true),
-                    _ if status.progress.staged.is_some_and(|staged| staged.commit >= end) => Ok(false),
-                    phase => Err(format!("{phase:?}, {:?} of {end}", status.progress.staged)),
-                }
-            })
-            .await;
-        if is_full {
+        if scene.staged_or_full(end).await {
             break;
         }
     }

@@ -200,17 +200,7 @@ async fn h09_a_splice_that_waits_for_a_full_log_is_looked_after_when_the_source_
     for from in (100_000..).step_by(2000) {
         scene.source.batch_execute(&rows(from, from + 1999)).await.unwrap();
         let end = scene.wal_end().await;
-        let is_full = scene
-            .until("it is staged, or the log is full", async || {
-                let status = scene.status_of(&capture).await?;
-                match status.phase {
-                    TaskPhase::Backpressured => Ok(true),
-                    _ if status.progress.staged.is_some_and(|staged| staged.commit >= end) => Ok(false),
-                    phase => Err(format!("{phase:?}, {:?} of {end}", status.progress.staged)),
-                }
-            })
-            .await;
-        if is_full {
+        if scene.staged_or_full(end).await {
             break;
         }
     }

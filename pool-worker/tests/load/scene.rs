@@ -11,7 +11,7 @@ use clap::Parser;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Coordination, Key};
-use wallaby_model::condition::TaskStatus;
+use wallaby_model::condition::{TaskPhase, TaskStatus};
 use wallaby_model::flow::{FlowDocument, SnapshotMode};
 use wallaby_model::offer::{OFFER_CONSUMER, Offer, offer_stream, offer_subject, offer_subjects};
 use wallaby_model::run::{RunPlan, RunState, RunWish, TableStage};
@@ -336,6 +336,19 @@ spec:
             }
         })
         .await;
+    }
+
+    /// Waits until everything up to here is acknowledged by the log, or that is full (`true`).
+    pub async fn staged_or_full(&self, end: Lsn) -> bool {
+        self.until("it is staged, or the log is full", async || {
+            let status = self.status_of(&TaskId::capture(&self.flow)).await?;
+            match status.phase {
+                TaskPhase::Backpressured => Ok(true),
+                _ if status.progress.staged.is_some_and(|staged| staged.commit >= end) => Ok(false),
+                phase => Err(format!("{phase:?}, {:?} of {end}", status.progress.staged)),
+            }
+        })
+        .await
     }
 
     /// Waits until Postgres is told of everything up to here.
