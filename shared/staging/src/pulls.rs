@@ -112,19 +112,25 @@ impl Place {
     /// # Errors
     /// Of the consumer. The place is over then, for everybody.
     pub(crate) async fn take(&self, wanted: Wanted<'_>) -> Result<Found> {
-        let mut line = self.line.lock().await;
-        if self.is_over() {
-            return Ok(Found::Elsewhere);
+        loop {
+            let mut line = self.line.lock().await;
+            if self.is_over() {
+                return Ok(Found::Elsewhere);
+            }
+            match self.pull(&mut line, &wanted).await {
+                // Who stands in line may want just this one, and be there before the next one comes: the lock is fair.
+                Ok(Pulled::Passed) => {}
+                Ok(Pulled::Found(found)) if !matches!(found, Found::NumberedAnew) => return Ok(found),
+                over => {
+                    self.is_over.store(true, Ordering::Release);
+                    *line = Line::default();
+                    return over.map(|_| Found::NumberedAnew);
+                }
+            }
         }
-        let found = self.pull(&mut line, &wanted).await;
-        if matches!(found, Err(_) | Ok(Found::NumberedAnew)) {
-            self.is_over.store(true, Ordering::Release);
-            *line = Line::default();
-        }
-        found
     }
 
-    async fn pull(&self, line: &mut Line, wanted: &Wanted<'_>) -> Result<Found> {
+    async fn pull(&self, line: &mut Line, wanted: &Wanted<'_>) -> Result<Pulled> {
         let Wanted { log, sequence, last, .. } = *wanted;
         if let Some((asked, staged)) = &line.latest
             && (*asked..=staged.sequence).contains(&sequence)
@@ -132,10 +138,10 @@ impl Place {
             && wanted.incarnation.is_some_and(|incarnation| staged.incarnation == Some(incarnation))
         {
             wanted.metrics.cache_hit();
-            return Ok(Found::Record(Box::new(staged.clone())));
+            return Ok(Pulled::Found(Found::Record(Box::new(staged.clone()))));
         }
         if !self.is_near(sequence) || line.at > sequence {
-            return Ok(Found::Elsewhere);
+            return Ok(Pulled::Found(Found::Elsewhere));
         }
         // Sequences come again after a loss of data: the last record is read once more, to see whether it is still there.
         let is_unseen = line.at == sequence && line.last.is_none() && last.is_some();
@@ -143,27 +149,31 @@ impl Place {
             let begin = last.map_or(sequence, |last| last.sequence);
             let info = log.reader_leader().info(log).await?;
             if last.is_some() && info.state.last_sequence < begin {
-                return Ok(Found::NumberedAnew);
+                return Ok(Pulled::Found(Found::NumberedAnew));
             }
             let session = PullSession::open(log, begin, wanted.pull_bytes).await?;
             *line = Line { session: Some(session), at: begin, ..Line::default() };
         }
-        let Some(session) = &mut line.session else { return Ok(Found::Elsewhere) };
-        loop {
-            let staged = session.next().await?;
-            wanted.metrics.pulled(staged.body.len());
-            let asked = std::mem::replace(&mut line.at, staged.sequence + 1);
-            let before = line.last.replace(Mark::of(&staged));
-            if staged.sequence < sequence {
-                // The reader got it elsewhere.
-                continue;
-            }
-            if last.is_some() && before != last {
-                return Ok(Found::NumberedAnew);
-            }
-            self.next.store(line.at, Ordering::Release);
-            line.latest = Some((asked, staged.clone()));
-            return Ok(Found::Record(Box::new(staged)));
+        let Some(session) = &mut line.session else { return Ok(Pulled::Found(Found::Elsewhere)) };
+        let staged = session.next().await?;
+        wanted.metrics.pulled(staged.body.len());
+        let asked = std::mem::replace(&mut line.at, staged.sequence + 1);
+        let before = line.last.replace(Mark::of(&staged));
+        let is_passed = staged.sequence < sequence;
+        if !is_passed && last.is_some() && before != last {
+            return Ok(Pulled::Found(Found::NumberedAnew));
         }
+        // Also of one that this reader got elsewhere: others come here for what is next, or have come for it already.
+        self.next.store(line.at, Ordering::Release);
+        line.latest = Some((asked, staged.clone()));
+        Ok(if is_passed { Pulled::Passed } else { Pulled::Found(Found::Record(Box::new(staged))) })
     }
+}
+
+/// What one step at a place came to.
+enum Pulled {
+    /// Something for the reader.
+    Found(Found),
+    /// A record that the reader has already.
+    Passed,
 }

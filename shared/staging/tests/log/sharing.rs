@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::Poll;
 
-use wallaby_staging::{LogReader, LogWriter, Start};
+use wallaby_staging::{LogReader, LogWriter, SegmentCache, SegmentKey, Start};
+use wallaby_testkit::eventually;
 
 use crate::counters::counted;
-use crate::support::{Flow, Memory, at, read_to, segment};
+use crate::support::{Flow, Memory, PATIENCE, at, read_to, segment};
 
 const BODY: usize = 20_000;
 /// Segments of a stretch against which it is little that two consumers deliver up to 64 records both before their readers meet.
@@ -125,5 +126,36 @@ async fn readers_at_different_places_pull_on_their_own_and_meet() {
     reading.await.unwrap();
     let (bytes, once) = (pulled(&flow) - before, LONG * BODY as u64);
     assert!(bytes < once + once / 5, "{bytes} bytes instead of {once}");
+    flow.end().await;
+}
+
+/// It has the newest record from the cache, where the capture put it, and waits for the one behind it at the place that delivers the
+/// newest next. The other reader has to pull it, and on a quiet flow nothing comes behind it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_passes_a_record_over_keeps_nobody_from_it() {
+    let flow = Flow::on_three().await;
+    let writer = flow.owner(5).await.unwrap();
+    append(&writer, 0, 3).await;
+    let mut first = flow.shared_reader(Start::FirstResume);
+    let before_it = read_to(&mut first, at(4)).await.pop().unwrap().staged.sequence;
+    append(&writer, 3, 4).await;
+    let from_4 = Start::At { position: at(4), epoch: None, sequence_hint: Some(before_it) };
+    let newest = read_to(&mut flow.reader(from_4), at(5)).await.pop().unwrap().staged;
+    let (incarnation, sequence) = (newest.incarnation.unwrap(), newest.sequence);
+    flow.cache.put(SegmentKey { flow: flow.log.flow().clone(), incarnation, sequence }, &newest);
+    let hits = || counted(&format!("wallaby_log_cache_hits_total{{flow={}}}", flow.log.flow()));
+    let (before, hits_before) = (pulled(&flow), hits());
+    read_to(&mut first, at(5)).await;
+    assert!(hits() > hits_before && pulled(&flow) == before, "it was pulled, not taken from the cache");
+    flow.cache.records().clear();
+    let waiting = tokio::spawn(async move { first.next().await });
+    eventually(PATIENCE, "the newest record is passed over", async || {
+        let bytes = pulled(&flow) - before;
+        if bytes >= BODY as u64 { Ok(()) } else { Err(format!("{bytes} bytes are pulled")) }
+    })
+    .await;
+    let mut second = flow.shared_reader(from_4);
+    read_to(&mut second, at(5)).await;
+    waiting.abort();
     flow.end().await;
 }
