@@ -23,6 +23,9 @@ use crate::{secret, status};
 /// How often progress is written, and whether somebody cancelled is asked.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
+/// How often a side that waits for the other is asked something: well below the time that servers and proxies take a session for dead.
+const AWAKE_EVERY: Duration = Duration::from_secs(30);
+
 /// Runs a comparison to its end, or until the worker drains or the flow asks for something else.
 pub async fn run(context: &TaskContext) -> TaskEnd {
     let (TaskKind::Verify(number), Demand::Verify(demand)) = (&context.task.kind, &context.demand) else {
@@ -175,6 +178,7 @@ async fn compare(
     let config = PostgresSinkConfig::new(&dsn, &sink.postgres)?;
     let apply = TaskId::apply(&context.task.flow, name);
     let mut sink = PostgresVerify::connect(config, &context.task, epoch, apply).await?;
-    let request = VerifyRequest { tables: spec.verify.tables.clone(), show: spec.verify.show as usize, deadline };
+    let (tables, show) = (spec.verify.tables.clone(), spec.verify.show as usize);
+    let request = VerifyRequest { tables, show, deadline, awake_every: AWAKE_EVERY };
     verify(&mut source, &mut sink, &request, progress).await
 }

@@ -8,11 +8,12 @@ use tokio::time::{Instant, sleep, timeout_at};
 use wallaby_model::verify::{DifferenceKind, TableReport, Verdict, VerifyPhase, VerifyProgress, VerifyReport};
 use wallaby_model::{Lsn, Position, TableName};
 
+use super::awake::beside;
 use super::digest::Hash;
 use super::merge::{Candidate, HashedRow, merge};
 use super::recheck::look_again;
 use super::sql::Reading;
-use super::table::{Pair, compare_rows, compare_sums, difference, report, sum_up};
+use super::table::{Pair, Sides, compare_rows, compare_sums, difference, report, sum_up};
 use super::{RowText, VerifyError, VerifySession, VerifySink, VerifySource};
 
 /// Time between two looks at where the sink stands.
@@ -33,6 +34,8 @@ pub struct VerifyRequest {
     pub show: usize,
     /// When it must be over.
     pub deadline: Instant,
+    /// How often a side that waits for the other is asked something: servers end transactions that ask nothing for too long.
+    pub awake_every: Duration,
 }
 
 /// A table between the first pass and the report.
@@ -127,7 +130,8 @@ impl Run<'_> {
                     report.shape.push(format!("the sink has no table {target}"));
                     let columns: Vec<_> = shape.columns.iter().collect();
                     let reading = Reading::new(shape, RowText::new(&columns, &columns, &[]));
-                    let rows = sum_up(&mut *self.source, &reading, 0, counter(self.progress)).await?.rows();
+                    let sums = sum_up(&mut *self.source, &reading, 0, counter(self.progress));
+                    let rows = beside(&mut *self.sink, self.request.awake_every, sums).await?.rows();
                     (report.rows_source, report.missing, report.seen_once) = (rows, rows, rows);
                     report.has_key = !shape.key.is_empty();
                     Found { table: table.clone(), report, pair: None, pending: Vec::new(), confirmed: Vec::new() }
@@ -155,16 +159,20 @@ impl Run<'_> {
         report: &mut TableReport,
     ) -> Result<Vec<Candidate>, VerifyError> {
         let counted = counter(self.progress);
-        let ranges = compare_sums(&mut *self.source, &mut *self.sink, pair, rows_estimated, report, counted).await?;
+        let ranges = compare_sums(self.sides(), pair, rows_estimated, report, counted).await?;
         if ranges.differing.is_empty() {
             return Ok(Vec::new());
         }
         self.phase(VerifyPhase::ReadingRows, &report.table.to_string());
-        let found = compare_rows(&mut *self.source, &mut *self.sink, pair, &ranges, kept_max, report).await?;
+        let found = compare_rows(self.sides(), pair, &ranges, kept_max, report).await?;
         let (missing, extra, different) = found.once;
         (report.missing, report.extra, report.different) = found.once;
         report.seen_once = missing + extra + different;
         Ok(found.kept)
+    }
+
+    fn sides(&mut self) -> Sides<'_> {
+        Sides { source: &mut *self.source, sink: &mut *self.sink, awake_every: self.request.awake_every }
     }
 
     /// Waits until the sink's snapshot has all that lies below `lsn`.
@@ -211,16 +219,19 @@ impl Run<'_> {
         let waiting: Vec<usize> = (0..found.len()).filter(|&index| !found[index].pending.is_empty()).collect();
         let tables: Vec<TableName> = waiting.iter().map(|&index| found[index].table.clone()).collect();
         let targets: Vec<TableName> = waiting.iter().map(|&index| found[index].report.sink_table.clone()).collect();
+        let awake_every = self.request.awake_every;
         self.phase(VerifyPhase::LookingAgain, "");
         let lsn = self.source.renew(&tables).await?;
         let mut at_source = Vec::with_capacity(waiting.len());
         for &index in &waiting {
-            at_source.push(read_pending(&mut *self.source, &found[index], |pair| &pair.source).await?);
+            let read = read_pending(&mut *self.source, &found[index], |pair| &pair.source);
+            at_source.push(beside(&mut *self.sink, awake_every, read).await?);
         }
         self.reach(lsn, &targets).await?;
         let mut at_sink = Vec::with_capacity(waiting.len());
         for &index in &waiting {
-            at_sink.push(read_pending(&mut *self.sink, &found[index], |pair| &pair.sink).await?);
+            let read = read_pending(&mut *self.sink, &found[index], |pair| &pair.sink);
+            at_sink.push(beside(&mut *self.source, awake_every, read).await?);
         }
         for ((index, source), sink) in waiting.into_iter().zip(at_source).zip(at_sink) {
             let found = &mut found[index];
@@ -234,6 +245,7 @@ impl Run<'_> {
 
     /// Says which columns of the rows that are shown differ.
     async fn name_columns(&mut self, found: &mut [Found]) -> Result<(), VerifyError> {
+        let awake_every = self.request.awake_every;
         for found in found.iter_mut() {
             let Some(pair) = &found.pair else { continue };
             let shown = found.confirmed.iter().take(self.request.show);
@@ -242,8 +254,9 @@ impl Run<'_> {
             if keys.is_empty() || !pair.source.text.has_key() {
                 continue;
             }
-            let source = self.source.rows(&pair.source.columns_by_key(&keys)).await?;
-            let sink = self.sink.rows(&pair.sink.columns_by_key(&keys)).await?;
+            let (at_source, at_sink) = (pair.source.columns_by_key(&keys), pair.sink.columns_by_key(&keys));
+            let source = beside(&mut *self.sink, awake_every, self.source.rows(&at_source)).await?;
+            let sink = beside(&mut *self.source, awake_every, self.sink.rows(&at_sink)).await?;
             let by_hash = |rows: Vec<super::VerifyRow>| -> HashMap<String, super::VerifyRow> {
                 rows.into_iter().filter_map(|mut row| Some((row.first_mut()?.take()?, row))).collect()
             };

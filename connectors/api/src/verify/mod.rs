@@ -15,8 +15,10 @@
 //! | `digest` | sums by range (pure) |
 //! | `merge` | two sorted streams to differences (pure) |
 //! | `recheck` | what a second look says (pure) |
+//! | `awake` | a side that waits for the other |
 //! | `engine`, `table` | the run over all tables, and one of them |
 
+mod awake;
 mod canonical;
 mod catalog;
 mod digest;

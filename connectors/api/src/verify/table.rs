@@ -1,10 +1,13 @@
 //! One table: sums of both sides, then the rows of the ranges that differ.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
+use tokio::time::Instant;
 use wallaby_model::TableName;
 use wallaby_model::verify::{DifferenceKind, RowDifference, TableReport, Verdict};
 
+use super::awake::{Half, halves};
 use super::canonical::RowText;
 use super::digest::{Digest, range_bits};
 use super::merge::{Candidate, HashedRow, Merge, Side, next};
@@ -93,18 +96,34 @@ pub(super) struct Ranges {
     pub differing: Vec<u32>,
 }
 
+/// The sessions of both sides.
+pub(super) struct Sides<'a> {
+    pub source: &'a mut dyn VerifySession,
+    pub sink: &'a mut dyn VerifySession,
+    /// How often a side that waits for the other is asked something.
+    pub awake_every: Duration,
+}
+
 /// Sums up both sides at once.
 pub(super) async fn compare_sums(
-    source: &mut dyn VerifySession,
-    sink: &mut dyn VerifySession,
+    sides: Sides<'_>,
     pair: &Pair,
     rows_estimated: u64,
     report: &mut TableReport,
     counted: impl FnMut(u64) + Send,
 ) -> Result<Ranges, VerifyError> {
     let bits = range_bits(rows_estimated);
-    let (at_source, at_sink) =
-        tokio::try_join!(sum_up(source, &pair.source, bits, counted), sum_up(sink, &pair.sink, bits, |_| ()))?;
+    let Sides { source, sink, awake_every } = sides;
+    let (here, there) = halves(awake_every);
+    let of_source = async {
+        let digest = sum_up(&mut *source, &pair.source, bits, counted).await?;
+        here.done(source).await.map(|()| digest)
+    };
+    let of_sink = async {
+        let digest = sum_up(&mut *sink, &pair.sink, bits, |_| ()).await?;
+        there.done(sink).await.map(|()| digest)
+    };
+    let (at_source, at_sink) = tokio::try_join!(of_source, of_sink)?;
     let differing = at_source.differing(&at_sink);
     report.rows_source = at_source.rows();
     report.rows_sink = at_sink.rows();
@@ -142,6 +161,8 @@ struct Rows<'a> {
     waiting: VecDeque<HashedRow>,
     read: u64,
     is_over: bool,
+    asked_at: Instant,
+    awake_every: Duration,
 }
 
 impl<'a> Rows<'a> {
@@ -149,16 +170,29 @@ impl<'a> Rows<'a> {
         session: &'a mut dyn VerifySession,
         reading: &Reading,
         ranges: &Ranges,
+        half: Half,
     ) -> Result<Rows<'a>, VerifyError> {
         session.rows(&reading.open_rows(&ranges.differing, ranges.bits)).await?;
-        Ok(Rows { session, waiting: VecDeque::new(), read: 0, is_over: false })
+        let (waiting, asked_at, awake_every) = (VecDeque::new(), Instant::now(), half.every);
+        let mut rows = Rows { session, waiting, read: 0, is_over: false, asked_at, awake_every };
+        // The first ones come when all are sorted.
+        rows.fill().await?;
+        half.done(&mut *rows.session).await?;
+        Ok(rows)
     }
 
     async fn fill(&mut self) -> Result<(), VerifyError> {
         if !self.waiting.is_empty() || self.is_over {
+            // Of the other side there may be very many in a row.
+            if self.asked_at.elapsed() >= self.awake_every {
+                self.session.rows("SELECT 1").await?;
+                self.asked_at = Instant::now();
+            }
             return Ok(());
         }
-        for row in self.session.rows(&Reading::fetch_rows()).await? {
+        let fetched = self.session.rows(&Reading::fetch_rows()).await?;
+        self.asked_at = Instant::now();
+        for row in fetched {
             self.waiting.push_back(HashedRow::parse(row)?);
         }
         self.read += self.waiting.len() as u64;
@@ -174,16 +208,18 @@ impl<'a> Rows<'a> {
 
 /// Reads the rows of the ranges that differ, and merges them.
 pub(super) async fn compare_rows(
-    source: &mut dyn VerifySession,
-    sink: &mut dyn VerifySession,
+    sides: Sides<'_>,
     pair: &Pair,
     ranges: &Ranges,
     kept_max: usize,
     report: &mut TableReport,
 ) -> Result<Candidates, VerifyError> {
     let mut found = Candidates::default();
-    let (mut source, mut sink) =
-        tokio::try_join!(Rows::open(source, &pair.source, ranges), Rows::open(sink, &pair.sink, ranges))?;
+    let (here, there) = halves(sides.awake_every);
+    let (mut source, mut sink) = tokio::try_join!(
+        Rows::open(sides.source, &pair.source, ranges, here),
+        Rows::open(sides.sink, &pair.sink, ranges, there)
+    )?;
     let mut merge = Merge::default();
     loop {
         tokio::try_join!(source.fill(), sink.fill())?;

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use wallaby_connector_api::verify::{VerifyError, VerifyRow, VerifySession, VerifySink, VerifyTable};
+use wallaby_connector_api::verify::{VerifyError, VerifyRow, VerifySession, VerifySink, VerifySource, VerifyTable};
 use wallaby_model::verify::Verdict;
-use wallaby_model::{Position, TableName};
+use wallaby_model::{Lsn, Position, TableName};
 use wallaby_postgres::PostgresVerify;
 use wallaby_testkit::eventually;
 
@@ -130,4 +130,91 @@ async fn a_table_that_is_rewritten_is_not_read_as_empty() {
     let (report, ()) = tokio::join!(compared, rewritten);
     let table = of(&report, "public.t");
     assert_eq!((table.verdict, table.rows_source), (Verdict::Equal, 100), "{table:?}");
+}
+
+/// A side that takes long over each statement that reads rows.
+struct Slow<S>(S);
+
+impl<S: VerifySession> Slow<S> {
+    async fn read(&mut self, sql: &str) -> Result<Vec<VerifyRow>, VerifyError> {
+        // Not those with hundreds of keys: there are many of them.
+        let is_reading = sql.contains("encode(") && sql.len() < 3000;
+        let takes = if is_reading { "1" } else { "0.3" };
+        if is_reading || sql.starts_with("FETCH") {
+            self.0.rows(&format!("SELECT pg_sleep({takes})::text")).await?;
+        }
+        self.0.rows(sql).await
+    }
+}
+
+#[async_trait]
+impl<S: VerifySession> VerifySession for Slow<S> {
+    async fn rows(&mut self, sql: &str) -> Result<Vec<VerifyRow>, VerifyError> {
+        self.read(sql).await
+    }
+}
+
+#[async_trait]
+impl<S: VerifySource> VerifySource for Slow<S> {
+    async fn tables(&mut self) -> Result<Vec<TableName>, VerifyError> {
+        self.0.tables().await
+    }
+
+    async fn renew(&mut self, tables: &[TableName]) -> Result<Lsn, VerifyError> {
+        self.0.renew(tables).await
+    }
+
+    async fn table(&mut self, table: &TableName) -> Result<VerifyTable, VerifyError> {
+        self.0.table(table).await
+    }
+}
+
+#[async_trait]
+impl<S: VerifySink> VerifySink for Slow<S> {
+    fn target(&self, source: &TableName) -> TableName {
+        self.0.target(source)
+    }
+
+    async fn renew(&mut self, tables: &[TableName]) -> Result<Option<Position>, VerifyError> {
+        self.0.renew(tables).await
+    }
+
+    async fn table(&mut self, table: &TableName) -> Result<Option<VerifyTable>, VerifyError> {
+        self.0.table(table).await
+    }
+}
+
+/// What a server does to a session that asks nothing in a transaction, sooner than ours would.
+const IMPATIENT: &str = "SET idle_in_transaction_session_timeout = '800ms'";
+
+/// Differences of every kind, and a table that only one side has rows of; the other side lacks another one.
+async fn unlike(hint: &str, has_rows: impl AsyncFn(&Pair, &str)) -> Pair {
+    let pair = numbers(hint).await;
+    pair.at_sink("UPDATE t SET v = 0 WHERE id = 6; INSERT INTO bag VALUES (7)").await;
+    pair.at_both("CREATE TABLE many (id int PRIMARY KEY)").await;
+    pair.at_source("CREATE TABLE gone (id int PRIMARY KEY); INSERT INTO gone VALUES (1)").await;
+    pair.at_source("ALTER PUBLICATION verified ADD TABLE many, gone").await;
+    has_rows(&pair, "INSERT INTO many SELECT generate_series(1, 9000)").await;
+    pair
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_waits_for_a_slow_source_is_not_taken_for_dead() {
+    let pair = unlike("verify_slow_source", async |pair, sql| pair.at_source(sql).await).await;
+    let (mut source, mut sink) = (Slow(pair.source_session().await), pair.sink_session().await);
+    sink.rows(IMPATIENT).await.unwrap();
+    let report = run(&mut source, &mut sink, &[], 20, Duration::from_secs(100)).await.unwrap();
+    assert_eq!(shown(of(&report, "public.t")), ["Different id=6 v"]);
+    assert_eq!((of(&report, "public.bag").extra, of(&report, "public.many").rows_source), (1, 9000));
+    assert_eq!(of(&report, "public.gone").missing, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_waits_for_a_slow_sink_is_not_taken_for_dead() {
+    let pair = unlike("verify_slow_sink", async |pair, sql| pair.at_sink(sql).await).await;
+    let (mut source, mut sink) = (pair.source_session().await, Slow(pair.sink_session().await));
+    source.rows(IMPATIENT).await.unwrap();
+    let report = run(&mut source, &mut sink, &[], 20, Duration::from_secs(100)).await.unwrap();
+    assert_eq!(shown(of(&report, "public.t")), ["Different id=6 v"]);
+    assert_eq!((of(&report, "public.bag").extra, of(&report, "public.many").rows_sink), (1, 9000));
 }

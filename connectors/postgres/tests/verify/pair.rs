@@ -107,7 +107,8 @@ pub async fn run(
     patience: Duration,
 ) -> Result<VerifyReport, VerifyError> {
     let tables = tables.iter().map(|table| (*table).to_owned()).collect();
-    let request = VerifyRequest { tables, show, deadline: Instant::now() + patience };
+    let awake_every = Duration::from_millis(100);
+    let request = VerifyRequest { tables, show, deadline: Instant::now() + patience, awake_every };
     let (progress, _) = watch::channel(VerifyProgress::default());
     verify(source, sink, &request, &progress).await
 }
