@@ -27,7 +27,7 @@ use super::envelope::{self, Envelope};
 use super::{Quotas, Shelf, ShelfUsage, SideGroup, SideKey, SideStore, path};
 use crate::connection::Connections;
 use crate::error::{Result, StagingError};
-use crate::leader::REQUEST_TIMEOUT;
+use crate::leader::{REQUEST_TIMEOUT, bounded};
 use crate::log::{Log, LogInfo};
 use crate::metrics::{self, Refusal};
 use crate::writer_task::answer_of;
@@ -118,6 +118,10 @@ impl JetStreamSide {
 
     /// The shelf's state, from its leader; `None` when there is no such shelf.
     async fn info(&self, shelf: Shelf) -> Result<Option<Info>> {
+        bounded(REQUEST_TIMEOUT, || format!("the state of {}", self.stream(shelf)), self.ask_info(shelf)).await
+    }
+
+    async fn ask_info(&self, shelf: Shelf) -> Result<Option<Info>> {
         let stream = self.stream(shelf);
         let what = || format!("the state of {stream}");
         let asked = self.publish.request(format!("STREAM.INFO.{stream}"), &()).await;
@@ -141,6 +145,11 @@ impl JetStreamSide {
         let mut context = self.publish.clone();
         context.set_timeout(MANAGE_TIMEOUT);
         context
+    }
+
+    /// What changes a shelf, bounded whole.
+    async fn managed<T>(&self, shelf: Shelf, change: impl Future<Output = T>) -> Result<T> {
+        bounded(MANAGE_TIMEOUT, || format!("a change of {}", self.stream(shelf)), async { Ok(change.await) }).await
     }
 
     fn config(&self, shelf: Shelf, replicas: usize) -> Config {
@@ -184,7 +193,7 @@ impl JetStreamSide {
         let wanted = self.config(shelf, copies);
         let max_bytes = self.quotas.on(shelf);
         let made = match self.info(shelf).await? {
-            None => self.managing().create_stream(wanted).await.map(|_| ()),
+            None => self.managed(shelf, self.managing().create_stream(wanted)).await?.map(|_| ()),
             Some(info) => {
                 let now = &info.config;
                 self.check(shelf, now)?;
@@ -192,7 +201,7 @@ impl JetStreamSide {
                     return Ok(());
                 }
                 let changed = Config { max_bytes: wanted.max_bytes, num_replicas: copies, ..now.clone() };
-                self.managing().update_stream(changed).await.map(|_| ())
+                self.managed(shelf, self.managing().update_stream(changed)).await?.map(|_| ())
             }
         };
         match made {
@@ -262,7 +271,7 @@ impl JetStreamSide {
         let stream = context.get_stream_no_info(&stream).await;
         let stream = stream.map_err(|error| StagingError::unavailable(what(), error))?;
         let filter = format!("{}{}.>", self.prefix(), path::group_path(&group, '.'));
-        match stream.purge().filter(filter).await {
+        match self.managed(group.shelf(), stream.purge().filter(filter).into_future()).await? {
             Ok(_) => Ok(()),
             Err(error) => match self.info(group.shelf()).await {
                 Ok(None) => Ok(()),
@@ -272,7 +281,7 @@ impl JetStreamSide {
     }
 
     async fn remove_once(&self, shelf: Shelf) -> Result<()> {
-        match self.managing().delete_stream(self.stream(shelf)).await {
+        match self.managed(shelf, self.managing().delete_stream(self.stream(shelf))).await? {
             Ok(_) => Ok(()),
             Err(error) => match self.info(shelf).await {
                 Ok(None) => Ok(()),
@@ -289,12 +298,16 @@ impl JetStreamSide {
         let mut patience = Patience::new();
         loop {
             let request = Request::new().headers(envelope.headers()).payload(body.clone()).timeout(Some(ACK_TIMEOUT));
-            let answered = self.log.connections().publish.send_request(subject.to_owned(), request).await;
-            let error = match answered.map(|message| answer_of(&message)) {
+            let what = || format!("a put into {}", self.stream(shelf));
+            let put = async {
+                let answered = self.log.connections().publish.send_request(subject.to_owned(), request).await;
+                answered.map_err(|error| StagingError::unavailable(what(), error))
+            };
+            let error = match bounded(ACK_TIMEOUT, what, put).await.map(|message| answer_of(&message)) {
                 Ok(Ok(_)) => return Ok(()),
                 Ok(Err((Refusal::Full, _))) => return self.full(shelf, subject, envelope, body.len()).await,
-                Ok(Err((_, reason))) => StagingError::unavailable(format!("a put into {}", self.stream(shelf)), reason),
-                Err(error) => StagingError::unavailable(format!("a put into {}", self.stream(shelf)), error),
+                Ok(Err((_, reason))) => StagingError::unavailable(what(), reason),
+                Err(error) => error,
             };
             // A server that starts has not read its streams yet: a missing one is believed in the end only.
             if let Err(error) = patience.wait(error).await {
@@ -338,7 +351,13 @@ impl JetStreamSide {
         let Ok(stream) = self.publish.get_stream_no_info(self.stream(shelf)).await else {
             return;
         };
-        let dropped = stream.purge().filter(format!("{head}.{}.>", envelope.cut())).await;
+        let purge = stream.purge().filter(format!("{head}.{}.>", envelope.cut())).into_future();
+        let dropped = self.managed(shelf, purge).await;
+        let dropped = dropped.and_then(|purged| {
+            purged
+                .map(drop)
+                .map_err(|error| StagingError::unavailable(format!("a purge of {}", self.stream(shelf)), error))
+        });
         if let Err(error) = dropped {
             tracing::debug!(subject = head, %error, "pieces of a refused object stay until their group goes");
         }
@@ -349,6 +368,11 @@ impl JetStreamSide {
 impl JetStreamSide {
     /// The message on a subject.
     async fn message(&self, shelf: Shelf, subject: &str, from: From) -> Result<Option<StreamMessage>> {
+        let what = || format!("an object of {}", self.stream(shelf));
+        bounded(REQUEST_TIMEOUT, what, self.ask_message(shelf, subject, from)).await
+    }
+
+    async fn ask_message(&self, shelf: Shelf, subject: &str, from: From) -> Result<Option<StreamMessage>> {
         let name = self.stream(shelf);
         let what = || format!("an object of {name}");
         let stream = self.pull.get_stream_no_info(&name).await;
@@ -429,9 +453,10 @@ impl JetStreamSide {
         }
         let stream = self.pull.get_stream_no_info(&name).await;
         let stream = stream.map_err(|error| StagingError::unavailable(what(), error))?;
-        let subjects = stream.info_with_subjects(filter).await;
+        let asked = async { Ok(stream.info_with_subjects(filter).await) };
+        let subjects = bounded(REQUEST_TIMEOUT, what, asked).await?;
         let mut subjects = subjects.map_err(|error| StagingError::unavailable(what(), error))?;
-        while let Some(subject) = subjects.next().await {
+        while let Some(subject) = bounded(REQUEST_TIMEOUT, what, async { Ok(subjects.next().await) }).await? {
             let (subject, _) = subject.map_err(|error| StagingError::unavailable(what(), error))?;
             take(&subject);
         }

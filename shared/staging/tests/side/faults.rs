@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_nats::jetstream;
-use wallaby_staging::{Shelf, SideGroup, SideStore};
+use bytes::Bytes;
+use wallaby_model::flow::Replicas;
+use wallaby_staging::{JetStreamSide, Shelf, SideGroup, SideStore};
 use wallaby_testkit::{NatsCluster, NatsOptions, NatsScope, SyncInterval, eventually};
 
 use crate::support::{
@@ -218,4 +220,40 @@ async fn damaged_objects_count_as_not_there() {
     assert_eq!(side.get(part(one, 0)).await.unwrap(), None);
     assert_eq!(side.list(Shelf::Transactions).await.unwrap(), [SideGroup::Attempt(one)]);
     side.remove().await.unwrap();
+}
+
+/// A connection whose server reads no more takes nothing after a while: whoever asks over it is told so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_waits_for_ever_for_a_server_that_stands_still() {
+    let cluster = cluster(1).await;
+    let connections = connections(&cluster.client_url()).await;
+    let side = JetStreamSide::new(flow("still"), connections.clone(), Replicas::Exactly(1), QUOTAS);
+    let side = made(side).await;
+    side.put(part(attempt(5, 1), 0), body(1, 100)).await.unwrap();
+    let node = cluster.node(0).unwrap();
+    node.pause().await.unwrap();
+    for client in [&connections.publish, &connections.pull] {
+        let filler = Bytes::from_static(&[0; 60_000]);
+        let full = Duration::from_secs(1);
+        while tokio::time::timeout(full, client.publish("nobody.listens", filler.clone())).await.is_ok() {}
+    }
+    let all = async {
+        tokio::join!(
+            side.put(part(attempt(5, 1), 1), body(2, 100)),
+            side.get(part(attempt(5, 1), 0)),
+            side.list(Shelf::Transactions),
+            side.usage(Shelf::Transactions),
+            side.delete(SideGroup::Attempt(attempt(5, 2))),
+            side.ensure(Shelf::Chunks),
+        )
+    };
+    let answers = tokio::time::timeout(PATIENCE, all).await.expect("each of them says that it cannot");
+    assert!(answers.0.is_err() && answers.1.is_err() && answers.2.is_err(), "{answers:?}");
+    assert!(answers.3.is_err() && answers.4.is_err() && answers.5.is_err(), "{answers:?}");
+    node.resume().unwrap();
+    eventually(PATIENCE, "it is asked again", async || match side.get(part(attempt(5, 1), 0)).await {
+        Ok(Some(_)) => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
 }
