@@ -362,6 +362,66 @@ mod of_runs {
         assert!(shown[1].message.contains("waits for run 1"), "{:?}", shown[1]);
     }
 
+    /// Invariant 7: a run goes on for the sinks that need not wait.
+    #[test]
+    fn a_sink_that_comes_after_another_run_keeps_no_table_from_the_others() {
+        let second = SinkId::new("second").unwrap();
+        let added = |plan: Option<&RunPlan>, before: &RunSpec| {
+            let mut world = World::running();
+            let mut sink = world.record.document.spec.sinks[0].clone();
+            sink.name = second.clone();
+            world.record.document.spec.sinks.push(sink);
+            let tables =
+                spec(|spec| (spec.reason, spec.tables) = (RunReason::TablesAdded, vec!["public.a".to_owned()]));
+            world.run(RUN, before, None).run(RunId(2), &tables, plan)
+        };
+        let anew = wallaby_model::flow::change::sink_anew(&second, Timestamp(1));
+        let standing = ["capture", "apply.warehouse", "apply.second", "run.1"];
+        assert_eq!(added(None, &anew).wanted(), [&standing[..], &["run.2"]].concat());
+        assert_eq!(added(None, &spec(|_| ())).wanted(), standing, "both sinks are brought to life by the first run");
+
+        let taken = |mut world: World, run: RunId| {
+            let done = SinkRun { is_done: true, ..SinkRun::default() };
+            world.put(Key::RunSink(shop(), run, SinkId::new("warehouse").unwrap()), &done);
+            world
+        };
+        let live = taken(added(None, &spec(|_| ())), RUN);
+        assert_eq!(live.wanted(), [&standing[..], &["run.2"]].concat(), "one of them is alive");
+        let plan = RunPlan { state: RunState::Loading, ..reading(vec![relation("a", 1, 0)]) };
+        let begun = || taken(added(Some(&plan), &anew), RunId(2));
+        assert_eq!(begun().wanted(), [&standing[..], &["run.2"]].concat(), "what has begun keeps its owner");
+        let shown = begun().owned("shop.run.2", "w1").shown().status.unwrap().snapshots;
+        assert!(shown[1].message.ends_with("sink second comes after run 1"), "{:?}", shown[1]);
+
+        // Cut off again, the second sink is in none of them.
+        let mut cut_off = added(None, &anew);
+        let detached = Detached { at: Timestamp(1), position: None, reason: "it slept".to_owned(), run: None };
+        cut_off.put(Key::SinkDetached(shop(), second.clone()), &detached);
+        assert_eq!(cut_off.wanted(), ["capture", "apply.warehouse", "run.1", "run.2"]);
+    }
+
+    #[test]
+    fn two_runs_that_read_share_the_side_store() {
+        let plan = reading(vec![relation("a", 9, 0)]);
+        let other = spec(|spec| (spec.reason, spec.tables) = (RunReason::TablesAdded, vec!["public.b".to_owned()]));
+        let chunks = |bytes: u64, read: u32, is_alone: bool| {
+            let second = if is_alone { RunPlan { state: RunState::Loading, ..plan.clone() } } else { plan.clone() };
+            let mut world = World::running().run(RUN, &spec(|spec| spec.readers = 8), Some(&plan));
+            world = world.run(RunId(2), &other, Some(&second));
+            let side = r#"{ "jetstream": { "chunksMax": "64Mi" } }"#;
+            world.record.document.spec.log.side_store = serde_json::from_str(side).unwrap();
+            for number in 0..read {
+                world = world.read(number, &ChunkDone { bytes, ..done(5) });
+            }
+            world.wanted().iter().filter(|task| task.starts_with("chunk.1.")).count()
+        };
+        assert_eq!(chunks(8 << 20, 0, false), 1, "nothing is known of its chunks");
+        assert_eq!(chunks(8 << 20, 1, false), 3, "three more are half of the store");
+        assert_eq!(chunks(8 << 20, 4, false), 0);
+        assert_eq!(chunks(8 << 20, 4, true), 5, "nobody else reads");
+        assert_eq!(chunks(40 << 20, 1, false), 0);
+    }
+
     #[test]
     fn only_loads_and_then_stops() {
         let only = |plan: &RunPlan| {

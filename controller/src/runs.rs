@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use wallaby_model::condition::Timestamp;
 use wallaby_model::run::{
-    ChunkDone, ChunkLoaded, PlannedRelation, RelationState, RunPlan, RunReason, RunSpec, RunState, RunWish, SinkRun,
-    TableStage,
+    ChunkDone, ChunkLoaded, PlannedRelation, RunPlan, RunReason, RunSpec, RunState, RunWish, SinkRun, TableStage,
 };
 use wallaby_model::{ChunkId, SinkId};
 
@@ -42,6 +41,8 @@ pub struct RunView {
     unloaded: BTreeMap<SinkId, BTreeSet<ChunkId>>,
     /// By index of the plan's relations; chunks of an earlier start of the relation do not count.
     by_relation: Vec<Counts>,
+    /// The bytes of the largest chunk that was read.
+    largest: u64,
     /// Rows and milliseconds of the chunks that were read last.
     recent: VecDeque<(u64, u64)>,
 }
@@ -101,6 +102,11 @@ impl RunView {
         self.pending.iter().copied()
     }
 
+    /// Whether every chunk of it is read.
+    pub fn is_read(&self) -> bool {
+        self.plan.as_ref().is_some_and(|plan| !matches!(plan.state, RunState::Planning | RunState::Reading))
+    }
+
     /// Whether chunks may be read now: there is a snapshot to read under, and nobody wants it otherwise.
     pub fn may_read(&self) -> bool {
         let wish = self.spec.as_ref().map(|spec| spec.wish);
@@ -146,6 +152,22 @@ impl RunView {
         })
     }
 
+    /// How many chunks may be read, or be on their way, while the run may keep no more than `share` bytes in the side store for `sinks`,
+    /// those that it waits for. One always goes: a share may be smaller than a chunk.
+    pub fn fitting<'a>(&self, share: u64, sinks: impl Iterator<Item = &'a SinkId>) -> usize {
+        let mut kept = BTreeSet::new();
+        for sink in sinks {
+            match self.unloaded.get(sink) {
+                Some(unloaded) => kept.extend(unloaded.iter().copied()),
+                // It has not begun.
+                None => kept.extend(self.done.keys().copied().filter(|chunk| self.is_of_plan(*chunk))),
+            }
+        }
+        let kept: u64 = kept.iter().filter_map(|chunk| self.done.get(chunk)).map(|counts| counts.bytes).sum();
+        let more = share.saturating_sub(kept).checked_div(self.largest).unwrap_or(1);
+        usize::try_from(more).unwrap_or(usize::MAX).max(usize::from(kept == 0))
+    }
+
     /// The chunks of one relation of the plan that are read.
     pub fn read_of(&self, index: usize) -> Counts {
         self.by_relation.get(index).copied().unwrap_or_default()
@@ -180,6 +202,7 @@ impl RunView {
         if self.done.insert(chunk, counts).is_some() {
             return;
         }
+        self.largest = self.largest.max(done.bytes);
         self.recent.push_back((done.rows, done.took_ms));
         if self.recent.len() > RATE_CHUNKS {
             self.recent.pop_front();
@@ -246,12 +269,7 @@ impl RunView {
     }
 
     fn is_of_plan(&self, chunk: ChunkId) -> bool {
-        let relations = self.plan.as_ref().map(|plan| plan.relations.as_slice()).unwrap_or_default();
-        relations.get(chunk.table as usize).is_some_and(|relation| {
-            relation.restart == chunk.restart
-                && relation.state == RelationState::Reading
-                && chunk.number < relation.chunks()
-        })
+        self.plan.as_ref().is_some_and(|plan| plan.has(chunk))
     }
 
     fn count(&mut self, chunk: ChunkId, counts: Counts) {

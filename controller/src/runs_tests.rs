@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use wallaby_model::condition::Timestamp;
 use wallaby_model::flow::change::sink_anew;
-use wallaby_model::run::Generation;
+use wallaby_model::run::{Generation, RelationState};
 use wallaby_model::schema::TableName;
 use wallaby_model::{Epoch, Lsn, WorkerId};
 

@@ -53,13 +53,40 @@ impl View {
         capture.into_iter().chain(sinks.map(|sink| TaskId::apply(&entry.flow, sink))).collect()
     }
 
-    /// The run that this one waits for: one made before it that is not over and loads the same tables, or first brings a sink
-    /// of this one to life.
+    /// The run that this one waits for before it begins: as long as every sink of it waits, nobody would take what it reads. Once it has
+    /// begun it goes on for the sinks that do not wait, and the others come after them.
     pub fn waits_for_run(&self, entry: &FlowEntry, run: RunId) -> Option<RunId> {
+        let view = self.run(&entry.flow, run)?;
+        if view.plan().is_some_and(|plan| !plan.generations.is_empty()) {
+            return None;
+        }
+        let mut first = None;
+        for sink in entry.record.document.spec.sinks.iter().map(|sink| &sink.name) {
+            if self.awaits(entry, run, view, sink) {
+                let earlier = self.sink_waits_for(entry, run, sink)?;
+                first = first.or(Some(earlier));
+            }
+        }
+        first
+    }
+
+    /// The run that a sink is to be done with before it begins with this one: one made before it that is not over, and loads the same
+    /// tables into it, or first brings it to life.
+    pub fn sink_waits_for(&self, entry: &FlowEntry, run: RunId, sink: &SinkId) -> Option<RunId> {
         let spec = self.run(&entry.flow, run)?.spec()?;
-        let earlier = self.runs(&entry.flow).take_while(|(other, _)| *other < run);
-        let mut open = earlier.filter(|(_, view)| view.is_open());
-        open.find(|(_, view)| view.spec().is_some_and(|earlier| spec.waits_for(earlier))).map(|(other, _)| other)
+        let mut earlier = self.runs(&entry.flow).take_while(|(other, _)| *other < run);
+        let is_before = |(other, view): &(RunId, &RunView)| {
+            self.awaits(entry, *other, view, sink) && view.spec().is_some_and(|earlier| spec.waits_for(earlier))
+        };
+        earlier.find(is_before).map(|(other, _)| other)
+    }
+
+    /// Whether a run that is not over still waits for a sink: one that was cut off is loaded by the run that brings it back and by those
+    /// after it, by no other.
+    pub fn awaits(&self, entry: &FlowEntry, run: RunId, view: &RunView, sink: &SinkId) -> bool {
+        let is_done = view.sinks().get(sink).is_some_and(|state| state.is_done);
+        let is_out = self.detached(&entry.flow, sink).is_some_and(|detached| detached.is_out_of(run));
+        view.is_open() && view.spec().is_some_and(|spec| spec.loads_into(sink)) && !is_done && !is_out
     }
 
     /// Whether reading pauses because the slot holds back too much WAL.
@@ -68,6 +95,22 @@ impl View {
         let retained = self.task(&TaskId::capture(&entry.flow)).status.and_then(|s| s.progress.retained_wal_bytes);
         safety.on_exceeded == OnExceeded::PauseSnapshot
             && retained.is_some_and(|retained| retained > safety.retained_wal_max.0)
+    }
+
+    /// How many chunks of a run fit into its share of the side store: all of it, unless other runs have chunks to read too, also when they
+    /// are paused or between two exports. Otherwise what one run keeps for a sink that comes to it later would leave no room to the
+    /// run which that sink has to be done with before.
+    fn chunks_fitting(&self, entry: &FlowEntry, run: RunId, view: &RunView) -> usize {
+        let reads = |(other, view): &(RunId, &RunView)| {
+            view.is_open() && !view.is_read() && self.waits_for_run(entry, *other).is_none()
+        };
+        let reading = self.runs(&entry.flow).filter(reads).count() as u64;
+        if reading < 2 {
+            return usize::MAX;
+        }
+        let share = entry.record.document.spec.log.side_chunks_max().0 / reading;
+        let sinks = entry.record.document.spec.sinks.iter().map(|sink| &sink.name);
+        view.fitting(share, sinks.filter(|sink| self.awaits(entry, run, view, sink)))
     }
 
     /// Chunks of a run that a worker reads now.
@@ -94,15 +137,11 @@ impl View {
             let readers = usize::try_from(spec.readers.max(1)).unwrap_or(usize::MAX);
             let chunk_tasks = view.pending().map(|chunk| of(TaskKind::Chunk(run, chunk)));
             let reading = self.chunks_reading(entry, run);
-            let free = readers.saturating_sub(reading);
+            let free = readers.min(self.chunks_fitting(entry, run, view)).saturating_sub(reading);
             tasks.extend(chunk_tasks.filter(|task| !self.is_owned(task)).take(free));
         }
         let sinks = entry.record.document.spec.sinks.iter().filter(|sink| !sink.paused);
-        // One that was cut off is loaded by the run that brings it back, and by no other.
-        let is_in = |sink: &&SinkId| {
-            self.detached(&entry.flow, sink).is_none_or(|detached| detached.run.is_some_and(|with| with <= run))
-        };
-        for sink in sinks.map(|sink| &sink.name).filter(is_in) {
+        for sink in sinks.map(|sink| &sink.name).filter(|sink| self.awaits(entry, run, view, sink)) {
             tasks.extend(view.loads(sink).into_iter().map(|chunk| of(TaskKind::Load(sink.clone(), run, chunk))));
         }
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tracing::{Instrument, Span};
 use wallaby_coordination::ChunkOutcome;
 use wallaby_model::condition::TaskPhase;
-use wallaby_model::run::{ChunkDone, Generation, PlannedRelation, RelationState, RunSpec, RunWish};
+use wallaby_model::run::{ChunkDone, Generation, PlannedRelation, RelationState, RunPlan, RunSpec, RunWish};
 use wallaby_model::{ChunkId, Epoch, RunId, SegmentBody, TableChanges, TaskKind};
 use wallaby_postgres_source::{ChunkRequest, ConnectConfig, PartSink, SourceError, read_chunk};
 use wallaby_staging::{Puts, Shelf, SideGroup, SideKey, SideStore, StagingError};
@@ -20,12 +20,15 @@ use crate::capture::{CaptureError, Directive};
 use crate::failpoint::Failpoint;
 use crate::flows::{Demand, SourceDemand};
 use crate::places::Place;
+use crate::run::age_max;
 use crate::runs::RunView;
 use crate::task::{TaskContext, TaskEnd};
 use crate::{metrics, secret, spans};
 
 /// How long a chunk waits for the run's owner to export another snapshot before it is given back.
 const PLAN_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a chunk is read on under a snapshot that its run has given up, at most: the next snapshot serves it as well, and vacuum waits.
+const OUTLIVES_MAX: Duration = Duration::from_secs(60);
 /// How long a chunk that met a full side store waits before it is given back. The snapshot is not held meanwhile.
 const FULL_AGAIN: Duration = Duration::from_secs(5);
 /// Before a failed chunk is given back.
@@ -61,6 +64,10 @@ pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
     let outcome = tokio::select! {
         outcome = reading => outcome,
         _ = context.ending() => Ok(false),
+        why = outlived(context, *run, &work.generation) => {
+            tracing::info!(task = %context.task, why, "the chunk is given back");
+            Ok(false)
+        }
     };
     if let Err(error) = &outcome {
         wallaby_telemetry::failed(&span, error);
@@ -101,6 +108,36 @@ async fn find(context: &TaskContext, run: RunId, chunk: ChunkId) -> Result<Work,
                 Ok(Ok(())) => {}
                 Ok(Err(_)) | Err(_) => return Err(Idle::NoSnapshot),
             },
+        }
+    }
+}
+
+/// Returns when a chunk is no longer to be read under its snapshot, and why: nobody wants it now, or the run has given the snapshot up,
+/// because it was held for as long as it may be.
+async fn outlived(context: &TaskContext, run: RunId, generation: &Generation) -> &'static str {
+    let mut changes = context.runs.changes();
+    let mut given_up = None;
+    loop {
+        changes.borrow_and_update();
+        let state = context.runs.run(&context.task.flow, run, |view| {
+            let is_wanted = view.is_open() && view.spec.as_ref().is_some_and(|spec| spec.wish == RunWish::Go);
+            let snapshot = view.plan.as_ref().and_then(RunPlan::snapshot);
+            is_wanted.then_some(snapshot.is_some_and(|snapshot| snapshot.number == generation.number))
+        });
+        given_up = match state.flatten() {
+            None => return "the run is paused or over",
+            Some(true) => None,
+            Some(false) => given_up.or_else(|| Some(Instant::now())),
+        };
+        let outlives = async {
+            match given_up {
+                Some(at) => tokio::time::sleep_until((at + OUTLIVES_MAX.min(age_max(context))).into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return "nobody watches any more" },
+            () = outlives => return "its snapshot was given up a while ago",
         }
     }
 }

@@ -106,7 +106,7 @@ impl Overrun {
         let staged = self.status.snapshot().progress.staged.unwrap_or(Position::ZERO);
         let mut has_detached = false;
         for sink in self.blame.ripe(&overrun(&holds, &seen, staged), Instant::now()) {
-            has_detached |= detach(&self.lock, &sink, &holds).await?;
+            has_detached |= detach(&self.lock, &sink, &holds, lacks_room).await?;
         }
         Ok(has_detached)
     }
@@ -119,12 +119,7 @@ impl Overrun {
         };
         self.runs.of(flow, |runs| {
             let awaits = |sink: &SinkId| {
-                let open = runs.runs.iter().filter(|(run, view)| {
-                    view.is_open()
-                        && view.spec.as_ref().is_some_and(|spec| spec.loads_into(sink))
-                        && !view.sinks.get(sink).is_some_and(|state| state.is_done)
-                        && runs.detached.get(sink).is_none_or(|detached| detached.run == Some(**run))
-                });
+                let open = runs.runs.iter().filter(|(run, view)| runs.awaits(**run, view, sink));
                 open.map(|(run, _)| *run).collect()
             };
             let seen = |spec: &SinkSpec| {
@@ -136,16 +131,26 @@ impl Overrun {
     }
 }
 
-async fn detach(
+/// What the log has no room for, for people.
+fn lacks_room(hold: &Hold) -> String {
+    match hold.position {
+        Some(position) => format!("it stands at {position}, and the log has no room for what it still needs"),
+        None => "it was not loaded before the log had no room left for the changes since".to_owned(),
+    }
+}
+
+/// Cuts a sink off, unless it has moved since the holds were read. Says whether anything is to be looked at again.
+///
+/// # Errors
+/// When etcd cannot be reached, or the lock is lost.
+pub async fn detach(
     lock: &TaskLock,
     sink: &SinkId,
     holds: &BTreeMap<Reader, Hold>,
+    reason: impl Fn(&Hold) -> String,
 ) -> Result<bool, wallaby_coordination::Error> {
     let Some(hold) = holds.get(&Reader::Sink(sink.clone())) else { return Ok(false) };
-    let reason = match hold.position {
-        Some(position) => format!("it stands at {position}, and the log has no room for what it still needs"),
-        None => "it was not loaded before the log had no room left for the changes since".to_owned(),
-    };
+    let reason = reason(hold);
     match lock.detach_sink(sink, *hold, &reason).await {
         Ok(DetachOutcome::Detached) => {
             tracing::warn!(flow = %lock.task().flow, %sink, reason, "the sink was cut off from the log; it is loaded anew by a run");

@@ -33,6 +33,14 @@ impl RunView {
         self.spec.as_ref().is_some_and(|spec| spec.wish != RunWish::Cancel)
             && !self.plan.as_ref().is_some_and(|plan| plan.state.is_over())
     }
+
+    /// How many of the chunks that are read a sink is not known to have.
+    pub fn lacks(&self, sink: &SinkId) -> usize {
+        let Some(plan) = &self.plan else { return 0 };
+        let loaded = self.loaded.get(sink);
+        let is_lacking = |chunk: &&ChunkId| !loaded.is_some_and(|loaded| loaded.contains(chunk)) && plan.has(**chunk);
+        self.chunks.keys().filter(is_lacking).count()
+    }
 }
 
 /// The runs of one flow, and its sinks that are cut off from the log.
@@ -42,6 +50,21 @@ pub struct FlowRuns {
     pub runs: BTreeMap<RunId, RunView>,
     /// The sinks that are cut off.
     pub detached: BTreeMap<SinkId, Detached>,
+}
+
+impl FlowRuns {
+    /// Whether a sink is out of a run because it was cut off from the log.
+    pub fn is_out_of(&self, run: RunId, sink: &SinkId) -> bool {
+        self.detached.get(sink).is_some_and(|detached| detached.is_out_of(run))
+    }
+
+    /// Whether an open run still waits for a sink.
+    pub fn awaits(&self, run: RunId, view: &RunView, sink: &SinkId) -> bool {
+        view.is_open()
+            && view.spec.as_ref().is_some_and(|spec| spec.loads_into(sink))
+            && !view.sinks.get(sink).is_some_and(|state| state.is_done)
+            && !self.is_out_of(run, sink)
+    }
 }
 
 struct Inner {

@@ -82,7 +82,7 @@ fn message(view: &View, entry: &FlowEntry, run: RunId, spec: &RunSpec, plan: Opt
         return format!("paused by request; `wallaby snapshot resume {flow} {run}` lets it go on");
     }
     if let Some(other) = view.waits_for_run(entry, run) {
-        return format!("waits for run {other}, which loads the same tables or brings a sink of this one to life");
+        return format!("waits for run {other}, which loads the same tables or brings its sinks to life");
     }
     if entry.record.document.spec.paused {
         return format!("the flow is paused; `wallaby resume {flow}` lets it go on");
@@ -98,7 +98,16 @@ fn message(view: &View, entry: &FlowEntry, run: RunId, spec: &RunSpec, plan: Opt
     }
     let error = task.status.and_then(|status| status.last_error).unwrap_or_default();
     let error = if error.is_empty() { error_of_chunks(view, flow, run) } else { error };
-    if error.is_empty() { said } else { error }
+    if !error.is_empty() {
+        return error;
+    }
+    let sinks = entry.record.document.spec.sinks.iter().map(|sink| &sink.name);
+    let waits = |sink: &SinkId| view.run(flow, run).is_some_and(|known| view.awaits(entry, run, known, sink));
+    let behind = sinks.filter(|sink| waits(sink)).filter_map(|sink| {
+        let earlier = view.sink_waits_for(entry, run, sink)?;
+        Some(format!("sink {sink} comes after run {earlier}"))
+    });
+    std::iter::once(said).filter(|said| !said.is_empty()).chain(behind).collect::<Vec<_>>().join("; ")
 }
 
 /// What a chunk of a run that is not read yet failed with, one of them; empty when none did.

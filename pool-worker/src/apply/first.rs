@@ -118,7 +118,7 @@ pub async fn load(
 
 /// The plan of the run that brings the sink to life.
 fn plan_of(context: &TaskContext, sink: &SinkId) -> Option<RunPlan> {
-    context.runs.of(&context.task.flow, |runs| tables::open_runs(runs, sink).next().map(|(.., plan)| plan.clone()))
+    context.runs.of(&context.task.flow, |runs| tables::open_runs(runs, sink).next().and_then(|open| open.plan.cloned()))
 }
 
 /// What the load waits for, for people.
@@ -129,11 +129,14 @@ fn waits_for(context: &TaskContext, loads: &Loads) -> String {
         {
             return format!("the run that loads it anew: it was cut off from the log ({})", detached.reason);
         }
-        match tables::open_runs(runs, loads.sink()).next() {
-            None => "a run that loads it (wallaby snapshot start)".to_owned(),
-            Some((run, _, plan)) if plan.state == RunState::Planning => format!("the plan of run {run}"),
-            Some((run, view, plan)) => {
-                let loaded = view.loaded.get(loads.sink()).map_or(0, |loaded| loaded.len());
+        let Some(open) = tables::open_runs(runs, loads.sink()).next() else {
+            return "a run that loads it (wallaby snapshot start)".to_owned();
+        };
+        let run = open.run;
+        match open.plan.filter(|plan| plan.state != RunState::Planning) {
+            None => format!("the plan of run {run}"),
+            Some(plan) => {
+                let loaded = open.view.loaded.get(loads.sink()).map_or(0, |loaded| loaded.len());
                 format!("run {run}: {loaded} of {} chunks are loaded", plan.chunks().count())
             }
         }

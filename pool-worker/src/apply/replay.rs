@@ -14,7 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span};
 use wallaby_connector_api::{Batch, Sink, SinkError, TableLoads};
 use wallaby_model::run::TableStage;
-use wallaby_model::{Epoch, Position};
+use wallaby_model::{Epoch, Position, RunId};
 use wallaby_staging::{SideStore, Start};
 
 use super::ApplyError;
@@ -44,6 +44,7 @@ pub struct Main {
 
 /// A replay under way; ends when dropped.
 pub struct CatchUp {
+    run: RunId,
     main: watch::Sender<Main>,
     asks: watch::Receiver<bool>,
     task: AbortOnDropHandle<Result<(), ApplyError>>,
@@ -58,6 +59,7 @@ impl CatchUp {
         replay: Replay,
         at: Position,
     ) -> CatchUp {
+        let of_run = replay.run;
         let (main, followed) = watch::channel(Main { at, is_held: false });
         let (asking, asks) = watch::channel(false);
         let context = Arc::clone(context);
@@ -66,7 +68,12 @@ impl CatchUp {
             sink.close().await;
             outcome
         });
-        CatchUp { main, asks, task: AbortOnDropHandle::new(task) }
+        CatchUp { run: of_run, main, asks, task: AbortOnDropHandle::new(task) }
+    }
+
+    /// The run whose tables catch up.
+    pub fn run(&self) -> RunId {
+        self.run
     }
 
     /// Says where the main stream stands.

@@ -267,7 +267,13 @@ impl Run<'_> {
                 biased;
                 _ = &mut ending => break,
                 () = tokio::time::sleep_until(due.into()), if !is_busy => {}
-                ended = replayed(replay) => if ended? { self.handed_over().await? },
+                ended = replayed(replay) => match ended {
+                    // Its run was cancelled: the log keeps nothing for it any more.
+                    Err(error) if self.gives_replay_up() => {
+                        tracing::debug!(task = %context.task, %error, "a replay whose run is over ended");
+                    }
+                    ended => if ended? { self.handed_over().await? },
+                },
                 read = self.stream.read(), if !is_busy && !is_held => read?,
                 () = std::future::ready(()), if is_busy => {}
             }
@@ -404,8 +410,24 @@ impl Run<'_> {
         self.checkpoints.note(mark);
     }
 
+    /// Drops a replay whose run wants nothing of this sink any more. Says whether there was one.
+    fn gives_replay_up(&mut self) -> bool {
+        let (context, sink) = (self.context, &self.demand.sink.name);
+        let is_void = self.replay.as_ref().is_some_and(|replay| {
+            let run = replay.run();
+            context
+                .runs
+                .of(&context.task.flow, |runs| !runs.runs.get(&run).is_some_and(|view| runs.awaits(run, view, sink)))
+        });
+        if is_void {
+            self.replay = None;
+        }
+        is_void
+    }
+
     /// Does what is to be done in the runs of this sink.
     async fn look(&mut self) -> Result<(), ApplyError> {
+        self.gives_replay_up();
         for _ in 0..STEPS_MAX {
             let at = self.stream.assembler.at();
             match self.loads.step(self.context, self.sink, Some(at)).await? {
@@ -429,10 +451,7 @@ impl Run<'_> {
         }
         let (context, sink) = (self.context, &self.demand.sink.name);
         let filter = self.loads.filter.as_deref();
-        let is_known = |table: &TableName| {
-            filter.is_none_or(|filter| filter.taken.contains_key(table) || filter.left_out.contains(table))
-        };
-        self.strangers.retain(|table, _| !is_known(table));
+        self.strangers.retain(|table, _| filter.is_some_and(|filter| tables::is_stranger(filter, table)));
         let (mut wanted, mut gone) = (Vec::new(), Vec::new());
         for (table, LeftOut { seen, is_said }) in &mut self.strangers {
             match context.runs.of(&context.task.flow, |runs| tables::stranger(runs, sink, table, *seen)) {

@@ -34,13 +34,19 @@ pub fn main_filter(marks: &[TableMark], snapshot: SnapshotMode) -> Option<TableF
     Some(filter)
 }
 
-/// Tables that have rows in what the main reader took and that no run ever brought to the sink: their rows are left out until one does.
+/// Tables that have rows in what the main reader took and whose rows are left out until a run brings them. One that a run copies now is
+/// among them, and so are those that a run began with and did not bring: see [`stranger`].
 pub fn strangers<'a>(filter: &'a TableFilter, parts: &'a [BatchPart]) -> impl Iterator<Item = &'a TableName> {
     let tables = parts.iter().flat_map(|part| part.body.tables.iter().map(|table| &table.schema.table));
-    tables.filter(|table| !filter.others && !filter.taken.contains_key(table) && !filter.left_out.contains(table))
+    tables.filter(|table| is_stranger(filter, table))
 }
 
-/// What is to be done about a table that no run ever brought to a sink.
+/// Whether the rows of a table are left out until a run brings them.
+pub fn is_stranger(filter: &TableFilter, table: &TableName) -> bool {
+    !filter.others && !filter.taken.contains_key(table)
+}
+
+/// What is to be done about a table whose rows are left out at a sink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stranger {
     /// A run that is not over has it.
@@ -62,8 +68,11 @@ pub fn stranger(runs: &FlowRuns, sink: &SinkId, table: &TableName, seen: Positio
     };
     let mut of_it = runs.runs.iter().filter(|(_, run)| run.spec.as_ref().is_some_and(has_it));
     match of_it.next_back() {
-        Some((_, run)) if run.is_open() => Stranger::Awaited,
-        Some((number, run)) if !run.plan.as_ref().is_some_and(|plan| plan.state == RunState::Done) => {
+        Some((number, run)) if runs.awaits(*number, run, sink) => Stranger::Awaited,
+        // One that is open and done here had no such table, and may be open for long because of another sink.
+        Some((number, run))
+            if !run.is_open() && !run.plan.as_ref().is_some_and(|plan| plan.state == RunState::Done) =>
+        {
             Stranger::Cancelled(*number)
         }
         Some((_, run)) if run.plan.as_ref().is_some_and(|plan| was_gone(plan, table, seen)) => Stranger::Gone,
@@ -201,35 +210,52 @@ pub struct AtSink<'a> {
     pub loaded: &'a HashMap<RunId, BTreeSet<ChunkId>>,
 }
 
-/// The open runs that load into a sink, in order.
-pub fn open_runs<'a>(runs: &'a FlowRuns, sink: &'a SinkId) -> impl Iterator<Item = (RunId, &'a RunView, &'a RunPlan)> {
-    // A sink that was cut off waits for the run that brings it back; the others are nothing to it.
-    let detached = runs.detached.get(sink);
-    let open = runs.runs.iter().filter(move |(run, view)| {
-        view.is_open()
-            && view.spec.as_ref().is_some_and(|spec| spec.loads_into(sink))
-            && detached.is_none_or(|detached| detached.run.is_some_and(|with| with <= **run))
-            && !view.sinks.get(sink).is_some_and(|state| state.is_done)
-    });
-    open.filter_map(|(run, view)| view.plan.as_ref().map(|plan| (*run, view, plan)))
+/// An open run as a sink meets it.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenRun<'a> {
+    /// Its number.
+    pub run: RunId,
+    /// What is known of it.
+    pub view: &'a RunView,
+    /// What is asked of it.
+    pub spec: &'a RunSpec,
+    /// Its plan; none before its owner wrote one.
+    pub plan: Option<&'a RunPlan>,
 }
 
-/// What is next, and what the sink's state in each of its runs is. A sink without a position is brought to life by its first run; the
-/// others wait for that.
+/// The open runs that still load into a sink, in order: those that were not done there, and that a sink which was cut off is not out of.
+pub fn open_runs<'a>(runs: &'a FlowRuns, sink: &'a SinkId) -> impl Iterator<Item = OpenRun<'a>> {
+    let open = runs.runs.iter().filter(move |(run, view)| runs.awaits(**run, view, sink));
+    open.filter_map(|(run, view)| {
+        view.spec.as_ref().map(|spec| OpenRun { run: *run, view, spec, plan: view.plan.as_ref() })
+    })
+}
+
+/// What is next, and what the sink's state in each of its runs is. A sink without a position is brought to life by its first run, and
+/// a run whose tables an earlier one loads comes after that one: other sinks of the run may be far ahead (see [`RunSpec::waits_for`]).
 pub fn next(at: AtSink<'_>, runs: &FlowRuns) -> (Option<Next>, Vec<(RunId, SinkRun)>) {
     let mut said = Vec::new();
-    let mut first = None;
-    for (run, view, plan) in open_runs(runs, at.sink) {
-        let (next, state) = next_of(at, run, view, plan);
-        if view.sinks.get(at.sink) != Some(&state) {
-            said.push((run, state));
+    let (mut first, mut replay) = (None, None);
+    let mut earlier: Vec<&RunSpec> = Vec::new();
+    for OpenRun { run, view, spec, plan } in open_runs(runs, at.sink) {
+        let waits = earlier.iter().any(|earlier| spec.waits_for(earlier));
+        earlier.push(spec);
+        if let Some(plan) = plan.filter(|_| !waits) {
+            let (next, state) = next_of(at, run, view, plan);
+            if view.sinks.get(at.sink) != Some(&state) {
+                said.push((run, state));
+            }
+            match next {
+                // It goes on for long beside everything else: other runs do not wait for it.
+                Some(Next::Replay(_)) => replay = replay.or(next),
+                next => first = first.or(next),
+            }
         }
-        first = first.or(next);
         if !at.is_live {
             break;
         }
     }
-    (first, said)
+    (first.or(replay), said)
 }
 
 fn next_of(at: AtSink<'_>, run: RunId, view: &RunView, plan: &RunPlan) -> (Option<Next>, SinkRun) {
@@ -357,4 +383,92 @@ fn replay(run: RunId, view: &RunView, plan: &RunPlan, catching_up: &[&TableMark]
         filter.taken.insert(mark.table.clone(), Position::before(point));
     }
     Some(Replay { run, from, tables: here.iter().map(|mark| mark.table.clone()).collect(), filter })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+    use wallaby_model::condition::Timestamp;
+    use wallaby_model::flow::change::sink_anew;
+    use wallaby_model::run::{Generation, RunReason};
+    use wallaby_model::{Epoch, WorkerId};
+
+    const CHUNK: ChunkId = ChunkId { table: 0, restart: 0, number: 0 };
+
+    fn sink() -> SinkId {
+        SinkId::new("warehouse").unwrap()
+    }
+
+    fn spec(reason: RunReason, table: &str) -> RunSpec {
+        RunSpec { reason, tables: vec![table.to_owned()], ..sink_anew(&sink(), Timestamp(1)) }
+    }
+
+    /// A run of one table that is read.
+    fn read(reason: RunReason, name: &str) -> RunView {
+        let table = TableName::new("public", name);
+        let relation = PlannedRelation {
+            relation: table.clone(),
+            table,
+            oid: 1,
+            relfilenode: 1,
+            pages: 1,
+            chunk_pages: 1,
+            restart: 0,
+            state: RelationState::Reading,
+            rows_estimate: None,
+            has_key: true,
+        };
+        let generation = Generation { number: 1, consistent_point: Lsn(7), snapshot: None, exported_at: Timestamp(1) };
+        let done = ChunkDone {
+            attempt: Epoch(1),
+            consistent_point: Lsn(7),
+            parts: 1,
+            rows: 1,
+            bytes: 1,
+            checksum: 0,
+            worker: WorkerId::new("w1").unwrap(),
+            took_ms: 1,
+        };
+        RunView {
+            spec: Some(spec(reason, &format!("public.{name}"))),
+            plan: Some(RunPlan {
+                state: RunState::Loading,
+                generations: vec![generation],
+                relations: vec![relation],
+                ..RunPlan::default()
+            }),
+            chunks: [(CHUNK, done)].into(),
+            ..RunView::default()
+        }
+    }
+
+    /// The run whose table is prepared next.
+    fn prepared(is_live: bool, runs: [RunView; 2]) -> Option<RunId> {
+        let [first, second] = runs;
+        let runs = FlowRuns { runs: [(RunId(1), first), (RunId(2), second)].into(), ..FlowRuns::default() };
+        let at = AtSink { sink: &sink(), is_live, marks: &[], loaded: &HashMap::new() };
+        match next(at, &runs).0 {
+            Some(Next::Prepare { run, .. }) => Some(run),
+            None => None,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_run_waits_at_a_sink_for_one_before_it_that_has_the_same_tables_or_brings_it_to_life() {
+        let unplanned = |reason, table: &str| RunView { spec: Some(spec(reason, table)), ..RunView::default() };
+        let added = || read(RunReason::TablesAdded, "b");
+        assert_eq!(prepared(false, [read(RunReason::FirstLoad, "a"), added()]), Some(RunId(1)));
+        // Other sinks of the later run did not wait: it may be planned and read before the earlier one.
+        assert_eq!(prepared(false, [unplanned(RunReason::FirstLoad, "public.a"), added()]), None);
+        assert_eq!(prepared(true, [unplanned(RunReason::SinkAnew, "public.a"), added()]), None);
+        assert_eq!(prepared(true, [unplanned(RunReason::Asked, "public.*"), added()]), None);
+        assert_eq!(prepared(true, [unplanned(RunReason::Asked, "public.a"), added()]), Some(RunId(2)));
+        let done = RunView {
+            sinks: [(sink(), SinkRun { is_done: true, ..SinkRun::default() })].into(),
+            ..read(RunReason::FirstLoad, "b")
+        };
+        assert_eq!(prepared(true, [done, added()]), Some(RunId(2)));
+    }
 }

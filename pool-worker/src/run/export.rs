@@ -23,6 +23,8 @@ const LOG_LOOK_EVERY: Duration = Duration::from_millis(500);
 const PURGE_RACES_MAX: u32 = 8;
 /// So many chunks, as large as they are at the source, find room in the side store.
 const CHUNKS_AT_A_TIME: u64 = 4;
+/// A chunk whose reading is throttled takes a fourth of the time for which a snapshot is held, at most.
+const CHUNKS_PER_SNAPSHOT: u64 = 4;
 /// How long a session holds the snapshot when the flow does not say.
 const AGE_MAX: Duration = Duration::from_secs(30 * 60);
 
@@ -74,7 +76,12 @@ impl Export {
         let chunk_bytes = demand.log.side_chunks_max().0 / CHUNKS_AT_A_TIME;
         let required = required(context, spec, before);
         let planned = session.plan_required(&demand.publication, &spec.tables, &required, &spec.exclude, chunk_bytes);
-        let relations = planned.await?;
+        let mut relations = planned.await?;
+        if let Some(rows_per_second) = spec.rows_per_second {
+            let per_reader = rows_per_second / u64::from(spec.readers.max(1));
+            let rows_max = per_reader.max(1).saturating_mul(age_max(context).as_secs()) / CHUNKS_PER_SNAPSHOT;
+            relations.iter_mut().for_each(|relation| cut_by_rows(relation, rows_max));
+        }
         Ok((Export { session }, generation, relations))
     }
 
@@ -95,6 +102,14 @@ impl Export {
     pub async fn is_outdated(&self, relations: &[&PlannedRelation]) -> Result<bool, CaptureError> {
         Ok(self.session.is_outdated(relations).await?)
     }
+}
+
+/// Cuts a relation so that a chunk has about so many rows at most: one that is read slowly must be through before its snapshot has been
+/// held for as long as it may be.
+fn cut_by_rows(relation: &mut PlannedRelation, rows_max: u64) {
+    let Some(rows) = relation.rows_estimate.filter(|rows| *rows > 0) else { return };
+    let pages = u64::from(relation.pages).saturating_mul(rows_max) / rows;
+    relation.chunk_pages = relation.chunk_pages.min(u32::try_from(pages).unwrap_or(u32::MAX)).max(1);
 }
 
 /// The publication as the flow wants it now: tables that were added may be why the run is there.
@@ -146,5 +161,38 @@ async fn log_end(context: &TaskContext, log: &Log) -> Result<Position, CaptureEr
         }
         context.status.waiting(Some("the capture's first record in the log"));
         tokio::time::sleep(LOG_LOOK_EVERY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wallaby_model::TableName;
+    use wallaby_model::run::RelationState;
+
+    #[test]
+    fn a_throttled_chunk_has_no_more_rows_than_are_read_in_its_time() {
+        let cut = |rows_estimate, rows_max| {
+            let table = TableName::new("public", "t");
+            let mut relation = PlannedRelation {
+                relation: table.clone(),
+                table,
+                oid: 1,
+                relfilenode: 1,
+                pages: 1000,
+                chunk_pages: 500,
+                restart: 0,
+                state: RelationState::Reading,
+                rows_estimate,
+                has_key: true,
+            };
+            cut_by_rows(&mut relation, rows_max);
+            relation.chunk_pages
+        };
+        assert_eq!(cut(Some(30_000), 3000), 100);
+        assert_eq!(cut(Some(30_000), 3_000_000), 500, "it is small enough");
+        assert_eq!(cut(Some(30_000), 1), 1, "a page is the least");
+        assert_eq!(cut(None, 1), 500, "nothing is known of it");
+        assert_eq!(cut(Some(0), 1), 500);
     }
 }

@@ -6,23 +6,27 @@
 //! needs.
 
 mod core;
+mod crowded;
 mod export;
 pub mod sweep;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use wallaby_coordination::Error as EtcdError;
+use wallaby_coordination::{Error as EtcdError, Hold};
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::run::{ChunkDone, RunPlan, RunState, RunWish};
 use wallaby_model::{ChunkId, Position, Reader, RunId, SinkId, TaskId, TaskKind};
 use wallaby_staging::{Shelf, SideGroup, SideStore};
 
 use self::core::{Situation, Step};
+use self::crowded::{Crowd, Crowding};
 use self::export::Export;
+pub use self::export::age_max;
 use crate::backoff::Backoff;
 use crate::capture::{CaptureError, Directive};
+use crate::detach::detach;
 use crate::flows::{Demand, SourceDemand};
 use crate::metrics;
 use crate::runs::FlowRuns;
@@ -117,8 +121,10 @@ struct Owner<'a> {
     side: Arc<dyn SideStore>,
     export: Option<Export>,
     is_outdated: bool,
-    /// Chunks whose parts are removed: every sink has them.
+    /// Chunks whose parts are removed: every sink has them, or nobody wants them.
     removed: BTreeSet<ChunkId>,
+    /// Who keeps the side store full.
+    crowding: Crowding,
 }
 
 async fn session(
@@ -146,8 +152,17 @@ async fn session(
         }
     }
     let plan = entry.plan.unwrap_or_default();
-    let mut owner =
-        Owner { context, demand, run, plan, side, export: None, is_outdated: false, removed: BTreeSet::new() };
+    let mut owner = Owner {
+        context,
+        demand,
+        run,
+        plan,
+        side,
+        export: None,
+        is_outdated: false,
+        removed: BTreeSet::new(),
+        crowding: Crowding::default(),
+    };
     let end = owner.serve(backoff).await;
     if !matches!(end, Ok(End::Over)) && owner.plan.snapshot().is_some() {
         // Nobody should try to read under a snapshot that goes with this session.
@@ -247,7 +262,7 @@ impl Owner<'_> {
                     .export
                     .as_ref()
                     .map(|export| core::Session { age: export.age(), is_outdated: self.is_outdated }),
-                age_max: export::age_max(context),
+                age_max: age_max(context),
                 sinks_open: sinks.iter().filter(|sink| !is_done(sink)).count(),
                 is_unwanted: sinks.is_empty(),
             })
@@ -304,6 +319,9 @@ impl Owner<'_> {
             metrics::side_store(&context.task.flow, "chunks", usage.bytes);
             if usage.bytes > usage.bytes_max / 2 {
                 self.make_room(&chunks).await;
+                self.cut_off_keepers().await;
+            } else {
+                self.crowding.is_over();
             }
         }
         if self.demand.is_captured {
@@ -327,7 +345,8 @@ impl Owner<'_> {
                 view.loaded.get(sink).is_some_and(|loaded| loaded.contains(chunk))
                     || view.sinks.get(sink).is_some_and(|state| state.is_done)
             };
-            let is_taken = |chunk: &&ChunkId| sinks.iter().all(|sink| has(sink, chunk));
+            // Also those of a table that was started again: nobody wants them.
+            let is_taken = |chunk: &&ChunkId| !self.plan.has(**chunk) || sinks.iter().all(|sink| has(sink, chunk));
             chunks
                 .keys()
                 .filter(|chunk| !self.removed.contains(chunk))
@@ -349,7 +368,41 @@ impl Owner<'_> {
         }
     }
 
-    /// The sinks that the run loads into. One that was cut off from the log is out, but for the run that brings it back.
+    /// Cuts off the sinks that keep the side store full while others of this run wait for the rest of it.
+    async fn cut_off_keepers(&mut self) {
+        let context = self.context;
+        let (flow, sinks) = (&context.task.flow, self.sinks());
+        let specs = context.flows.borrow().get(flow).map(|known| known.record.document.spec.sinks.clone());
+        let Some(crowd) = context.runs.of(flow, |runs| {
+            let view = runs.runs.get(&self.run)?;
+            let is_read = self.plan.chunks().all(|chunk| view.chunks.contains_key(&chunk));
+            let has_all = sinks.iter().any(|sink| view.lacks(sink) == 0);
+            let is_waited_for = self.export.is_some() && !is_read && has_all;
+            Some(Crowd { read: view.chunks.len(), is_waited_for, keepers: crowded::keepers(runs, &specs?) })
+        }) else {
+            return;
+        };
+        let patience = context.shared.options.sink_patience.0;
+        let ripe = self.crowding.ripe(&crowd, Instant::now(), patience);
+        if ripe.is_empty() {
+            return;
+        }
+        let reason =
+            |_: &Hold| "it took no rows of its load, and the side store has no room for those of the others".to_owned();
+        let cut_off = async {
+            let holds = context.shared.coordination.holds(flow).await?;
+            for sink in &ripe {
+                detach(&context.lock, sink, &holds, reason).await?;
+            }
+            Ok::<_, EtcdError>(())
+        };
+        // No reason to give the snapshot up: the next look tries again, or finds that the lock is lost.
+        if let Err(error) = cut_off.await {
+            tracing::debug!(task = %context.task, %error, "a sink that keeps the side store full was not cut off");
+        }
+    }
+
+    /// The sinks that the run loads into. One that was cut off from the log is out of the runs before the one that brings it back.
     fn sinks(&self) -> Vec<SinkId> {
         let context = self.context;
         let sinks: Vec<SinkId> = match context.flows.borrow().get(&context.task.flow) {
@@ -358,10 +411,8 @@ impl Owner<'_> {
         };
         context.runs.of(&context.task.flow, |runs: &FlowRuns| {
             let spec = runs.runs.get(&self.run).and_then(|view| view.spec.as_ref());
-            let is_in = |sink: &SinkId| {
-                spec.is_some_and(|spec| spec.loads_into(sink))
-                    && runs.detached.get(sink).is_none_or(|detached| detached.run == Some(self.run))
-            };
+            let is_in =
+                |sink: &SinkId| spec.is_some_and(|spec| spec.loads_into(sink)) && !runs.is_out_of(self.run, sink);
             sinks.into_iter().filter(is_in).collect()
         })
     }

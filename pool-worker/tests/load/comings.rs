@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Hold, Key};
-use wallaby_model::flow::ByteSize;
+use wallaby_model::flow::{ByteSize, FlowDocument, SinkSpec};
 use wallaby_model::run::{RunSpec, RunState};
 use wallaby_model::{RunId, SinkId};
 use wallaby_testkit::{Database, PostgresOptions};
 
 use crate::scene::*;
-use crate::{ALL, fill};
+use crate::{ALL, WIDE, fill, fill_dense};
 
 /// A flow of everything in `public`, whose first run is done. What comes of it is offered while the first handle lives.
 async fn loaded(name: &str, more: &str) -> (Arc<Scene>, AbortOnDropHandle<()>, Running) {
@@ -27,6 +27,10 @@ async fn loaded(name: &str, more: &str) -> (Arc<Scene>, AbortOnDropHandle<()>, R
 /// Makes a table, and waits until its changes are captured.
 async fn make(scene: &Scene, table: &str) {
     scene.source.batch_execute(&format!("CREATE TABLE {table} (id int PRIMARY KEY, filler text)")).await.unwrap();
+    published(scene, table).await;
+}
+
+async fn published(scene: &Scene, table: &str) {
     let sql = "SELECT count(*) FROM pg_publication_tables WHERE tablename = $1";
     scene
         .until("the publication has the table", async || {
@@ -255,4 +259,81 @@ async fn h16_a_slow_sink_with_a_backlog_moves_its_hold() {
             if now > before && there != wanted { Ok(()) } else { Err(format!("{now:?}, {there:?} of {wanted:?}")) }
         })
         .await;
+}
+
+/// A sink beside the first one, at which nobody listens.
+fn dead_sink(document: &FlowDocument) -> SinkSpec {
+    let mut dead = document.spec.sinks[0].clone();
+    dead.name = SinkId::new("dead").unwrap();
+    let nowhere = "postgres://nobody@127.0.0.1:1/nothing?sslmode=disable&connect_timeout=2";
+    dead.postgres.dsn = wallaby_model::flow::SecretRef::Value(nowhere.to_owned());
+    dead
+}
+
+/// Its chunks are kept in the side store, which is smaller than the table.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h16_a_dead_sink_whose_chunks_fill_the_side_store_is_cut_off_alone() {
+    let scene = Arc::new(Scene::new("keeper").await);
+    fill_dense(&scene, 60_000).await;
+    let mut both = scene.in_chunks("initial");
+    let dead = dead_sink(&both);
+    both.spec.sinks.push(dead.clone());
+    scene.coordination.create_flow(both).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.impatient_worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    let detached = scene.coordination.detached(&scene.flow, &dead.name).await.unwrap();
+    let reason = detached.map(|detached| detached.reason);
+    assert!(reason.as_ref().is_some_and(|reason| reason.contains("side store")), "{reason:?}");
+    scene.source.batch_execute("DELETE FROM t WHERE id % 5 = 0").await.unwrap();
+    scene.equal(ALL).await;
+}
+
+/// Its mark at the sink is of a run that brought nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_was_dropped_while_it_was_loaded_and_is_made_again_is_loaded_again() {
+    let scene = Arc::new(Scene::new("again").await);
+    fill(&scene, 20_000).await;
+    scene.source.batch_execute("CREATE TABLE other (id int PRIMARY KEY)").await.unwrap();
+    scene.offer_chunks(1);
+    let mut document = scene.in_chunks("initial");
+    document.spec.source.postgres.publication.tables = vec!["public.*".to_owned()];
+    scene.coordination.create_flow(document).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    scene.chunks_read(1, 2).await;
+    scene
+        .until("the table is begun at the sink", async || {
+            let sinks = scene.coordination.sink_runs(&scene.flow, RunId(1)).await.map_err(|error| error.to_string())?;
+            let tables = sinks.get(&scene.sink).map(|state| state.tables.clone()).unwrap_or_default();
+            if tables.contains_key("public.t") { Ok(()) } else { Err(format!("{tables:?}")) }
+        })
+        .await;
+    scene.source.batch_execute("DROP TABLE t").await.unwrap();
+    scene.run_is(1, RunState::Done).await;
+    scene.offer_chunks(u32::MAX);
+    scene.source.batch_execute(WIDE).await.unwrap();
+    published(&scene, "t").await;
+    scene.source.batch_execute("INSERT INTO t (id, pad) SELECT i, 'anew' FROM generate_series(1, 10) i").await.unwrap();
+    scene.equal(ALL).await;
+    scene.source.batch_execute("UPDATE t SET n = 7 WHERE id = 3").await.unwrap();
+    scene.equal(ALL).await;
+}
+
+/// One sink has all of the first load, the other may never have it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_comes_waits_for_no_sink_that_is_dead() {
+    let scene = Arc::new(Scene::new("dead").await);
+    fill(&scene, 100).await;
+    let mut both = scene.document("public.*", "initial", "");
+    both.spec.sinks.push(dead_sink(&both));
+    scene.coordination.create_flow(both).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    scene.run_is(1, RunState::Loading).await;
+    scene.equal(ALL).await;
+    make(&scene, "late").await;
+    scene.source.batch_execute("INSERT INTO late SELECT generate_series(1, 10)").await.unwrap();
+    scene.equal("SELECT id::text FROM late ORDER BY id").await;
+    assert_eq!(scene.plan(1).await.unwrap().state, RunState::Loading, "the other sink is not done");
 }

@@ -49,6 +49,14 @@ async fn fill(scene: &Scene, rows: u32) {
     scene.source.batch_execute(&insert).await.unwrap();
 }
 
+/// Rows that do not compress, about 100 bytes each.
+async fn fill_dense(scene: &Scene, rows: u32) {
+    scene.source.batch_execute(WIDE).await.unwrap();
+    let pad = "md5(i::text) || md5((-i)::text) || md5('x' || i)";
+    let insert = format!("INSERT INTO t SELECT i, 0, {pad} FROM generate_series(1, {rows}) i");
+    scene.source.batch_execute(&insert).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_first_load_under_writes_ends_equal_and_the_stream_goes_on() {
     let scene = Arc::new(Scene::new("first").await);

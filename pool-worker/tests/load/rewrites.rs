@@ -8,7 +8,7 @@ use wallaby_model::run::RunState;
 use wallaby_model::{ChunkId, RunId, TaskId};
 
 use crate::scene::*;
-use crate::{ALL, fill};
+use crate::{ALL, fill, fill_dense};
 
 /// Two of six chunks are read, the table is rewritten, and the others are offered at once: whatever they read under the old snapshot is
 /// void, and the table starts again.
@@ -71,4 +71,39 @@ async fn h01_cluster_turns_the_rows_round() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h01_another_type_reads_as_empty_under_the_snapshot() {
     rewritten("retyped", "ALTER TABLE t ALTER n TYPE bigint", Some("ALTER TABLE t ALTER n TYPE bigint")).await;
+}
+
+/// What was read before a table started again makes room in a side store that has none for all of it: nobody wants it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h01_a_table_that_is_rewritten_again_and_again_is_loaded_in_the_end() {
+    let scene = Arc::new(Scene::new("again").await);
+    fill_dense(&scene, 60_000).await;
+    scene.offer_chunks(2);
+    scene.offer_loads(false);
+    scene.coordination.create_flow(scene.in_chunks("initial")).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    for restart in 0..4 {
+        scene
+            .until("two chunks are read", async || {
+                let read = scene.coordination.run_chunks(&scene.flow, RunId(1)).await;
+                let read = read.map_err(|error| error.to_string())?;
+                match read.keys().filter(|chunk| chunk.restart == restart).count() {
+                    2 => Ok(()),
+                    read => Err(format!("{read} of start {restart}")),
+                }
+            })
+            .await;
+        scene.source.batch_execute("VACUUM FULL t").await.unwrap();
+        scene
+            .until("the table starts again", async || match scene.plan(1).await?.relations[0].restart {
+                now if now > restart => Ok(()),
+                _ => Err("not yet".to_owned()),
+            })
+            .await;
+    }
+    scene.offer_chunks(u32::MAX);
+    scene.offer_loads(true);
+    scene.run_is(1, RunState::Done).await;
+    scene.equal(ALL).await;
 }

@@ -185,6 +185,8 @@ async fn a_part_lands_late(
             if waiting > PART_LEAST { Ok(()) } else { Err(format!("{waiting} bytes")) }
         })
         .await;
+    // Its worker dies: it would remove what it sent.
+    drop(reader);
     wish(scene, RunWish::Cancel).await;
     scene.run_is(1, RunState::Cancelled).await;
     no_chunk_is_left(scene).await;
@@ -195,7 +197,7 @@ async fn a_part_lands_late(
             _ => Ok(()),
         })
         .await;
-    (offers, owner, reader, wire)
+    (offers, owner, scene.worker("w3"), wire)
 }
 
 async fn it_is_swept(scene: &Scene) {
@@ -360,4 +362,65 @@ async fn a_run_that_stopped_is_cancelled_without_a_resume() {
         .await;
     scene.coordination.set_run_wish(&scene.flow, RUN, RunWish::Cancel).await.unwrap();
     scene.run_is(1, RunState::Cancelled).await;
+}
+
+/// The sessions at the source that hold a snapshot, and for whom.
+async fn holders(scene: &Scene) -> Result<Vec<(i32, String)>, String> {
+    let sql = "SELECT pid, application_name FROM pg_stat_activity WHERE datname = current_database()
+               AND pid <> pg_backend_pid() AND backend_type = 'client backend' AND backend_xmin IS NOT NULL";
+    let rows = scene.source.query(sql, &[]).await.map_err(|error| error.to_string())?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// A run that is stuck in the middle of a chunk, and who holds a snapshot then.
+async fn in_a_chunk(
+    name: &str,
+    more: &str,
+) -> (Arc<Scene>, AbortOnDropHandle<()>, Running, Failpoints, Vec<(i32, String)>) {
+    let scene = Arc::new(Scene::new(name).await);
+    fill(&scene, 20_000).await;
+    scene.coordination.create_flow(scene.document("public.t", "initial", more)).await.unwrap();
+    let offers = scene.offering();
+    let failpoints = Failpoints::parse("stop-before-chunk-part").unwrap();
+    let worker = scene.worker_with("w1", failpoints.clone());
+    scene.stands_at(&failpoints, Failpoint::StopBeforeChunkPart).await;
+    // Nor could the run end without it.
+    scene.offer_chunks(0);
+    let held = holders(&scene).await.unwrap();
+    assert_eq!(held.len(), 2, "who exported it, and who reads: {held:?}");
+    (scene, offers, worker, failpoints, held)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_is_paused_in_the_middle_of_a_chunk_holds_no_snapshot() {
+    let (scene, _offers, _worker, failpoints, _) = in_a_chunk("inside", "").await;
+    wish(&scene, RunWish::Pause).await;
+    scene
+        .until("nobody holds a snapshot", async || match holders(&scene).await?.as_slice() {
+            [] => Ok(()),
+            held => Err(format!("{held:?}")),
+        })
+        .await;
+    failpoints.let_go(Failpoint::StopBeforeChunkPart);
+    scene.offer_chunks(u32::MAX);
+    wish(&scene, RunWish::Go).await;
+    scene.run_is(1, RunState::Done).await;
+    scene.equal(ALL).await;
+}
+
+/// Whoever reads a chunk holds the snapshot as its exporter does: vacuum waits for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_chunk_holds_its_snapshot_for_much_longer_than_the_bound() {
+    let (scene, _offers, _worker, failpoints, held) = in_a_chunk("bound", "safety: { snapshotMax: 2s }").await;
+    scene
+        .until("the first snapshot is given up", async || {
+            let now = holders(&scene).await?;
+            let left: Vec<_> = now.iter().filter(|holder| held.contains(holder)).collect();
+            if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+        })
+        .await;
+    failpoints.let_go(Failpoint::StopBeforeChunkPart);
+    scene.offer_chunks(u32::MAX);
+    scene.run_is(1, RunState::Done).await;
+    scene.equal(ALL).await;
 }

@@ -249,6 +249,11 @@ spec:
         self.start(name, Failpoints::default(), &["--nats", &self.nats.url(), "--sink-buffer-bytes", "256Ki"])
     }
 
+    /// A worker that waits for no sink longer than a few seconds.
+    pub fn impatient_worker(&self, name: &str) -> Running {
+        self.start(name, Failpoints::default(), &["--nats", &self.nats.url(), "--sink-patience", "5s"])
+    }
+
     /// A worker that does not know when the servers sync: for minutes, Postgres is told of nothing that it stages.
     pub fn wary_worker(&self, name: &str) -> Running {
         self.start(name, Failpoints::default(), &["--nats", &self.nats.url()])

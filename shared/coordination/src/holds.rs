@@ -191,7 +191,7 @@ impl TaskLock {
         self.guarded("deleting the hold", Vec::new(), vec![delete], Vec::new()).await.map(drop)
     }
 
-    /// Capture: cuts a sink off from the log: deletes its hold, and writes down that and why, in one transaction, only if the
+    /// Capture and run: cuts a sink off from the log: deletes its hold, and writes down that and why, in one transaction, only if the
     /// hold still is `judged`. The controller then makes a run that loads it anew.
     ///
     /// # Errors
@@ -239,7 +239,8 @@ impl TaskLock {
         let text = self.coordination().keys().text(&key);
         for _ in 0..RACES_MAX {
             let Some(found) = self.coordination().get(&key).await? else { return Ok(()) };
-            if found.decode::<Detached>()?.run != Some(run) {
+            // An earlier one than was to bring it back was cancelled, and this one did.
+            if found.decode::<Detached>()?.is_out_of(run) {
                 return Ok(());
             }
             let unchanged = Compare::mod_revision(text.clone(), CompareOp::Equal, found.mod_revision.0);

@@ -118,6 +118,14 @@ pub struct Detached {
     pub run: Option<RunId>,
 }
 
+impl Detached {
+    /// Whether the sink is out of a run: of every one while it waits for the run that brings it back, and then of those before that
+    /// one. Those after it are loaded once it is back.
+    pub fn is_out_of(&self, run: RunId) -> bool {
+        self.run.is_none_or(|with| run < with)
+    }
+}
+
 /// `flows/<F>/runs/index`: numbers are given once, and each new run compares this key.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct RunIndex {

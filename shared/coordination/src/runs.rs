@@ -79,11 +79,7 @@ impl Coordination {
         for _ in 0..RACES_MAX {
             let index = self.run_index(flow).await?;
             let kept = self.runs_of(flow, &index).await?;
-            for other in kept.iter().filter(|other| !other.is_over() && other.spec.wish != RunWish::Cancel) {
-                if let Some(tables) = other.spec.overlap(&spec) {
-                    return Err(Error::RunOverlaps { flow: flow.clone(), run: other.run, tables });
-                }
-            }
+            self.check_overlap(flow, &kept, &spec).await?;
             let new = self.new_runs(flow, index.as_ref(), std::slice::from_ref(&spec))?;
             let mut when = vec![Compare::mod_revision(flow_key.clone(), CompareOp::Equal, seen.revision.0)];
             when.extend(new.compares);
@@ -109,6 +105,29 @@ impl Coordination {
         }
         let cause = "other runs were made at each of many attempts".to_owned();
         Err(Error::Refused { doing: "making a run", cause })
+    }
+
+    /// Refuses a run whose tables are about to be loaded into each of its sinks anyway. One that a single sink would have to wait with
+    /// is made: there it comes after the other run.
+    async fn check_overlap(&self, flow: &FlowId, kept: &[RunEntry], spec: &RunSpec) -> Result<()> {
+        let mut open = Vec::new();
+        for other in kept.iter().filter(|other| !other.is_over() && other.spec.wish != RunWish::Cancel) {
+            if let Some(tables) = other.spec.overlap(spec) {
+                open.push((other, tables, self.sink_runs(flow, other.run).await?));
+            }
+        }
+        let Some((first, tables, _)) = open.first() else { return Ok(()) };
+        for sink in &spec.sinks {
+            let detached = self.detached(flow, sink).await?;
+            let is_loaded_by = |other: &RunEntry, done: &BTreeMap<SinkId, SinkRun>| {
+                let is_out = detached.as_ref().is_some_and(|detached| detached.is_out_of(other.run));
+                other.spec.loads_into(sink) && !is_out && !done.get(sink).is_some_and(|state| state.is_done)
+            };
+            if !open.iter().any(|(other, _, done)| is_loaded_by(other, done)) {
+                return Ok(());
+            }
+        }
+        Err(Error::RunOverlaps { flow: flow.clone(), run: first.run, tables: tables.clone() })
     }
 
     /// The index of a flow's runs; `None` before the first one.

@@ -104,8 +104,8 @@ impl RunSpec {
         of(self).into_iter().filter_map(common).find(|table| !is_left_out(table))
     }
 
-    /// Whether a run must wait until another one, made before it, is over: they load the same tables, or the other one first
-    /// brings a sink of this one to life.
+    /// Whether, at a sink that both load into, a run must wait until another one, made before it, is done there: they load the same
+    /// tables, or the other one first brings the sink to life. Other sinks of the run do not wait with it.
     pub fn waits_for(&self, earlier: &RunSpec) -> bool {
         let brings_to_life = matches!(earlier.reason, RunReason::FirstLoad | RunReason::SinkAnew);
         (brings_to_life && self.shares_a_sink(earlier)) || self.overlap(earlier).is_some()
@@ -264,6 +264,15 @@ impl RunPlan {
                 (0..relation.chunks()).map(move |number| ChunkId { table, restart: relation.restart, number })
             },
         )
+    }
+
+    /// Whether a chunk is one of them: neither of an earlier start of its relation, nor of one that is gone.
+    pub fn has(&self, chunk: ChunkId) -> bool {
+        self.relations.get(chunk.table as usize).is_some_and(|relation| {
+            relation.restart == chunk.restart
+                && relation.state == RelationState::Reading
+                && chunk.number < relation.chunks()
+        })
     }
 
     /// The export that chunks can be read under now.

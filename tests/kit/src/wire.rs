@@ -95,6 +95,8 @@ async fn pump(
     waiting: Arc<AtomicUsize>,
 ) {
     let (mut buffer, mut kept) = (vec![0; 64 << 10], Vec::new());
+    // What was sent before its sender died arrives all the same.
+    let mut is_over = false;
     loop {
         let is_held = *held.borrow_and_update() == direction;
         if !is_held && !kept.is_empty() {
@@ -103,10 +105,13 @@ async fn pump(
                 return;
             }
         }
+        if is_over && kept.is_empty() {
+            return;
+        }
         tokio::select! {
             changed = held.changed() => if changed.is_err() { return },
-            read = from.read(&mut buffer) => match read {
-                Ok(0) | Err(_) => return,
+            read = from.read(&mut buffer), if !is_over => match read {
+                Ok(0) | Err(_) => is_over = true,
                 Ok(read) => {
                     tokio::time::sleep(takes).await;
                     kept.extend_from_slice(&buffer[..read]);

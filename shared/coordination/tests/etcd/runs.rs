@@ -274,6 +274,32 @@ async fn of_two_runs_over_one_table_one_is_made() {
     assert_eq!(numbers, (31..=40).collect::<Vec<_>>());
 }
 
+/// Invariant 7: as long as one sink of it need not wait, a run over the same tables is made.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_over_the_same_tables_is_refused_only_when_every_sink_is_about_to_have_them() {
+    let (_scope, coordination) = shared("overlap").await;
+    let flow = loading(&coordination, &["a", "b"]).await;
+    let make = async |tables: &[&str]| match coordination.create_run(&flow, asked(tables, &[])).await {
+        Ok(run) => Ok(run.run),
+        Err(Error::RunOverlaps { run, .. }) => Err(run),
+        Err(error) => panic!("{error}"),
+    };
+    assert_eq!(make(&["public.t"]).await, Err(RunId(1)));
+    // The first load has the one sink alive; the other may never come.
+    let session = worker(&coordination, "w1", lease(10, true)).await;
+    let apply = take(&session, &TaskId::apply(&flow.flow, &sink_id("a")), flow.revision).await;
+    let done = SinkRun { is_done: true, ..SinkRun::default() };
+    apply.put_sink_run(RunId(1), &sink_id("a"), &done).await.unwrap();
+    assert_eq!(make(&["public.t"]).await, Ok(RunId(2)));
+    assert_eq!(make(&["public.*"]).await, Err(RunId(1)), "now it is about to have them");
+    assert_eq!(make(&["other.t"]).await, Ok(RunId(3)));
+    // A sink that is cut off gets nothing from the runs before the one that will bring it back.
+    let capture = take(&session, &TaskId::capture(&flow.flow), flow.revision).await;
+    let hold = coordination.holds(&flow.flow).await.unwrap()[&Reader::Sink(sink_id("b"))];
+    assert_eq!(capture.detach_sink(&sink_id("b"), hold, "it slept").await.unwrap(), DetachOutcome::Detached);
+    assert_eq!(make(&["public.t"]).await, Ok(RunId(4)));
+}
+
 /// Hazard 10 for a run: its hold is there before the purge, or it is refused; never a hole under it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h10_a_runs_hold_and_a_purge_that_runs_never_miss_each_other() {
@@ -406,9 +432,11 @@ async fn a_sink_that_moves_on_is_not_cut_off_for_where_it_was() {
                 assert_eq!(capture.detach_sink(&sink_id("a"), judged, "again").await.unwrap(), DetachOutcome::Detached);
                 let run = coordination.reattach_sink(&flow, &sink_id("a"), Some(at(10 * round))).await.unwrap();
                 assert_eq!(coordination.reattach_sink(&flow, &sink_id("a"), None).await.unwrap(), run, "once");
-                apply.clear_detached(&sink_id("a"), RunId(9999)).await.unwrap();
-                assert!(coordination.detached(&flow.flow, &sink_id("a")).await.unwrap().is_some(), "another run's");
-                apply.clear_detached(&sink_id("a"), run).await.unwrap();
+                apply.clear_detached(&sink_id("a"), RunId(run.0 - 1)).await.unwrap();
+                assert!(coordination.detached(&flow.flow, &sink_id("a")).await.unwrap().is_some(), "an earlier run's");
+                // One that was made for it was cancelled, every other time.
+                let by = RunId(run.0 + detached % 2);
+                apply.clear_detached(&sink_id("a"), by).await.unwrap();
                 assert!(coordination.detached(&flow.flow, &sink_id("a")).await.unwrap().is_none());
                 let owner = take(&session, &of(&flow, TaskKind::Run(run)), flow.revision).await;
                 owner.finish_run(run, &over()).await.unwrap();

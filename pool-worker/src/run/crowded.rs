@@ -1,0 +1,137 @@
+//! Sinks that keep the side store full. Chunks stay there until every sink of their run has them, so one that takes nothing keeps the
+//! others from the rest of their tables: it is cut off alone, as one that the log has no room for is (hazard 16).
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use wallaby_model::SinkId;
+use wallaby_model::flow::{OnOverrun, SinkSpec};
+use wallaby_model::run::{RunSpec, TableStage};
+
+use crate::apply::tables::{OpenRun, open_runs};
+use crate::runs::FlowRuns;
+
+/// How far a sink is in the runs that wait for it: grows with each chunk that is loaded, and each table that is prepared.
+type Progress = (usize, usize);
+
+/// A sink for which chunks are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Keeper {
+    /// Its name.
+    pub sink: SinkId,
+    /// How far it is.
+    pub progress: Progress,
+}
+
+/// What the owner of a run sees while its chunks find the side store full.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Crowd {
+    /// The chunks that are read in its run.
+    pub read: usize,
+    /// Whether chunks are left to be read, and a sink has all that are read: it waits for the others.
+    pub is_waited_for: bool,
+    /// The sinks that lack a chunk of any run, and may be cut off.
+    pub keepers: Vec<Keeper>,
+}
+
+/// The sinks of a flow that lack a chunk which is read, and which they could load now, in any run that waits for them, and may be cut off.
+/// Not one with a table that catches up: it works, and whether it is too late for the log is judged there.
+pub fn keepers(runs: &FlowRuns, sinks: &[SinkSpec]) -> Vec<Keeper> {
+    let may_go = sinks.iter().filter(|spec| spec.on_overrun == OnOverrun::Detach);
+    let of = |sink: &SinkId| {
+        let (mut lacks, mut progress) = (0, Progress::default());
+        let mut earlier: Vec<&RunSpec> = Vec::new();
+        for OpenRun { view, spec, .. } in open_runs(runs, sink) {
+            let state = view.sinks.get(sink);
+            if state.is_some_and(|state| state.tables.values().any(|stage| *stage == TableStage::CatchingUp)) {
+                return None;
+            }
+            if !earlier.iter().any(|earlier| spec.waits_for(earlier)) {
+                lacks += view.lacks(sink);
+            }
+            earlier.push(spec);
+            progress.0 += view.loaded.get(sink).map_or(0, |loaded| loaded.len());
+            progress.1 += state.map_or(0, |state| state.tables.len());
+        }
+        (lacks > 0).then(|| Keeper { sink: sink.clone(), progress })
+    };
+    may_go.filter_map(|spec| of(&spec.name)).collect()
+}
+
+/// Since when sinks take nothing although others wait for it.
+#[derive(Debug, Default)]
+pub struct Crowding {
+    read: usize,
+    since: BTreeMap<SinkId, (Progress, Instant)>,
+}
+
+impl Crowding {
+    /// There is room.
+    pub fn is_over(&mut self) {
+        self.since.clear();
+    }
+
+    /// Takes what is seen; the sinks that took nothing for as long as they may.
+    pub fn ripe(&mut self, crowd: &Crowd, now: Instant, patience: Duration) -> Vec<SinkId> {
+        if !crowd.is_waited_for || crowd.read != self.read {
+            self.read = crowd.read;
+            self.is_over();
+        }
+        if !crowd.is_waited_for {
+            return Vec::new();
+        }
+        self.since.retain(|sink, _| crowd.keepers.iter().any(|keeper| keeper.sink == *sink));
+        for keeper in &crowd.keepers {
+            let since = self.since.entry(keeper.sink.clone()).or_insert((keeper.progress, now));
+            if since.0 != keeper.progress {
+                *since = (keeper.progress, now);
+            }
+        }
+        let is_ripe = |since: Instant| now.saturating_duration_since(since) >= patience;
+        self.since.iter().filter(|(_, (_, since))| is_ripe(*since)).map(|(sink, _)| sink.clone()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    fn crowd(read: usize, is_waited_for: bool, keepers: &[(&str, Progress)]) -> Crowd {
+        let keeper =
+            |(sink, progress): &(&str, Progress)| Keeper { sink: SinkId::new(*sink).unwrap(), progress: *progress };
+        Crowd { read, is_waited_for, keepers: keepers.iter().map(keeper).collect() }
+    }
+
+    /// What comes of looks in turn, one every ten seconds: the names of those that are ripe at the last one.
+    fn ripe(looks: &[Crowd]) -> Vec<String> {
+        let (mut crowding, begun) = (Crowding::default(), Instant::now());
+        let mut ripe = Vec::new();
+        for (number, crowd) in (0_u32..).zip(looks) {
+            ripe = crowding.ripe(crowd, begun + Duration::from_secs(10) * number, PATIENCE);
+        }
+        ripe.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn who_takes_nothing_while_another_waits_is_cut_off_after_a_while() {
+        let stuck = || crowd(4, true, &[("dead", (0, 0)), ("slow", (1, 1))]);
+        assert_eq!(ripe(&[stuck(), stuck(), stuck()]), [""; 0]);
+        assert_eq!(ripe(&[stuck(), stuck(), stuck(), stuck()]), ["dead", "slow"]);
+        let moves = |loaded| crowd(4, true, &[("dead", (0, 0)), ("slow", (loaded, 1))]);
+        assert_eq!(ripe(&[moves(1), moves(1), moves(2), moves(2)]), ["dead"]);
+        let prepares = |tables| crowd(4, true, &[("dead", (0, 0)), ("slow", (1, tables))]);
+        assert_eq!(ripe(&[prepares(1), prepares(1), prepares(1), prepares(2)]), ["dead"]);
+    }
+
+    #[test]
+    fn nobody_is_cut_off_while_chunks_are_read_or_nobody_waits() {
+        let seen = |read, is_waited_for| crowd(read, is_waited_for, &[("dead", (0, 0))]);
+        assert_eq!(ripe(&[seen(1, true), seen(1, true), seen(2, true), seen(2, true), seen(2, true)]), [""; 0]);
+        assert_eq!(ripe(&[seen(1, true), seen(1, true), seen(1, false), seen(1, true), seen(1, true)]), [""; 0]);
+        let gone = || crowd(1, true, &[]);
+        assert_eq!(ripe(&[seen(1, true), gone(), seen(1, true), seen(1, true), seen(1, true)]), [""; 0]);
+    }
+}
