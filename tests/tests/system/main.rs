@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
 mod bad_input;
+mod demo;
 mod detach;
 mod first_load;
 mod kills;
