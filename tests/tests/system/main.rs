@@ -4,6 +4,7 @@
 mod bad_input;
 mod demo;
 mod detach;
+mod documented;
 mod first_load;
 mod kills;
 mod measured;
