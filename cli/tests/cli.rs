@@ -176,6 +176,15 @@ async fn every_verb_prints_json_for_programs() {
     assert_eq!((&sink["name"], &sink["paused"]), (&"flows/shop/sinks/warehouse".into(), &true.into()));
     let sink = json(&shell.run(&["resume", "shop/warehouse", "-o", "json"]).await.is(0, &[]));
     assert_eq!(sink["paused"], false);
+    // Nobody compares, as there is no worker: it goes on until it is cancelled.
+    let comparing = shell.command(&["verify", "shop"]).spawn().unwrap();
+    let cancelled = eventually(PATIENCE, "the comparison is asked for", async || {
+        let outcome = shell.run(&["verify", "shop", "--cancel", "1", "-o", "json"]).await;
+        if outcome.code == 0 { Ok(outcome) } else { Err(outcome) }
+    })
+    .await;
+    assert_eq!(json(&cancelled)["name"], "flows/shop/operations/1");
+    drop(comparing);
     shell.run(&["pause", "shop/warehouse"]).await.is(0, &["the flow waits for it", "backpressure"]);
 
     let gone = json(&shell.run(&["delete", "shop", "--wait", "-o", "json"]).await.is(0, &[]));
