@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use wallaby_model::flow::Span;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -52,8 +53,15 @@ pub struct Global {
     pub output: Output,
 }
 
+/// Whoever types more has mistyped it; and neither clocks nor requests can carry any length.
+const TIME_MAX: Span = Span(Duration::from_secs(365 * 86_400));
+
 fn time(text: &str) -> Result<Duration, String> {
-    text.parse::<wallaby_model::flow::Span>().map(|span| span.0)
+    let Span(time) = text.parse()?;
+    if time > TIME_MAX.0 {
+        return Err(format!("{text} is too long: at most {TIME_MAX}"));
+    }
+    Ok(time)
 }
 
 /// How to print.
@@ -93,7 +101,8 @@ pub enum Command {
     /// Stop a flow and drop its slot, its publication and its log. Rows at the sinks stay.
     #[command(after_help = "Examples:\n  wallaby delete shop --wait\n  wallaby delete -f flow.yaml")]
     Delete(Delete),
-    /// Stop a flow, or one sink of it. Slot, log and positions stay.
+    /// Stop a flow, or one sink of it. Slot, log and positions stay. A paused sink that the log has no room for is cut off, and
+    /// loaded anew once it is resumed, unless the flow file says `onOverrun: backpressure`.
     #[command(after_help = "Examples:\n  wallaby pause shop\n  wallaby pause shop/warehouse")]
     Pause(Named),
     /// Let a paused flow or sink go on, and let a task that stopped for a person try again.
@@ -153,7 +162,8 @@ pub enum Snapshot {
         after_help = "Examples:\n  wallaby snapshot start shop\n  wallaby snapshot start shop public.orders 'crm.*' --sinks warehouse --wait --timeout 1h"
     )]
     Start(SnapshotStart),
-    /// Stop reading. What is read stays, sinks go on to load it, and the snapshot at the source is given up.
+    /// Stop reading. What is read stays, sinks go on to load it, and the snapshot at the source is given up. On resume, tables
+    /// without a key begin again unless they are whole, and with `snapshot: only` any table does.
     #[command(after_help = "Examples:\n  wallaby snapshot pause shop\n  wallaby snapshot pause shop 3")]
     Pause(SnapshotNamed),
     /// Let a paused run go on, under another snapshot.
@@ -279,7 +289,7 @@ pub struct Verify {
     /// The flow (`shop`), or the sink (`shop/warehouse`).
     #[arg(required = true, num_args = 1..=2, value_name = "NAME")]
     pub words: Vec<String>,
-    /// The sink; not needed when the flow has one.
+    /// The sink; not needed when the flow has one, or when NAME is a sink.
     #[arg(long, value_name = "SINK")]
     pub sink: Option<String>,
     /// Only these tables, schema.table as at the source; may be repeated.
@@ -321,3 +331,7 @@ pub struct Doctor {
     #[arg(long, value_name = "NAME", default_value = "wallaby_doctor")]
     pub name: String,
 }
+
+#[cfg(test)]
+#[path = "args_tests.rs"]
+mod tests;

@@ -84,8 +84,8 @@ impl Shell {
 struct Place {
     controller: Controller,
     shell: Shell,
+    etcd: EtcdScope<'static>,
     _nats: NatsScope<'static>,
-    _etcd: EtcdScope<'static>,
 }
 
 impl Place {
@@ -107,7 +107,7 @@ impl Place {
             if outcome.code == 0 { Ok(()) } else { Err(outcome) }
         })
         .await;
-        Place { controller, shell, _nats: nats, _etcd: etcd }
+        Place { controller, shell, etcd, _nats: nats }
     }
 }
 
@@ -116,7 +116,7 @@ async fn a_flow_lives_through_the_command() {
     let place = Place::create("cli").await;
     let shell = &place.shell;
     shell.run(&["get", "flows"]).await.is(0, &["no flows"]);
-    shell.run(&["workers"]).await.is(0, &["no workers"]);
+    shell.run(&["workers"]).await.is(0, &["no workers", "`wallaby-worker`"]);
     shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["flow shop created"]);
     shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["flow shop unchanged"]);
     let changed = FLOW.replace("{ name: shop }", "{ name: shop, labels: { team: web } }");
@@ -141,7 +141,7 @@ async fn a_flow_lives_through_the_command() {
     shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["flow shop updated", "note: flow shop stays paused"]);
     shell.run(&["get", "flows"]).await.is(0, &["Paused"]);
     shell.run(&["resume", "shop"]).await.is(0, &["flow shop resumed"]);
-    shell.run(&["pause", "shop/warehouse"]).await.is(0, &["sink shop/warehouse paused"]);
+    shell.run(&["pause", "shop/warehouse"]).await.is(0, &["sink shop/warehouse paused", "it is cut off", "detach"]);
     shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["unchanged", "sink shop/warehouse stays paused"]);
     shell.run(&["resume", "sink", "shop/warehouse"]).await.is(0, &["resumed"]);
 
@@ -150,6 +150,102 @@ async fn a_flow_lives_through_the_command() {
     shell.run(&["delete", "shop"]).await.is(1, &["there is no flow shop", "[FLOW_NOT_FOUND]"]);
     shell.run(&["delete", "shop", "--if-exists"]).await.is(0, &["not there"]);
     shell.run(&["drain", "w1"]).await.is(1, &["no worker w1", "wallaby workers"]);
+    place.controller.stop().await;
+}
+
+/// What a command printed, as JSON.
+#[track_caller]
+fn json(outcome: &Outcome) -> serde_json::Value {
+    serde_json::from_str(&outcome.out).unwrap_or_else(|error| panic!("{error}: {outcome:?}"))
+}
+
+#[tokio::test]
+async fn every_verb_prints_json_for_programs() {
+    let place = Place::create("json").await;
+    let shell = &place.shell;
+    let waits = FLOW.replace("name: warehouse", "name: warehouse\n      onOverrun: backpressure");
+    let checked = shell.run_with(&["apply", "-f", "-", "--dry-run", "-o", "json"], &waits).await.is(0, &[]);
+    assert_eq!(json(&checked), serde_json::json!([{ "flow": "shop", "problems": [] }]));
+    shell.run_with(&["apply", "-f", "-"], &waits).await.is(0, &["created"]);
+
+    let paused = json(&shell.run(&["pause", "shop", "-o", "json"]).await.is(0, &[]));
+    assert_eq!((&paused["metadata"]["name"], &paused["status"]["phase"]), (&"shop".into(), &"Paused".into()));
+    let resumed = json(&shell.run(&["resume", "shop", "-o", "json"]).await.is(0, &[]));
+    assert_eq!((&resumed["metadata"]["name"], &resumed["status"]["phase"]), (&"shop".into(), &"Pending".into()));
+    let sink = json(&shell.run(&["pause", "shop/warehouse", "-o", "json"]).await.is(0, &[]));
+    assert_eq!((&sink["name"], &sink["paused"]), (&"flows/shop/sinks/warehouse".into(), &true.into()));
+    let sink = json(&shell.run(&["resume", "shop/warehouse", "-o", "json"]).await.is(0, &[]));
+    assert_eq!(sink["paused"], false);
+    // Nobody compares, as there is no worker: it goes on until it is cancelled.
+    let comparing = shell.command(&["verify", "shop"]).spawn().unwrap();
+    let cancelled = eventually(PATIENCE, "the comparison is asked for", async || {
+        let outcome = shell.run(&["verify", "shop", "--cancel", "1", "-o", "json"]).await;
+        if outcome.code == 0 { Ok(outcome) } else { Err(outcome) }
+    })
+    .await;
+    assert_eq!(json(&cancelled)["name"], "flows/shop/operations/1");
+    drop(comparing);
+    shell.run(&["pause", "shop/warehouse"]).await.is(0, &["the flow waits for it", "backpressure"]);
+
+    let gone = json(&shell.run(&["delete", "shop", "--wait", "-o", "json"]).await.is(0, &[]));
+    assert_eq!(gone, serde_json::json!([{ "flow": "shop", "result": "deleted" }]));
+    let absent = json(&shell.run(&["delete", "shop", "--if-exists", "-o", "json"]).await.is(0, &[]));
+    assert_eq!(absent, serde_json::json!([{ "flow": "shop", "result": "absent" }]));
+
+    // Workers as they say of themselves, without a process behind them.
+    let mut etcd = place.etcd.client();
+    let key = |what: &str| format!("{}{what}", place.etcd.prefix());
+    let worker = serde_json::json!({
+        "capacity": 8, "load": 0, "version": "1", "zone": null, "capabilities": [], "address": "h:1", "draining": false,
+        "started_at": 1,
+    });
+    for name in ["w1", "w2"] {
+        etcd.put(key(&format!("workers/{name}")), worker.to_string(), None).await.unwrap();
+    }
+    let drained = json(&shell.run(&["drain", "w1", "-o", "json"]).await.is(0, &[]));
+    assert_eq!(drained, serde_json::json!({ "worker": "w1", "result": "draining" }));
+    let ends = async {
+        eventually(PATIENCE, "the worker is asked to drain", async || {
+            let asked = place.etcd.client().get(key("drains/w2"), None).await.unwrap();
+            if asked.kvs().is_empty() { Err("it is not asked") } else { Ok(()) }
+        })
+        .await;
+        etcd.delete(key("workers/w2"), None).await.unwrap();
+    };
+    let (drained, ()) = tokio::join!(shell.run(&["drain", "w2", "--wait", "-o", "json"]), ends);
+    assert_eq!(json(&drained.is(0, &[])), serde_json::json!({ "worker": "w2", "result": "gone" }));
+    place.controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_dry_run_says_what_is_wrong_and_makes_nothing() {
+    let place = Place::create("dry-run").await;
+    let shell = &place.shell;
+    shell.run_with(&["apply", "-f", "-", "--dry-run"], FLOW).await.is(0, &["the flow is valid"]);
+    let bad = FLOW.replace("snapshot: never", "snapshot: never\n      slot: { name: Not-A-Slot }");
+    let said = ["standard input: line 10", "is not a slot name"];
+    shell.run_with(&["apply", "-f", "-", "--dry-run"], &bad).await.is(2, &said);
+    shell.run(&["get", "flows"]).await.is(0, &["no flows"]);
+    place.controller.stop().await;
+}
+
+#[tokio::test]
+async fn an_apply_that_is_refused_each_time_says_why() {
+    let place = Place::create("moved").await;
+    let shell = &place.shell;
+    shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["created"]);
+    // The log is gone, and was purged up to here: a sink that is new finds no place in it to begin at.
+    let key = format!("{}flows/shop/purge", place.etcd.prefix());
+    let purged = r#"{"position":"0000000000000007-0000000000000000-00000000"}"#;
+    place.etcd.client().put(key, purged, None).await.unwrap();
+    let second = "    - name: second\n      postgres: { dsn: { env: WAREHOUSE_DSN } }\n";
+    let refused = eventually(PATIENCE, "the controller reaches NATS", async || {
+        let outcome = shell.run_with(&["apply", "-f", "-"], &format!("{FLOW}{second}")).await;
+        if outcome.code == 4 { Err(outcome) } else { Ok(outcome) }
+    })
+    .await;
+    let refused = refused.is(1, &["[LOG_MOVED]", "was purged up to"]);
+    assert!(!refused.err.contains("changed by others"), "nobody else changed it: {refused:?}");
     place.controller.stop().await;
 }
 
@@ -201,6 +297,8 @@ async fn snapshot_runs_are_started_shown_and_cancelled() {
     shell.run(&["snapshot", "resume", "shop", "1"]).await.is(0, &["resumed"]);
     let waited = shell.run(&["snapshot", "get", "shop", "--wait", "--timeout", "300ms"]).await;
     waited.is(6, &["not done", "it goes on by itself"]);
+    let waited = shell.run(&["snapshot", "cancel", "shop", "--wait", "--timeout", "1500ms", "-o", "json"]).await;
+    assert_eq!(json(&waited.is(6, &["not done"]))["state"], "Cancelling", "one value, as far as it came");
     shell.run(&["snapshot", "cancel", "shop"]).await.is(0, &["is being cancelled"]);
     shell.run(&["snapshot", "resume", "shop", "1"]).await.is(1, &["[SNAPSHOT_OVER]"]);
     let start =
@@ -230,6 +328,25 @@ async fn an_invalid_file_is_named_with_its_line() {
     shell.run(&["frobnicate"]).await.is(2, &["unrecognized subcommand"]);
     shell.run(&["get", "flows", "--server", "::bad::"]).await.is(2, &["--server"]);
     shell.run(&["get", "flows", "--server", "https://127.0.0.1:1"]).await.is(2, &["--ca-cert"]);
+    let both = ["shop/warehouse", "names the sink warehouse", "--sink names lake"];
+    shell.run(&["verify", "shop/warehouse", "--sink", "lake"]).await.is(2, &both);
+}
+
+#[tokio::test]
+async fn a_time_that_no_clock_can_count_is_refused_and_a_year_is_not() {
+    let place = Place::create("patient").await;
+    let shell = &place.shell;
+    let long = "5000000000d";
+    for (words, flag) in [
+        (&["get", "flows", "--timeout", long][..], "--timeout"),
+        (&["status", "--watch", "--interval", long][..], "--interval"),
+        (&["verify", "shop", "--within", long][..], "--within"),
+    ] {
+        shell.run(words).await.is(2, &[flag, "5000000000d is too long", "at most 365d"]);
+    }
+    shell.run(&["get", "flows", "--timeout", "365d"]).await.is(0, &["no flows"]);
+    shell.run(&["status", "--watch", "--interval", "365d"]).await.is(2, &["[ARGUMENT_INVALID]", "at most a day"]);
+    place.controller.stop().await;
 }
 
 #[tokio::test]

@@ -5,8 +5,8 @@
 
 use wallaby_coordination::{FlowEntry, WorkerInfo};
 use wallaby_model::condition::{Condition, ConditionStatus, ConditionType, Progress, TaskPhase, TaskStatus, Timestamp};
-use wallaby_model::flow::{SinkSpec, SnapshotMode};
-use wallaby_model::{Position, TaskId, TaskKind, WorkerId, api};
+use wallaby_model::flow::{OnOverrun, SinkSpec, SnapshotMode};
+use wallaby_model::{Position, SinkId, TaskId, TaskKind, WorkerId, api};
 use wallaby_proto::v1;
 
 use crate::runs::reattached_at;
@@ -258,7 +258,7 @@ impl<'a> Told<'a> {
             let what = match &self.id.kind {
                 TaskKind::Capture => format!("{flow}` lets it go on. Its slot holds WAL back meanwhile"),
                 TaskKind::Apply(sink) if !self.entry.record.document.spec.paused => {
-                    format!("{flow}/{sink}` lets it go on. The log keeps what it needs meanwhile")
+                    format!("{flow}/{sink}` lets it go on. {}", self.paused_sinks_log(sink))
                 }
                 _ => format!("{flow}` lets it go on"),
             };
@@ -269,6 +269,18 @@ impl<'a> Told<'a> {
         }
         let (reason, message) = no_owner(self.view);
         say(reason, message)
+    }
+
+    /// What the log does for a paused sink.
+    fn paused_sinks_log(&self, sink: &SinkId) -> &'static str {
+        if self.view.detached(&self.entry.flow, sink).is_some() {
+            return "It was cut off from the log, which had no room for what it needs, and is loaded anew then";
+        }
+        let waits = |spec: &SinkSpec| spec.name == *sink && spec.on_overrun == OnOverrun::Backpressure;
+        match self.entry.record.document.spec.sinks.iter().any(waits) {
+            true => "The log keeps what it needs meanwhile, and once it is full the flow waits for it",
+            false => "The log keeps what it needs meanwhile; once there is no room it is cut off, and loaded anew then",
+        }
     }
 
     fn since(&self) -> Timestamp {

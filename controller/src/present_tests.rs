@@ -198,7 +198,15 @@ fn pauses_and_deletions_are_told_apart() {
     world.record.document.spec.sinks[0].paused = true;
     let flow = world.shown();
     assert_eq!(phase_of(&flow), v1::Phase::Running, "a sink paused by request is no trouble");
-    assert!(condition(&flow, "Delivering").message.contains("`wallaby resume shop/warehouse`"));
+    let message = &condition(&flow, "Delivering").message;
+    assert!(message.contains("`wallaby resume shop/warehouse`") && message.contains("it is cut off"), "{message}");
+
+    let mut world = World::running();
+    world.record.document.spec.sinks[0].paused = true;
+    world.record.document.spec.sinks[0].on_overrun = OnOverrun::Backpressure;
+    let flow = world.shown();
+    let message = &condition(&flow, "Delivering").message;
+    assert!(message.contains("the flow waits for it") && !message.contains("cut off"), "{message}");
 
     let mut world = World::new();
     world.record.deleting_since = Some(Timestamp(5));
@@ -470,5 +478,11 @@ mod of_runs {
         assert!(delivering.message.contains("made 10 s after that"), "{}", delivering.message);
         assert_eq!(detached(None).wanted(), ["capture"]);
         assert_eq!(detached(Some(RUN)).wanted(), ["capture", "apply.warehouse"]);
+        let mut paused = detached(None);
+        paused.record.document.spec.sinks[0].paused = true;
+        let flow = paused.shown();
+        let delivering = condition(&flow, "Delivering");
+        assert_eq!(delivering.reason, "Paused");
+        assert!(delivering.message.contains("It was cut off from the log"), "{}", delivering.message);
     }
 }

@@ -50,7 +50,7 @@ macro_rules! reasons {
 
 reasons! {
     /// The name of a resource is not of its form.
-    NameInvalid = "NAME_INVALID", InvalidArgument, "write it as `flows/{flow}`, `flows/{flow}/sinks/{sink}`, `flows/{flow}/snapshots/{run}` or `workers/{worker}`";
+    NameInvalid = "NAME_INVALID", InvalidArgument, "write it as `flows/{flow}`, `flows/{flow}/sinks/{sink}`, `flows/{flow}/snapshots/{run}`, `flows/{flow}/operations/{number}` or `workers/{worker}`";
     /// The flow breaks a rule; the metadata maps each path to what is wrong there.
     FlowInvalid = "FLOW_INVALID", InvalidArgument, "mend what the message names; `wallaby apply --dry-run` checks without changing";
     /// A field of the request is outside its range.
@@ -73,6 +73,8 @@ reasons! {
     TooManySnapshots = "TOO_MANY_SNAPSHOTS", FailedPrecondition, "wait for some, or cancel them";
     /// There is no operation of this number in the flow, or it is not kept any more.
     OperationNotFound = "OPERATION_NOT_FOUND", NotFound, "the last ten of a flow are kept";
+    /// Too many operations of the flow are not over.
+    TooManyOperations = "TOO_MANY_OPERATIONS", FailedPrecondition, "wait for some, or cancel them: `wallaby verify shop --cancel 3`";
     /// The flow or the sink is paused, and what was asked needs it to go on.
     FlowPaused = "FLOW_PAUSED", FailedPrecondition, "`wallaby resume` it first";
     /// There is no live worker of this name.
@@ -81,7 +83,7 @@ reasons! {
     FlowChanged = "FLOW_CHANGED", Aborted, "read it again and repeat the change";
     /// The flow is being deleted and takes no other change.
     FlowDeleting = "FLOW_DELETING", FailedPrecondition, "wait until it is gone, then create it again";
-    /// The flow is too large for one transaction of etcd.
+    /// The flow, or the change of it, is too large for one transaction of etcd.
     FlowTooLarge = "FLOW_TOO_LARGE", InvalidArgument, "name tables by schema, or add and remove fewer sinks at a time";
     /// The log moved on while a new sink was being added.
     LogMoved = "LOG_MOVED", Aborted, "try again";
@@ -151,6 +153,7 @@ impl From<CoordinationError> for ApiError {
             CoordinationError::RunOverlaps { .. } => Reason::SnapshotOverlaps,
             CoordinationError::RunOver { .. } => Reason::SnapshotOver,
             CoordinationError::TooManyRuns { .. } => Reason::TooManySnapshots,
+            CoordinationError::TooManyOpen { .. } => Reason::TooManyOperations,
             CoordinationError::WorkerNotFound(_) => Reason::WorkerNotFound,
             CoordinationError::Malformed { .. } => Reason::RecordUnreadable,
             _ => Reason::Refused,

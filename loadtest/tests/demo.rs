@@ -130,3 +130,14 @@ fn missing_programs_are_named_with_the_remedy() {
     let said = said(&output);
     assert!(said.contains("wallaby-worker is not in") && said.contains("make demo"), "{said}");
 }
+
+#[test]
+fn a_time_that_no_clock_can_count_is_refused() {
+    let seconds = u64::MAX.to_string();
+    let output = Command::new(env!("CARGO_BIN_EXE_wallaby-demo"))
+        .args(["--programs", "/nowhere", "--seconds", &seconds])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("--seconds"), "{}", said(&output));
+}

@@ -168,3 +168,72 @@ pub fn memory(limit: Option<u64>) {
 pub fn cache(bytes: usize) {
     gauge!("wallaby_cache_bytes").set(bytes as f64);
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use std::collections::BTreeMap;
+    use std::path::Path;
+    use std::sync::Mutex;
+
+    use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
+
+    /// Keeps what is described: names and texts.
+    #[derive(Default)]
+    struct Described(Mutex<BTreeMap<String, String>>);
+
+    impl Described {
+        fn note(&self, name: &KeyName, text: &SharedString) {
+            self.0.lock().unwrap().insert(name.as_str().to_owned(), text.to_string());
+        }
+    }
+
+    impl Recorder for Described {
+        fn describe_counter(&self, name: KeyName, _: Option<Unit>, text: SharedString) {
+            self.note(&name, &text);
+        }
+        fn describe_gauge(&self, name: KeyName, _: Option<Unit>, text: SharedString) {
+            self.note(&name, &text);
+        }
+        fn describe_histogram(&self, name: KeyName, _: Option<Unit>, text: SharedString) {
+            self.note(&name, &text);
+        }
+        fn register_counter(&self, _: &Key, _: &Metadata<'_>) -> Counter {
+            Counter::noop()
+        }
+        fn register_gauge(&self, _: &Key, _: &Metadata<'_>) -> Gauge {
+            Gauge::noop()
+        }
+        fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {
+            Histogram::noop()
+        }
+    }
+
+    /// The metrics that a page names, with their labels: what stands in backticks and begins as ours do.
+    fn named(page: &str) -> Vec<&str> {
+        let spans = page.lines().flat_map(|line| line.split('`').skip(1).step_by(2));
+        spans.filter(|span| span.starts_with("wallaby_") && !span.contains('<')).collect()
+    }
+
+    #[test]
+    fn the_metrics_of_the_pages_are_those_that_a_worker_describes() {
+        let described = Described::default();
+        metrics::with_local_recorder(&described, crate::describe_metrics);
+        let described = described.0.into_inner().unwrap();
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+        let mut count = 0;
+        for page in ["operations.md", "log.md", "sinks/postgres.md", "verify.md", "loadtest.md"] {
+            for name in named(&std::fs::read_to_string(docs.join(page)).unwrap()) {
+                let (bare, labels) = name.split_once('{').unwrap_or((name, ""));
+                let text = described.get(bare).unwrap_or_else(|| panic!("{page} names {bare}, which nobody describes"));
+                for label in labels.trim_end_matches('}').split(',').filter(|label| !label.is_empty()) {
+                    let (key, value) = label.split_once('=').unwrap();
+                    let is_told = text.contains(&format!("by {key}:")) && text.contains(value.trim_matches('"'));
+                    assert!(is_told, "{page} names {name}, which is described as: {text}");
+                }
+                count += 1;
+            }
+        }
+        assert!(count >= 10, "only {count} names were found: the pages are read wrongly");
+    }
+}

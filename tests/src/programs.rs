@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// The programs that a system is made of.
-const NAMES: [&str; 3] = ["wallaby-controller", "wallaby-worker", "wallaby"];
+/// The programs that a system is made of, and the demo.
+const NAMES: [&str; 4] = ["wallaby-controller", "wallaby-worker", "wallaby", "wallaby-demo"];
 
 static FOLDER: OnceLock<PathBuf> = OnceLock::new();
 
@@ -51,6 +51,8 @@ fn build(folder: &Path) {
         "wallaby-pool-worker",
         "-p",
         "wallaby-cli",
+        "-p",
+        "wallaby-loadtest",
     ]);
     if folder.file_name().is_some_and(|profile| profile == "release") {
         cargo.arg("--release");

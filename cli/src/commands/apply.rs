@@ -1,19 +1,24 @@
 //! `wallaby apply`: makes the flows of a file, or changes them to what it says.
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tonic::Code;
+use tonic_types::StatusExt;
 use wallaby_model::flow::ParsedFlow;
 use wallaby_model::{FlowId, api};
 use wallaby_proto::v1;
 
-use super::{read_flows, wait_until};
+use super::{LOOK_AGAIN, read_flows, wait_until};
 use crate::args::{Apply, Global, Output};
 use crate::failure::Failure;
 use crate::render::{self, phase_word};
 use crate::server::Server;
 
-/// Another writer may come between our read and our write; more often than this is somebody else's loop.
+/// Another writer may come between our read and our write, or the log may move on under a new sink; more often than this it does
+/// not pass by itself.
 const ATTEMPTS_MAX: usize = 5;
+
+/// What the server says when another writer came between.
+const CHANGED_BY_OTHERS: &str = "FLOW_CHANGED";
 
 /// What was done to one flow.
 struct Applied {
@@ -26,7 +31,7 @@ pub async fn run(global: &Global, options: &Apply) -> Result<(), Failure> {
     let flows = read_flows(&options.files)?;
     let server = Server::connect(global).await?;
     if options.dry_run {
-        return dry_run(&server, &flows).await;
+        return dry_run(global, &server, &flows).await;
     }
     let mut done = Vec::with_capacity(flows.len());
     for flow in &flows {
@@ -52,24 +57,36 @@ pub async fn run(global: &Global, options: &Apply) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn dry_run(server: &Server, flows: &[ParsedFlow]) -> Result<(), Failure> {
+async fn dry_run(global: &Global, server: &Server, flows: &[ParsedFlow]) -> Result<(), Failure> {
     let mut wrong = Vec::new();
+    let mut values = Vec::with_capacity(flows.len());
     for flow in flows {
         let message = Some(api::flow_to_message(&flow.document));
         let request = server.request(v1::ValidateFlowRequest { flow: message });
         let answer = server.flows().validate_flow(request).await.map_err(|status| server.failure(&status))?;
         let name = &flow.document.metadata.name;
-        wrong.extend(answer.into_inner().problems.iter().map(|p| format!("flow {name}: {}: {}", p.path, p.message)));
+        let problems = answer.into_inner().problems;
+        wrong.extend(problems.iter().map(|p| format!("flow {name}: {}: {}", p.path, p.message)));
+        let problem = |p: &v1::FieldProblem| json!({ "path": p.path, "message": p.message });
+        values.push(json!({ "flow": name.as_str(), "problems": problems.iter().map(problem).collect::<Vec<_>>() }));
     }
-    if wrong.is_empty() {
-        return render::print(&format!("{} valid\n", if flows.len() == 1 { "the flow is" } else { "the flows are" }));
+    match global.output {
+        Output::Table if wrong.is_empty() => {
+            render::print(&format!("{} valid\n", if flows.len() == 1 { "the flow is" } else { "the flows are" }))?;
+        }
+        Output::Table => {}
+        output => render::print_value(output, &Value::Array(values))?,
     }
-    Err(Failure::Invalid(wrong.join("\n")))
+    if wrong.is_empty() { Ok(()) } else { Err(Failure::Invalid(wrong.join("\n"))) }
 }
 
 async fn apply_one(server: &Server, flow: &ParsedFlow) -> Result<Applied, Failure> {
     let name = flow.document.metadata.name.clone();
-    for _ in 0..ATTEMPTS_MAX {
+    let mut refused = None;
+    for attempt in 0..ATTEMPTS_MAX {
+        if attempt > 0 {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
         let Some(current) = find(server, &name).await? else {
             let message = Some(api::flow_to_message(&flow.document));
             match server.flows().create_flow(server.request(v1::CreateFlowRequest { flow: message })).await {
@@ -86,11 +103,17 @@ async fn apply_one(server: &Server, flow: &ParsedFlow) -> Result<Applied, Failur
                 let what = if answer.into_inner().changed { "updated" } else { "unchanged" };
                 return Ok(Applied { flow: name, what, notes });
             }
-            Err(status) if status.code() == Code::Aborted || status.code() == Code::NotFound => continue,
+            Err(status) if status.code() == Code::Aborted => {
+                // The server may have another reason to try again than another writer: it is the one to be told.
+                let reason = status.get_details_error_info().map(|info| info.reason);
+                refused = (reason.as_deref() != Some(CHANGED_BY_OTHERS)).then(|| server.failure(&status));
+            }
+            Err(status) if status.code() == Code::NotFound => refused = None,
             Err(status) => return Err(server.failure(&status)),
         }
     }
-    Err(Failure::Failed(format!("flow {name} was changed by others {ATTEMPTS_MAX} times while applying; try again")))
+    let changed = || format!("flow {name} was changed by others {ATTEMPTS_MAX} times while applying; try again");
+    Err(refused.unwrap_or_else(|| Failure::Failed(changed())))
 }
 
 pub(super) async fn find(server: &Server, name: &FlowId) -> Result<Option<v1::Flow>, Failure> {

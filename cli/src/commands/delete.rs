@@ -1,19 +1,44 @@
 //! `wallaby delete`: ends flows.
 
+use serde_json::{Value, json};
 use tonic::Code;
 use wallaby_model::{FlowId, api};
 use wallaby_proto::v1;
 
 use super::{Target, read_flows, wait_until};
-use crate::args::{Delete, Global};
+use crate::args::{Delete, Global, Output};
 use crate::failure::Failure;
 use crate::render::{self, phase_word};
 use crate::server::Server;
 
+/// What was done to one flow.
+struct Deleted {
+    flow: FlowId,
+    /// `absent`, `deleting` or `deleted`.
+    result: &'static str,
+}
+
 pub async fn run(global: &Global, options: &Delete) -> Result<(), Failure> {
     let flows = named_flows(options)?;
     let server = Server::connect(global).await?;
-    let mut deleted = Vec::with_capacity(flows.len());
+    let mut done = Vec::with_capacity(flows.len());
+    let outcome = delete(global, options, &server, flows, &mut done).await;
+    // Also when it failed in the middle: what was deleted before is deleted.
+    if global.output != Output::Table && !(done.is_empty() && outcome.is_err()) {
+        let values = done.iter().map(|one| json!({ "flow": one.flow.as_str(), "result": one.result }));
+        render::print_value(global.output, &Value::Array(values.collect()))?;
+    }
+    outcome
+}
+
+async fn delete(
+    global: &Global,
+    options: &Delete,
+    server: &Server,
+    flows: Vec<FlowId>,
+    done: &mut Vec<Deleted>,
+) -> Result<(), Failure> {
+    let say = |text: String| if global.output == Output::Table { render::print(&text) } else { Ok(()) };
     for flow in flows {
         let request = server.request(v1::DeleteFlowRequest {
             name: api::flow_name(&flow),
@@ -22,21 +47,22 @@ pub async fn run(global: &Global, options: &Delete) -> Result<(), Failure> {
         });
         match server.flows().delete_flow(request).await {
             Ok(_) => {
-                let done =
-                    if options.wait { "deleting" } else { "deleting (it goes on by itself; see `wallaby status`)" };
-                render::print(&format!("flow {flow} {done}\n"))?;
-                deleted.push(flow);
+                let goes_on = if options.wait { "" } else { " (it goes on by itself; see `wallaby status`)" };
+                say(format!("flow {flow} deleting{goes_on}\n"))?;
+                done.push(Deleted { flow, result: "deleting" });
             }
             Err(status) if status.code() == Code::NotFound && options.if_exists => {
-                render::print(&format!("flow {flow} is not there\n"))?;
+                say(format!("flow {flow} is not there\n"))?;
+                done.push(Deleted { flow, result: "absent" });
             }
             Err(status) => return Err(server.failure(&status)),
         }
     }
     if options.wait {
-        for flow in deleted {
-            wait_until(global.timeout, || gone(&server, &flow)).await?;
-            render::print(&format!("flow {flow} deleted\n"))?;
+        for one in done.iter_mut().filter(|one| one.result == "deleting") {
+            wait_until(global.timeout, || gone(server, &one.flow)).await?;
+            one.result = "deleted";
+            say(format!("flow {} deleted\n", one.flow))?;
         }
     }
     Ok(())

@@ -1,10 +1,11 @@
 //! `wallaby drain`: asks a worker to hand its tasks over and end.
 
+use serde_json::json;
 use tonic::Code;
 use wallaby_proto::v1;
 
 use super::wait_until;
-use crate::args::{Drain, Global};
+use crate::args::{Drain, Global, Output};
 use crate::failure::Failure;
 use crate::render;
 use crate::server::Server;
@@ -15,7 +16,15 @@ pub async fn run(global: &Global, options: &Drain) -> Result<(), Failure> {
     let server = Server::connect(global).await?;
     let request = server.request(v1::DrainWorkerRequest { name: name.clone() });
     server.workers().drain_worker(request).await.map_err(|status| server.failure(&status))?;
-    render::print(&format!("worker {worker} drains\n"))?;
+    let say = |text: &str, result: &str| match global.output {
+        Output::Table => render::print(&format!("worker {worker} {text}\n")),
+        // One value: what it has come to when the command ends.
+        output if result == "gone" || !options.wait => {
+            render::print_value(output, &json!({ "worker": worker, "result": result }))
+        }
+        _ => Ok(()),
+    };
+    say("drains", "draining")?;
     if options.wait {
         wait_until(global.timeout, || async {
             match server.workers().get_worker(server.request(v1::GetWorkerRequest { name: name.clone() })).await {
@@ -28,7 +37,7 @@ pub async fn run(global: &Global, options: &Drain) -> Result<(), Failure> {
             }
         })
         .await?;
-        render::print(&format!("worker {worker} is gone\n"))?;
+        say("is gone", "gone")?;
     }
     Ok(())
 }

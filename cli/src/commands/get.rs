@@ -129,7 +129,7 @@ pub async fn workers(global: &Global, name: Option<&str>) -> Result<(), Failure>
         return print_values(global.output, workers.iter().map(render::worker_value).collect(), name.is_some());
     }
     if workers.is_empty() {
-        return render::print("no workers: start one with `wallaby-pool-worker`\n");
+        return render::print("no workers: start one with `wallaby-worker`\n");
     }
     let mut table = Table::new(&["NAME", "STATE", "TASKS", "CAPACITY", "VERSION", "ADDRESS", "ZONE", "AGE", "OWNS"]);
     for worker in &workers {

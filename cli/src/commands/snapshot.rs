@@ -43,8 +43,7 @@ async fn start(global: &Global, server: &Server, options: &SnapshotStart) -> Res
     let request = server.request(v1::StartSnapshotRequest { parent: api::flow_name(&flow), spec: Some(spec) });
     let answer = server.snapshots().start_snapshot(request).await.map_err(|status| server.failure(&status))?;
     let snapshot = answer.into_inner().snapshot.unwrap_or_default();
-    said(global, &snapshot, "asked for")?;
-    if options.wait { wait_for(global, server, &snapshot.name).await } else { Ok(()) }
+    said_and_waited(global, server, &snapshot, "asked for", options.wait).await
 }
 
 async fn pause(global: &Global, server: &Server, named: &SnapshotNamed) -> Result<(), Failure> {
@@ -56,18 +55,17 @@ async fn pause(global: &Global, server: &Server, named: &SnapshotNamed) -> Resul
 
 async fn resume(global: &Global, server: &Server, named: &SnapshotNamed) -> Result<(), Failure> {
     let name = name_of(server, named).await?;
-    let request = server.request(v1::ResumeSnapshotRequest { name: name.clone() });
+    let request = server.request(v1::ResumeSnapshotRequest { name });
     let answer = server.snapshots().resume_snapshot(request).await.map_err(|status| server.failure(&status))?;
-    said(global, &answer.into_inner().snapshot.unwrap_or_default(), "resumed")?;
-    if named.wait { wait_for(global, server, &name).await } else { Ok(()) }
+    said_and_waited(global, server, &answer.into_inner().snapshot.unwrap_or_default(), "resumed", named.wait).await
 }
 
 async fn cancel(global: &Global, server: &Server, named: &SnapshotNamed) -> Result<(), Failure> {
     let name = name_of(server, named).await?;
-    let request = server.request(v1::CancelSnapshotRequest { name: name.clone() });
+    let request = server.request(v1::CancelSnapshotRequest { name });
     let answer = server.snapshots().cancel_snapshot(request).await.map_err(|status| server.failure(&status))?;
-    said(global, &answer.into_inner().snapshot.unwrap_or_default(), "is being cancelled")?;
-    if named.wait { wait_for(global, server, &name).await } else { Ok(()) }
+    let snapshot = answer.into_inner().snapshot.unwrap_or_default();
+    said_and_waited(global, server, &snapshot, "is being cancelled", named.wait).await
 }
 
 async fn get(global: &Global, server: &Server, named: &SnapshotNamed) -> Result<(), Failure> {
@@ -117,6 +115,23 @@ fn said(global: &Global, snapshot: &v1::Snapshot, what: &str) -> Result<(), Fail
         Output::Table => render::print(&format!("snapshot {} {what}\n", short(&snapshot.name))),
         output => render::print_value(output, &render::snapshot_value(snapshot)),
     }
+}
+
+/// Prints what was done to a run, and what came of it when that is waited for; for programs the latter alone, as one value.
+async fn said_and_waited(
+    global: &Global,
+    server: &Server,
+    snapshot: &v1::Snapshot,
+    what: &str,
+    waits: bool,
+) -> Result<(), Failure> {
+    if !waits {
+        return said(global, snapshot, what);
+    }
+    if global.output == Output::Table {
+        said(global, snapshot, what)?;
+    }
+    wait_for(global, server, &snapshot.name).await
 }
 
 async fn read(server: &Server, name: &str) -> Result<v1::Snapshot, Failure> {
@@ -195,6 +210,9 @@ async fn wait_for(global: &Global, server: &Server, name: &str) -> Result<(), Fa
         }
         if Instant::now() >= deadline {
             line.end();
+            if global.output != Output::Table {
+                render::print_value(global.output, &render::snapshot_value(&snapshot))?;
+            }
             let seconds = global.timeout.as_secs_f32();
             return Err(Failure::TimedOut(format!("not done after {seconds} s, it goes on by itself: {text}")));
         }

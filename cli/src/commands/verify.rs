@@ -18,16 +18,25 @@ use crate::server::Server;
 const GRACE: Duration = Duration::from_secs(30);
 
 pub async fn run(global: &Global, options: &Verify) -> Result<(), Failure> {
-    let (flow, sink) = match Target::parse(&options.words)? {
-        Target::Flow(flow) => (flow, options.sink.clone().unwrap_or_default()),
-        Target::Sink(flow, sink) => (flow, sink.to_string()),
+    let (flow, sink) = match (Target::parse(&options.words)?, &options.sink) {
+        (Target::Flow(flow), sink) => (flow, sink.clone().unwrap_or_default()),
+        // Comparing either of them would say something of a sink that was not meant.
+        (Target::Sink(flow, sink), Some(other)) if sink.as_str() != other => {
+            return Err(Failure::Invalid(format!(
+                "{flow}/{sink} names the sink {sink}, and --sink names {other}: give one of them"
+            )));
+        }
+        (Target::Sink(flow, sink), _) => (flow, sink.to_string()),
     };
     let server = Server::connect(global).await?;
     if let Some(number) = options.cancel {
         let name = format!("flows/{flow}/operations/{number}");
         let request = server.request(v1::CancelOperationRequest { name });
-        server.operations().cancel_operation(request).await.map_err(|status| server.failure(&status))?;
-        return render::print(&format!("comparison {number} of flow {flow} is being cancelled\n"));
+        let answer = server.operations().cancel_operation(request).await.map_err(|status| server.failure(&status))?;
+        return match global.output {
+            Output::Table => render::print(&format!("comparison {number} of flow {flow} is being cancelled\n")),
+            output => render::print_value(output, &value(&answer.into_inner().operation.unwrap_or_default())),
+        };
     }
     let spec = v1::VerifySpec {
         sink,

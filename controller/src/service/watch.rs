@@ -18,9 +18,10 @@ use crate::present;
 use crate::reason::{ApiError, Reason};
 use crate::view::View;
 
-/// Between two answers about one flow when nothing is said, and at least.
+/// Between two answers about one flow when nothing is said, at least, and at most.
 const INTERVAL: Duration = Duration::from_secs(1);
 const INTERVAL_MIN: Duration = Duration::from_millis(100);
+const INTERVAL_MAX: Duration = Duration::from_secs(86_400);
 
 /// Answers that wait for a slow client before the watch itself waits.
 const ANSWERS_WAITING_MAX: usize = 64;
@@ -40,6 +41,10 @@ pub fn watch(backend: &Backend, request: v1::WatchFlowRequest) -> Result<FlowCha
             .map_err(|_| ApiError::new(Reason::ArgumentInvalid, "interval must not be negative"))?
             .max(INTERVAL_MIN),
     };
+    // A message can say more than a clock can count.
+    if interval > INTERVAL_MAX {
+        return Err(ApiError::new(Reason::ArgumentInvalid, "interval must be at most a day"));
+    }
     let etcd = backend.etcd()?.clone();
     if let Some(flow) = &only
         && etcd.view.with(|view| view.flow(flow).is_none())

@@ -9,6 +9,7 @@ use wallaby_model::api;
 use wallaby_model::flow::{ByteSize, SecretRef, SnapshotMode};
 use wallaby_proto::v1;
 use wallaby_proto::v1::snapshot_service_client::SnapshotServiceClient;
+use wallaby_proto::v1::verify_service_client::VerifyServiceClient;
 use wallaby_testkit::eventually;
 
 use crate::setup::{PATIENCE, Running, Scopes, document, reason, task};
@@ -97,6 +98,22 @@ async fn refusals_say_what_is_wrong() {
 }
 
 #[tokio::test]
+async fn more_comparisons_than_are_kept_are_refused_by_their_own_reason() {
+    let scopes = Scopes::create("comparisons").await;
+    let running = Running::ready(&scopes.place).await;
+    running.create(&document("shop")).await.unwrap();
+    let mut verify = VerifyServiceClient::new(running.channel.clone());
+    let request = || v1::VerifyRequest { parent: "flows/shop".into(), spec: None };
+    for _ in 0..4 {
+        verify.verify(request()).await.unwrap();
+    }
+    let refused = verify.verify(request()).await.unwrap_err();
+    assert_eq!((refused.code(), reason(&refused).as_str()), (Code::FailedPrecondition, "TOO_MANY_OPERATIONS"));
+    assert!(refused.message().contains("4 operations that are not over"), "{}", refused.message());
+    running.controller.stop().await;
+}
+
+#[tokio::test]
 async fn a_secret_is_stored_and_not_shown() {
     let scopes = Scopes::create("secret").await;
     let running = Running::ready(&scopes.place).await;
@@ -182,6 +199,26 @@ async fn a_watch_tells_of_new_changed_and_deleted_flows() {
     let started = std::time::Instant::now();
     running.controller.stop().await;
     assert!(started.elapsed() < Duration::from_secs(5), "the end took {:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_watch_refuses_an_interval_that_no_clock_can_count() {
+    let scopes = Scopes::create("interval").await;
+    let running = Running::ready(&scopes.place).await;
+    running.create(&document("seen")).await.unwrap();
+    let watch = async |seconds| {
+        let interval = Some(prost_types::Duration { seconds, nanos: 0 });
+        let request = v1::WatchFlowRequest { name: "flows/seen".into(), interval };
+        let mut changes = running.flows.clone().watch_flow(request).await?.into_inner();
+        let first = tokio::time::timeout(PATIENCE, changes.next()).await.expect("an answer, or the watch's end");
+        first.unwrap_or_else(|| Err(tonic::Status::internal("the watch ended without an answer")))
+    };
+    for seconds in [i64::MAX, 86_401, -1] {
+        let refused = watch(seconds).await.expect_err("it was taken");
+        assert_eq!(reason(&refused), "ARGUMENT_INVALID", "{seconds} s");
+    }
+    assert_eq!(watch(86_400).await.unwrap().flow.unwrap().name, "flows/seen");
+    running.controller.stop().await;
 }
 
 #[tokio::test]

@@ -27,7 +27,7 @@ struct Arguments {
     #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(1..))]
     rows_per_second: u32,
     /// Seconds that rows flow before the kill, and again after the takeover.
-    #[arg(long, default_value_t = 6)]
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(..=86_400))]
     seconds: u64,
     /// Decides what the shop writes.
     #[arg(long, env = "WALLABY_SEED", default_value_t = 1)]

@@ -173,6 +173,14 @@ pub enum Error {
         /// How many.
         open: usize,
     },
+    /// Too many operations of the flow are not over.
+    #[error("flow {flow} has {open} operations that are not over: wait for some, or cancel them")]
+    TooManyOpen {
+        /// The flow.
+        flow: FlowId,
+        /// How many.
+        open: usize,
+    },
     /// The sink is not detached.
     #[error("sink {sink} of flow {flow} is not detached")]
     NotDetached {

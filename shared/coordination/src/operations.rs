@@ -77,7 +77,7 @@ impl Coordination {
     /// Makes an operation of a flow, and forgets the oldest that are over.
     ///
     /// # Errors
-    /// `Refused` when too many are not over; `FlowNotFound` when the flow is gone meanwhile; when etcd cannot be reached.
+    /// `TooManyOpen` when too many are not over; `FlowNotFound` when the flow is gone meanwhile; when etcd cannot be reached.
     pub async fn create_operation(&self, flow: &FlowEntry, spec: OperationSpec) -> Result<OperationEntry> {
         let doing = "making an operation";
         let refused = |cause: String| Error::Refused { doing, cause };
@@ -86,10 +86,7 @@ impl Coordination {
             let kept = self.operations(&flow.flow).await?;
             let open = kept.iter().filter(|known| !known.is_over()).count();
             if open >= OPEN_MAX {
-                return Err(refused(format!(
-                    "{open} operations of flow {} are not over: wait, or cancel some",
-                    flow.flow
-                )));
+                return Err(Error::TooManyOpen { flow: flow.flow.clone(), open });
             }
             let number = kept.last().map_or(1, |last| last.number.saturating_add(1));
             let key = self.keys().text(&Key::OperationSpec(flow.flow.clone(), number));

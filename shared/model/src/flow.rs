@@ -395,7 +395,7 @@ pub struct SinkSpec {
     /// What happens when the sink falls behind the log.
     #[serde(default)]
     pub on_overrun: OnOverrun,
-    /// True stops this sink's task alone; the log holds what it still needs.
+    /// True stops this sink's task alone; the log holds what it still needs, as `on_overrun` allows.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
 }

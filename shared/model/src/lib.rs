@@ -9,6 +9,7 @@ pub mod flow;
 pub mod ids;
 pub mod offer;
 pub mod position;
+pub mod reasons;
 pub mod record;
 pub mod run;
 pub mod schema;

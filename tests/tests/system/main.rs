@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
 mod bad_input;
+mod demo;
 mod detach;
+mod documented;
 mod first_load;
 mod kills;
 mod measured;

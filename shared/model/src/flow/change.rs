@@ -244,7 +244,11 @@ pub const RULES: &[(&str, &str)] = &[
         "its task is made; with `snapshot: initial` or `only` a run loads everything into it, else it starts at the log's end",
     ),
     ("`spec.sinks`: one removed", "its task ends, and its hold on the log goes; its rows stay"),
-    ("`spec.sinks[].paused`", "this sink stops and keeps where it was, or goes on there; the log holds what it needs"),
+    (
+        "`spec.sinks[].paused`",
+        "this sink stops and keeps where it was, or goes on there; the log holds what it needs. With `onOverrun: detach` only while \
+         there is room: then the sink is cut off, and loaded anew when it goes on",
+    ),
     ("`spec.sinks[].postgres.schema`", "refused: give the sink a new name, it is then a new sink"),
     ("`spec.sinks[]`: anything else", "this sink restarts where it was; nobody else notices"),
 ];

@@ -24,8 +24,14 @@ pub const SNAPSHOT_MIN: Duration = Duration::from_secs(1);
 /// Labels of one flow.
 pub const MAX_LABELS: usize = 64;
 
+/// Bytes of a label's key, which has at least one.
+pub const MAX_LABEL_KEY: usize = 63;
+
+/// Bytes of a label's value.
+pub const MAX_LABEL_VALUE: usize = 255;
+
 /// Postgres cuts names after this many bytes.
-const MAX_POSTGRES_NAME: usize = 63;
+pub const MAX_POSTGRES_NAME: usize = 63;
 
 /// One thing that is wrong with a flow.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -135,8 +141,9 @@ impl FlowDocument {
             found.push(problem("metadata.labels", format!("{} labels; at most {MAX_LABELS}", labels.len())));
         }
         for (key, value) in labels {
-            if key.is_empty() || key.len() > 63 || value.len() > 255 {
-                let message = "a label has a key of 1 to 63 bytes and a value of at most 255";
+            if key.is_empty() || key.len() > MAX_LABEL_KEY || value.len() > MAX_LABEL_VALUE {
+                let message =
+                    format!("a label has a key of 1 to {MAX_LABEL_KEY} bytes and a value of at most {MAX_LABEL_VALUE}");
                 found.push(problem(format!("metadata.labels.{key}"), message));
             }
         }

@@ -232,7 +232,8 @@ static SAFETY: Object = object(&[
         Shape::Span,
         "30m",
         "The longest that a run holds one snapshot at the source, because it keeps vacuum from removing dead rows. Past it \
-         another one is taken; what is read stays, except of tables without a key.",
+         another one is taken; what is read stays, except of tables without a key, and with `snapshot: only` of any table: these \
+         begin again unless they are whole. So with `only` it must be longer than the largest table takes.",
     ),
 ]);
 
@@ -321,12 +322,19 @@ static SINK: Object = object(&[
         "onOverrun",
         Shape::Choice(&[
             pick("detach", "this sink alone is cut off from the log and loads everything anew"),
-            pick("backpressure", "the flow waits for the sink"),
+            pick("backpressure", "the flow waits for the sink once the log is full"),
         ]),
         "detach",
-        "What happens when the sink needs more than 75 % of the log's `maxBytes`.",
+        "What happens when the sink is the one that for 8 seconds keeps the log above 75 % of its room for data (`maxBytes` less \
+         16Mi), after the replay window was given up. The same counts while it is paused.",
     ),
-    may("paused", Shape::Bool, "false", "Stops this sink alone; the log holds what it still needs."),
+    may(
+        "paused",
+        Shape::Bool,
+        "false",
+        "Stops this sink alone; the log holds what it still needs. When there is no room for that, `onOverrun` counts: by default \
+         the sink is cut off, and loaded anew once it is no longer paused.",
+    ),
 ]);
 
 static POSTGRES_SINK: Object = object(&[

@@ -1,7 +1,14 @@
 //! Prints `docs/flow-file.md` from the table of fields. A test compares the committed page with this.
 
+use super::ByteSize;
 use super::change::RULES;
+use super::check::{
+    LOG_MIN, LOG_RESERVE, MAX_LABEL_KEY, MAX_LABEL_VALUE, MAX_LABELS, MAX_POSTGRES_NAME, MAX_SINKS, SIDE_MIN,
+    SNAPSHOT_MIN,
+};
 use super::fields::{Choice, DOCUMENT, Field, Object, Shape};
+use super::parse::{MAX_DOCUMENTS, MAX_FILE_BYTES};
+use super::tree::MAX_DEPTH;
 
 /// The example that the page shows; the demo runs the same file.
 pub const EXAMPLE: &str = include_str!("../../../../examples/shop/flow.yaml");
@@ -26,6 +33,15 @@ A secret is given by reference and read by the worker that needs it: `{ env: NAM
 
 ";
 
+const LIMITS_HEAD: &str = "
+## Limits
+
+What is beyond them is refused when the file is applied.
+
+| what | limit |
+|---|---|
+";
+
 const CHANGES_HEAD: &str = "
 ## What a change does
 
@@ -41,11 +57,53 @@ pub fn flow_file_page() -> String {
     let mut page = format!("{HEAD}```yaml\n{}\n```\n\n## Keys\n\n", EXAMPLE.trim_end());
     page.push_str("| key | value | default | meaning |\n|---|---|---|---|\n");
     rows(&DOCUMENT, "", &mut page);
+    page.push_str(&limits());
     page.push_str(CHANGES_HEAD);
     for (part, becomes) in RULES {
         page.push_str(&format!("| {part} | {becomes} |\n"));
     }
     page
+}
+
+/// What is refused for its size, from the numbers that refuse it.
+fn limits() -> String {
+    let bytes = |bytes: usize| ByteSize(bytes as u64);
+    let rows = [
+        (
+            "a file",
+            format!("{} of text, {MAX_DOCUMENTS} flows, {MAX_DEPTH} levels of nesting", bytes(MAX_FILE_BYTES)),
+        ),
+        ("`metadata.name`, `spec.sinks[].name`", "1 to 40 characters, as above".to_owned()),
+        (
+            "`metadata.labels`",
+            format!("{MAX_LABELS} labels; a key has 1 to {MAX_LABEL_KEY} bytes, a value at most {MAX_LABEL_VALUE}"),
+        ),
+        ("`spec.sinks`", format!("1 to {MAX_SINKS}")),
+        (
+            "names of publications, schemas and tables",
+            format!("1 to {MAX_POSTGRES_NAME} bytes; a slot's has only lower-case letters, digits and underscores"),
+        ),
+        (
+            "`publication.tables`, `.exclude`",
+            "no count of their own, but that of the whole flow (below), and none is listed twice".to_owned(),
+        ),
+        ("`log.maxBytes`", format!("at least {LOG_MIN}")),
+        ("`largeTransactionBytes`", format!("more than 0, and at most `log.maxBytes` less {LOG_RESERVE}")),
+        ("`transactionsMax`, `chunksMax`", format!("at least {SIDE_MIN}")),
+        ("`safety.retainedWalMax`", "more than 0".to_owned()),
+        ("`safety.snapshotMax`", format!("at least {}s", SNAPSHOT_MIN.as_secs())),
+        (
+            "a flow as a whole, and one change of it",
+            "what one transaction of etcd takes: 1.5 MB and 128 operations, of which a sink that is added takes one and a sink that \
+             is removed four; else `FLOW_TOO_LARGE`"
+                .to_owned(),
+        ),
+    ];
+    let mut text = LIMITS_HEAD.to_owned();
+    for (what, limit) in rows {
+        text.push_str(&format!("| {what} | {limit} |\n"));
+    }
+    text
 }
 
 fn rows(object: &'static Object, path: &str, page: &mut String) {
@@ -110,6 +168,25 @@ mod tests {
             committed == generated,
             "docs/flow-file.md is stale: run `WALLABY_REGENERATE=1 cargo test -p wallaby-model page`"
         );
+    }
+
+    /// The limits that the page writes as words, because other code than the constants refuses them.
+    #[test]
+    fn the_limits_in_words_are_those_of_the_code() {
+        let with = |edit: &dyn Fn(&mut crate::flow::FlowDocument)| {
+            let mut flow = crate::flow::parse(EXAMPLE, "-").unwrap();
+            edit(&mut flow);
+            flow.problems().len()
+        };
+        assert_eq!(crate::FlowId::new("a".repeat(40)).map(|id| id.as_str().len()), Ok(40));
+        assert!(crate::FlowId::new("a".repeat(41)).is_err());
+        assert!(with(&|flow| flow.spec.source.postgres.safety.retained_wal_max = ByteSize(0)) > 0);
+        assert!(with(&|flow| flow.spec.source.postgres.large_transaction_bytes = ByteSize(0)) > 0);
+        assert!(with(&|flow| flow.spec.sinks.clear()) > 0);
+        let tables = |flow: &mut crate::flow::FlowDocument, count: usize| {
+            flow.spec.source.postgres.publication.tables = (0..count).map(|n| format!("public.t{n}")).collect();
+        };
+        assert_eq!(with(&|flow| tables(flow, 50_000)), 0, "tables have no count of their own");
     }
 
     #[test]
