@@ -11,7 +11,7 @@ use tracing::{Instrument, Span};
 use wallaby_coordination::ChunkOutcome;
 use wallaby_model::condition::TaskPhase;
 use wallaby_model::run::{ChunkDone, Generation, PlannedRelation, RelationState, RunPlan, RunSpec, RunWish};
-use wallaby_model::{ChunkId, Epoch, RunId, SegmentBody, TableChanges, TaskKind};
+use wallaby_model::{ChunkId, Codec, Epoch, RunId, SegmentBody, TableChanges, TaskKind};
 use wallaby_postgres_source::{ChunkRequest, ConnectConfig, PartSink, SourceError, read_chunk};
 use wallaby_staging::{Puts, Shelf, SideGroup, SideKey, SideStore, StagingError};
 use wallaby_wire::splice::part_checksum;
@@ -77,11 +77,11 @@ pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
     match outcome {
         Ok(true) => TaskEnd::Completed,
         Ok(false) => {
-            discard(context, demand, *run, *chunk).await;
+            discard(context, *run, *chunk).await;
             TaskEnd::Released(None)
         }
         Err(error) => {
-            discard(context, demand, *run, *chunk).await;
+            discard(context, *run, *chunk).await;
             failed(context, *run, &work, &error).await
         }
     }
@@ -178,10 +178,11 @@ async fn read(
     let config =
         ConnectConfig::parse(&secret::resolve(&demand.dsn)?)?.with_application_name(&context.task.session_name(epoch));
     context.pulse.wait("the side store");
-    let side = context.shared.side(&context.task.flow, &demand.log).await?;
+    let log = context.log_spec().ok_or(CaptureError::Invalid)?;
+    let side = context.shared.side(&context.task.flow, &log).await?;
     side.ensure(Shelf::Chunks).await?;
     let begun = Instant::now();
-    let mut parts = Parts::new(context, demand, Arc::clone(&side), run, chunk, epoch);
+    let mut parts = Parts::new(context, log.codec, Arc::clone(&side), run, chunk, epoch);
     context.pulse.wait("the source");
     let request = ChunkRequest {
         snapshot: work.generation.snapshot.clone().unwrap_or_default(),
@@ -234,7 +235,7 @@ async fn read(
 /// The parts on their way into the side store.
 struct Parts<'a> {
     context: &'a TaskContext,
-    codec: wallaby_model::Codec,
+    codec: Codec,
     puts: Puts,
     run: RunId,
     chunk: ChunkId,
@@ -248,14 +249,13 @@ struct Parts<'a> {
 impl<'a> Parts<'a> {
     fn new(
         context: &'a TaskContext,
-        demand: &SourceDemand,
+        codec: Codec,
         side: Arc<dyn SideStore>,
         run: RunId,
         chunk: ChunkId,
         attempt: Epoch,
     ) -> Parts<'a> {
         let puts = Puts::new(side, context.shared.chunk_puts.clone());
-        let codec = demand.log.codec;
         Parts { context, codec, puts, run, chunk, attempt, number: 0, rows: 0, bytes: 0, checksums: Vec::new() }
     }
 }
@@ -296,10 +296,10 @@ impl PartSink for Parts<'_> {
 }
 
 /// Removes the parts of this attempt. What arrives late goes with the run.
-async fn discard(context: &TaskContext, demand: &SourceDemand, run: RunId, chunk: ChunkId) {
-    let Some(epoch) = context.lock.epoch() else { return };
+async fn discard(context: &TaskContext, run: RunId, chunk: ChunkId) {
+    let (Some(epoch), Some(log)) = (context.lock.epoch(), context.log_spec()) else { return };
     let removed = async {
-        let side = context.shared.side(&context.task.flow, &demand.log).await?;
+        let side = context.shared.side(&context.task.flow, &log).await?;
         side.delete(SideGroup::ChunkAttempt(run, chunk, epoch)).await
     };
     if let Err(error) = removed.await {

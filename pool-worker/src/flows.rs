@@ -69,16 +69,15 @@ pub struct CaptureDemand {
     pub publication: String,
 }
 
-/// The part of a flow that the tasks of a snapshot run act on. Not which tables are published: tables that are added must not
-/// cost a run its snapshot.
+/// The part of a flow that the tasks of a snapshot run act on. Not which tables are published, and nothing of the log: tables that are
+/// added, or room that is made, must not cost a run its snapshot. Where parts are kept never changes, and how many may be is looked up
+/// when the side store is opened ([`crate::task::TaskContext::log_spec`]).
 #[derive(Clone, Debug, PartialEq)]
 pub struct SourceDemand {
     /// How to connect to the source.
     pub dsn: SecretRef,
     /// The publication's name.
     pub publication: String,
-    /// The log, and where parts are kept.
-    pub log: LogSpec,
     /// Whether changes are captured. Without them (`snapshot: only`) nothing makes rows of two snapshots converge.
     pub is_captured: bool,
 }
@@ -88,7 +87,7 @@ pub struct SourceDemand {
 pub struct ApplyDemand {
     /// The sink.
     pub sink: SinkSpec,
-    /// The source, and where parts are kept.
+    /// The source.
     pub source: SourceDemand,
     /// Whether tables are loaded before their changes flow.
     pub snapshot: SnapshotMode,
@@ -122,7 +121,6 @@ pub fn demand(flow: Option<&Flow>, task: &TaskId) -> Demand {
     let of_source = || SourceDemand {
         dsn: source.dsn.clone(),
         publication: document.publication_name(),
-        log: document.spec.log.clone(),
         is_captured: source.snapshot != SnapshotMode::Only,
     };
     let of_sink = |name: &SinkId| {
@@ -223,6 +221,73 @@ fn take(known: &mut HashMap<FlowId, Arc<Flow>>, event: WatchEvent) -> bool {
                 }
             }
             changed
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+    use wallaby_model::RunId;
+    use wallaby_model::condition::Timestamp;
+    use wallaby_model::flow::change::{Effect, flow_change};
+    use wallaby_model::flow::{ByteSize, Span, page::EXAMPLE, parse};
+
+    fn flow(document: FlowDocument) -> Flow {
+        let record = FlowRecord {
+            document,
+            generation: 1,
+            resumes: 0,
+            created_at: Timestamp(0),
+            deleting_since: None,
+            sinks_since: std::collections::BTreeMap::new(),
+        };
+        Flow { record, revision: Revision(2), created: Revision(1) }
+    }
+
+    /// What `wallaby diff` says of a change is what becomes of the tasks; an open run loses its snapshot by none but those named.
+    #[test]
+    fn the_tasks_that_begin_again_are_those_that_a_diff_names() {
+        let edits: [(&str, fn(&mut FlowDocument), bool); 9] = [
+            ("labels", |flow| drop(flow.metadata.labels.insert("a".into(), "b".into())), false),
+            ("maxBytes", |flow| flow.spec.log.max_bytes = ByteSize(9 << 30), false),
+            ("replayWindow", |flow| flow.spec.log.replay_window = Span(std::time::Duration::from_secs(7)), false),
+            (
+                "chunksMax",
+                |flow| {
+                    let side = r#"{ "jetstream": { "chunksMax": "3Gi", "transactionsMax": "2Gi" } }"#;
+                    flow.spec.log.side_store = serde_json::from_str(side).unwrap();
+                },
+                false,
+            ),
+            ("safety", |flow| flow.spec.source.postgres.safety.retained_wal_max = ByteSize(1 << 30), false),
+            (
+                "largeTransactionBytes",
+                |flow| flow.spec.source.postgres.large_transaction_bytes = ByteSize(9 << 20),
+                false,
+            ),
+            ("tables", |flow| flow.spec.source.postgres.publication.tables.push("shop.orders".into()), false),
+            ("dsn", |flow| flow.spec.source.postgres.dsn = SecretRef::Env("OTHER".into()), true),
+            ("onOverrun", |flow| flow.spec.sinks[0].on_overrun = wallaby_model::flow::OnOverrun::Backpressure, false),
+        ];
+        for (name, edit, ends_runs) in edits {
+            let before = parse(EXAMPLE, "-").unwrap();
+            let mut after = before.clone();
+            edit(&mut after);
+            let change = flow_change(Some(&before), &after);
+            assert!(change.refused.is_empty(), "{name}: {change:?}");
+            let sink = before.spec.sinks[0].name.clone();
+            let says = |subject: String| {
+                change.effects.iter().any(|effect| effect.subject == subject && effect.effect == Effect::Restarts)
+            };
+            let id = before.metadata.name.clone();
+            let (before, after) = (flow(before), flow(after));
+            let differs = |task: TaskId| demand(Some(&before), &task) != demand(Some(&after), &task);
+            assert_eq!(differs(TaskId::capture(&id)), says("capture".to_owned()), "the capture, by {name}");
+            assert_eq!(differs(TaskId::apply(&id, &sink)), says(format!("sink {sink}")), "the sink, by {name}");
+            let run = TaskId { flow: id, kind: TaskKind::Run(RunId(1)) };
+            assert_eq!(differs(run), ends_runs, "the run, by {name}");
         }
     }
 }

@@ -94,7 +94,8 @@ async fn load(
     };
     context.status.phase(TaskPhase::Streaming);
     context.pulse.wait("the side store");
-    let side = context.shared.side(&context.task.flow, &demand.source.log).await?;
+    let log = context.log_spec().ok_or(ApplyError::Invalid)?;
+    let side = context.shared.side(&context.task.flow, &log).await?;
     let (factory, task) = factory(context, demand)?;
     let Some(mut loader) = factory.make_loader(task) else { return Ok(TaskEnd::Released(None)) };
     let _turn = match has_huge_parts(&work.done) {

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Mark, TaskLock};
+use wallaby_model::flow::LogSpec;
 use wallaby_model::{TaskId, TaskKind};
 
 use crate::failpoint::Failpoint;
@@ -78,6 +79,11 @@ impl TaskContext {
                 changed = flows.changed() => if changed.is_err() { return Ending::Drain },
             }
         }
+    }
+
+    /// The log of the flow as it is wanted now; `None` when the flow is gone.
+    pub fn log_spec(&self) -> Option<LogSpec> {
+        self.flows.borrow().get(&self.task.flow).map(|flow| flow.record.document.spec.log.clone())
     }
 
     fn resumes(flows: &Flows, task: &TaskId) -> u64 {

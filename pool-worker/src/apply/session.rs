@@ -162,7 +162,8 @@ async fn drive(
     opened: Opened,
 ) -> Result<(), ApplyError> {
     let capabilities = sink.capabilities();
-    let side = context.shared.side(&context.task.flow, &demand.source.log).await?;
+    let log = context.log_spec().ok_or(ApplyError::Invalid)?;
+    let side = context.shared.side(&context.task.flow, &log).await?;
     let mut loads = Loads::open(sink, &demand.sink.name, demand.snapshot, side).await?;
     let is_cut_off = first::take_stock(context, &demand.sink.name, sink, &mut loads, opened.position).await?;
     let (stream, position) = match opened.position.filter(|_| !is_cut_off) {

@@ -73,7 +73,8 @@ impl Export {
             exported_at: session.exported_at(),
         };
         context.pulse.wait("the source's catalog");
-        let chunk_bytes = demand.log.side_chunks_max().0 / CHUNKS_AT_A_TIME;
+        let log = context.log_spec().ok_or(CaptureError::Invalid)?;
+        let chunk_bytes = log.side_chunks_max().0 / CHUNKS_AT_A_TIME;
         let required = required(context, spec, before);
         let planned = session.plan_required(&demand.publication, &spec.tables, &required, &spec.exclude, chunk_bytes);
         let mut relations = planned.await?;

@@ -143,7 +143,7 @@ async fn session(
     };
     seen_by_watch(context, run, entry.plan.as_ref()).await;
     context.pulse.wait("the side store");
-    let side = context.shared.side(&context.task.flow, &demand.log).await?;
+    let side = open_side(context).await?;
     if !demand.is_captured {
         // There is no capture whose owner would do it.
         let swept = sweep::sweep_chunks(&context.shared.coordination, &context.task.flow, side.as_ref()).await?;
@@ -172,6 +172,12 @@ async fn session(
         }
     }
     end
+}
+
+/// The side store, as large as the flow says now.
+async fn open_side(context: &TaskContext) -> Result<Arc<dyn SideStore>, CaptureError> {
+    let log = context.log_spec().ok_or(CaptureError::Invalid)?;
+    Ok(context.shared.side(&context.task.flow, &log).await?)
 }
 
 /// Waits a moment until the watch has what was just read, so that nothing is done twice.
@@ -288,6 +294,8 @@ impl Owner<'_> {
             self.without_snapshot(why).await?;
         }
         tracing::info!(task = %context.task, why, "exporting a snapshot");
+        // It may have been given more room.
+        self.side = open_side(context).await?;
         self.side.ensure(Shelf::Chunks).await?;
         let (export, generation, fresh) = Export::make(context, self.demand, self.run, &spec, &self.plan).await?;
         let replanned = context.runs.run(&context.task.flow, self.run, |view| {

@@ -139,10 +139,15 @@ fn effects_on_tasks(before: Option<&FlowSpec>, after: &FlowSpec) -> Vec<ChangeEf
             continue;
         };
         let settings = |sink: &SinkSpec| SinkSpec { paused: false, ..sink.clone() };
-        let restarts = match (settings(old) != settings(sink), source_changes) {
-            (true, _) => Some("its settings change"),
-            (false, true) => Some("the source's settings change, and it reads rows again by key there"),
-            (false, false) => None,
+        let (was, is) = (&before.source.postgres, &after.source.postgres);
+        let restarts = if settings(old) != settings(sink) {
+            Some("its settings change")
+        } else if was.dsn != is.dsn {
+            Some("the source's address changes, and it reads rows again by key there")
+        } else if was.snapshot != is.snapshot {
+            Some("the flow is loaded from now on")
+        } else {
+            None
         };
         effects.extend(fate(&sink_subject(sink), before.paused || old.paused, after.paused || sink.paused, restarts));
     }
@@ -216,7 +221,11 @@ fn collect(path: String, value: &Value, found: &mut BTreeMap<String, Value>) {
 pub const RULES: &[(&str, &str)] = &[
     ("`metadata.labels`", "nothing: no task looks at them"),
     ("`spec.paused`", "every task stops and keeps where it was, or goes on there; the slot holds WAL back meanwhile"),
-    ("`spec.source` (dsn, safety, largeTransactionBytes)", "capture and sinks restart where they were"),
+    ("`spec.source` (safety, largeTransactionBytes)", "the capture restarts where it was; sinks and runs go on"),
+    (
+        "`spec.source.postgres.dsn`",
+        "capture and sinks restart where they were, and open runs take another snapshot (tables without a key begin again)",
+    ),
     (
         "`spec.source.postgres.dsn`: another database or server",
         "refused where it can be seen (a literal URL); else the capture stops and says so: delete the flow and create it again",
@@ -227,18 +236,18 @@ pub const RULES: &[(&str, &str)] = &[
     ),
     (
         "`spec.source.postgres.publication`: tables added (or no longer excluded)",
-        "capture and sinks restart; with `snapshot: initial` or `only` a run loads the new tables into the sinks that are there, while the others go on",
+        "the capture restarts; with `snapshot: initial` or `only` a run loads the new tables into the sinks that are there, while the others go on",
     ),
     (
         "`spec.source.postgres.publication`: tables removed (or excluded)",
-        "capture and sinks restart; the tables' changes are captured no longer, their rows stay at the sinks",
+        "the capture restarts; the tables' changes are captured no longer, their rows stay at the sinks",
     ),
     (
         "`spec.source.postgres.snapshot`: `never` to `initial`",
         "capture and sinks restart; a run loads every table anew",
     ),
     ("`spec.source.postgres.snapshot`: any other change", "refused: delete the flow and create it again"),
-    ("`spec.log`", "the capture restarts; sinks go on"),
+    ("`spec.log`", "the capture restarts; sinks and runs go on"),
     (
         "`spec.sinks`: one added",
         "its task is made; with `snapshot: initial` or `only` a run loads everything into it, else it starts at the log's end",
