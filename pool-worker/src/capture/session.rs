@@ -81,11 +81,13 @@ pub async fn run(
         .source()
         .map(|seen| SourceIdentity { system_identifier: seen.system_identifier, timeline: seen.timeline });
     enter(context, TaskPhase::Resuming, "the log");
+    owned.unconfirmed = Unconfirmed::default();
     let sweeper = retention::Sweeper {
         side: Arc::clone(&side),
         coordination: context.shared.coordination.clone(),
         epoch,
         living: owned.living.clone(),
+        unconfirmed: owned.unconfirmed.clone(),
     };
     let retain = || {
         let (log, lock, window) = (log.clone(), context.lock.clone(), demand.log.replay_window.0);
@@ -93,7 +95,6 @@ pub async fn run(
         retention::start(log, lock, window, sweeper.clone(), overrun, context.status.clone(), failpoints)
     };
     let confirmed = Position::before(prepared.slot().confirmed_flush);
-    owned.unconfirmed = Unconfirmed::default();
     let mut again = BTreeSet::new();
     match takeover {
         Some(takeover) => {
