@@ -16,7 +16,7 @@ mod side;
 mod splices;
 mod stage;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use wallaby_coordination::Mark;
 use wallaby_model::condition::{ConditionType, TaskPhase};
@@ -29,6 +29,9 @@ use crate::task::{Ending, TaskContext, TaskEnd};
 
 pub(crate) use error::{CaptureError, Directive};
 pub(crate) use publication::wanted as publication_wanted;
+
+/// How long the log may take for the last acknowledgements of a capture that ends.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What outlives one connection to the source: the log is ours from the fence to the end of the lock.
 #[derive(Default)]
@@ -83,7 +86,7 @@ async fn capture(context: &TaskContext, demand: &CaptureDemand) -> TaskEnd {
     loop {
         let outcome = session::run(context, demand, &mut owned, &mut backoff).await;
         let error = match outcome {
-            Ok(mark) => return TaskEnd::Released(mark.or(close(&mut owned).await)),
+            Ok(mark) => return TaskEnd::Released(mark.or(close(context, &mut owned).await)),
             Err(error) => error,
         };
         let said = error.to_string();
@@ -111,7 +114,7 @@ async fn capture(context: &TaskContext, demand: &CaptureDemand) -> TaskEnd {
             }
         };
         if ending.is_some() {
-            return TaskEnd::Released(close(&mut owned).await);
+            return TaskEnd::Released(close(context, &mut owned).await);
         }
     }
 }
@@ -125,16 +128,24 @@ fn state(context: &TaskContext, error: &CaptureError) {
     }
 }
 
-/// Settles what was handed to the log; the mark of its end.
-async fn close(owned: &mut Owned) -> Option<Mark> {
+/// Settles what was handed to the log, and ends its writer; the mark of what the log acknowledged. What it does not take in time (it
+/// may be full, and only a changed flow would make room) Postgres sends the next owner again.
+async fn close(context: &TaskContext, owned: &mut Owned) -> Option<Mark> {
     let writer = owned.writer.take()?;
-    match writer.close().await {
-        Ok(acked) => Some(Mark { position: acked.position, stream: None, seq_hint: Some(acked.sequence) }),
-        Err(error) => {
+    context.pulse.wait("the last acknowledgements");
+    match tokio::time::timeout(SETTLE_PATIENCE, writer.settled()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
             tracing::debug!(%error, "the log's writer was not settled");
-            None
+            return None;
+        }
+        Err(_) => {
+            let in_flight = *writer.in_flight().borrow();
+            tracing::info!(task = %context.task, in_flight, "the log does not take the last records: they are given up, and are read again");
         }
     }
+    let acked = *writer.acked().borrow();
+    Some(Mark { position: acked.position, stream: None, seq_hint: Some(acked.sequence) })
 }
 
 /// Where a capture task stands while it is being set up.

@@ -127,7 +127,7 @@ pub async fn run(
             tokio::select! {
                 // Before it is looked at: a splice that is still on its way would not be found, and not be looked after.
                 settled = writer.settled() => settled?,
-                _ = context.ending() => return Ok(super::close(owned).await),
+                _ = context.ending() => return Ok(super::close(context, owned).await),
             }
             drop(retention);
             context.pulse.wait("the side store");
@@ -135,7 +135,7 @@ pub async fn run(
             let looked = tokio::select! {
                 looked = find_broken(&log, side.as_ref(), confirmed, &tail, &owned.unconfirmed) => looked?,
                 error = writer.ended() => return Err(error.into()),
-                _ = context.ending() => return Ok(super::close(owned).await),
+                _ = context.ending() => return Ok(super::close(context, owned).await),
             };
             let cut = is_cut(writer.end(), &looked).then_some(writer.end().commit);
             if let Some(commit) = looked.broken.map(|broken| broken.commit).or(cut) {

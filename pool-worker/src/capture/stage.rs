@@ -56,8 +56,7 @@ pub async fn run(
     outcome?;
     // Asked to end: what was handed in is settled, and what is durable by now is confirmed.
     context.status.phase(TaskPhase::Draining);
-    context.pulse.wait("the last acknowledgements");
-    let mark = super::close(owned).await.map(|mark| Mark { stream: Some(stage.log.stream().to_owned()), ..mark });
+    let mark = super::close(context, owned).await.map(|mark| Mark { stream: Some(stage.log.stream().to_owned()), ..mark });
     Ok(mark)
 }
 
