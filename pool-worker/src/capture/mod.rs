@@ -15,6 +15,7 @@ mod session;
 mod side;
 mod splices;
 mod stage;
+mod sync;
 
 use std::time::{Duration, Instant};
 
@@ -83,11 +84,13 @@ pub async fn run(context: &TaskContext) -> TaskEnd {
 async fn capture(context: &TaskContext, demand: &CaptureDemand) -> TaskEnd {
     let mut owned = Owned::default();
     let mut backoff = Backoff::default();
+    let mut cut_off = CutOff::default();
     loop {
+        let streamed = owned.connection;
         let outcome = session::run(context, demand, &mut owned, &mut backoff).await;
         let error = match outcome {
             Ok(mark) => return TaskEnd::Released(mark.or(close(context, &mut owned).await)),
-            Err(error) => error,
+            Err(error) => cut_off.judge(context, error, owned.connection > streamed).await,
         };
         let said = error.to_string();
         let ending = match error.directive() {
@@ -115,6 +118,36 @@ async fn capture(context: &TaskContext, demand: &CaptureDemand) -> TaskEnd {
         };
         if ending.is_some() {
             return TaskEnd::Released(close(context, &mut owned).await);
+        }
+    }
+}
+
+/// How long the log's servers have been silent, over several tries that came to no stream from the source. A stream looks by itself.
+#[derive(Debug, Default)]
+struct CutOff {
+    since: Option<Instant>,
+}
+
+impl CutOff {
+    /// The error of a try; or, when it is one too many, that the task is to be given up.
+    async fn judge(&mut self, context: &TaskContext, error: CaptureError, has_streamed: bool) -> CaptureError {
+        if has_streamed {
+            self.since = None;
+        }
+        let is_silent = match &error {
+            // The side store may stand elsewhere.
+            CaptureError::Staging(error) => error.is_transient() && !session::log_answers(context).await,
+            _ => false,
+        };
+        if !is_silent {
+            self.since = None;
+            return error;
+        }
+        let silent_for = self.since.get_or_insert_with(Instant::now).elapsed();
+        if silent_for > context.shared.options.log_patience.0 {
+            CaptureError::LogUnreachable(silent_for.as_secs())
+        } else {
+            error
         }
     }
 }
