@@ -15,8 +15,9 @@ mod session;
 mod side;
 mod splices;
 mod stage;
+mod sync;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use wallaby_coordination::Mark;
 use wallaby_model::condition::{ConditionType, TaskPhase};
@@ -29,6 +30,9 @@ use crate::task::{Ending, TaskContext, TaskEnd};
 
 pub(crate) use error::{CaptureError, Directive};
 pub(crate) use publication::wanted as publication_wanted;
+
+/// How long the log may take for the last acknowledgements of a capture that ends.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What outlives one connection to the source: the log is ours from the fence to the end of the lock.
 #[derive(Default)]
@@ -80,11 +84,13 @@ pub async fn run(context: &TaskContext) -> TaskEnd {
 async fn capture(context: &TaskContext, demand: &CaptureDemand) -> TaskEnd {
     let mut owned = Owned::default();
     let mut backoff = Backoff::default();
+    let mut cut_off = CutOff::default();
     loop {
+        let streamed = owned.connection;
         let outcome = session::run(context, demand, &mut owned, &mut backoff).await;
         let error = match outcome {
-            Ok(mark) => return TaskEnd::Released(mark.or(close(&mut owned).await)),
-            Err(error) => error,
+            Ok(mark) => return TaskEnd::Released(mark.or(close(context, &mut owned).await)),
+            Err(error) => cut_off.judge(context, error, owned.connection > streamed).await,
         };
         let said = error.to_string();
         let ending = match error.directive() {
@@ -111,7 +117,37 @@ async fn capture(context: &TaskContext, demand: &CaptureDemand) -> TaskEnd {
             }
         };
         if ending.is_some() {
-            return TaskEnd::Released(close(&mut owned).await);
+            return TaskEnd::Released(close(context, &mut owned).await);
+        }
+    }
+}
+
+/// How long the log's servers have been silent, over several tries that came to no stream from the source. A stream looks by itself.
+#[derive(Debug, Default)]
+struct CutOff {
+    since: Option<Instant>,
+}
+
+impl CutOff {
+    /// The error of a try; or, when it is one too many, that the task is to be given up.
+    async fn judge(&mut self, context: &TaskContext, error: CaptureError, has_streamed: bool) -> CaptureError {
+        if has_streamed {
+            self.since = None;
+        }
+        let is_silent = match &error {
+            // The side store may stand elsewhere.
+            CaptureError::Staging(error) => error.is_transient() && !session::log_answers(context).await,
+            _ => false,
+        };
+        if !is_silent {
+            self.since = None;
+            return error;
+        }
+        let silent_for = self.since.get_or_insert_with(Instant::now).elapsed();
+        if silent_for > context.shared.options.log_patience.0 {
+            CaptureError::LogUnreachable(silent_for.as_secs())
+        } else {
+            error
         }
     }
 }
@@ -125,16 +161,24 @@ fn state(context: &TaskContext, error: &CaptureError) {
     }
 }
 
-/// Settles what was handed to the log; the mark of its end.
-async fn close(owned: &mut Owned) -> Option<Mark> {
+/// Settles what was handed to the log, and ends its writer; the mark of what the log acknowledged. What it does not take in time (it
+/// may be full, and only a changed flow would make room) Postgres sends the next owner again.
+async fn close(context: &TaskContext, owned: &mut Owned) -> Option<Mark> {
     let writer = owned.writer.take()?;
-    match writer.close().await {
-        Ok(acked) => Some(Mark { position: acked.position, stream: None, seq_hint: Some(acked.sequence) }),
-        Err(error) => {
+    context.pulse.wait("the last acknowledgements");
+    match tokio::time::timeout(SETTLE_PATIENCE, writer.settled()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
             tracing::debug!(%error, "the log's writer was not settled");
-            None
+            return None;
+        }
+        Err(_) => {
+            let in_flight = *writer.in_flight().borrow();
+            tracing::info!(task = %context.task, in_flight, "the log does not take the last records: they are given up, and are read again");
         }
     }
+    let acked = *writer.acked().borrow();
+    Some(Mark { position: acked.position, stream: None, seq_hint: Some(acked.sequence) })
 }
 
 /// Where a capture task stands while it is being set up.

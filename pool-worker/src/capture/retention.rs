@@ -14,6 +14,7 @@ use wallaby_staging::{Log, LogInfo, RESERVE_BYTES, SideStore, Sweep, log_begins,
 
 use super::CaptureError;
 use super::side::Living;
+use super::splices::Unconfirmed;
 use crate::detach::Overrun;
 use crate::failpoint::{Failpoint, Failpoints};
 use crate::run::sweep::sweep_chunks;
@@ -127,14 +128,21 @@ pub struct Sweeper {
     pub epoch: Epoch,
     /// What it is putting just now.
     pub living: Living,
+    /// What is looked for before Postgres is told of it.
+    pub unconfirmed: Unconfirmed,
 }
 
 impl Sweeper {
     /// Sweeps once. `purged_to` is the purge point.
-    async fn sweep(&self, log: &Log, purged_to: Position) -> Result<(), CaptureError> {
+    pub async fn sweep(&self, log: &Log, purged_to: Position) -> Result<(), CaptureError> {
         // A replay window keeps more than the purge point says.
         let begins = log_begins(log).await?.unwrap_or(Position::ZERO);
-        let what = Sweep { epoch: self.epoch, purged_to: purged_to.min(begins), living: &|| self.living.now() };
+        let mut purged_to = purged_to.min(begins);
+        if let Some(commit) = self.unconfirmed.first() {
+            // The sinks can be past a splice long before Postgres is told of it. What is not found then counts as lost.
+            purged_to = purged_to.min(Position::before(commit));
+        }
+        let what = Sweep { epoch: self.epoch, purged_to, living: &|| self.living.now() };
         let mut swept = sweep_transactions(self.side.as_ref(), &what).await?;
         swept.extend(sweep_chunks(&self.coordination, log.flow(), self.side.as_ref()).await?);
         if !swept.is_empty() {

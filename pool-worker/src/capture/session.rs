@@ -8,16 +8,17 @@ use wallaby_postgres_source::{
     SourceError, SourceIdentity, connect_control, ensure_publication, ensure_slot, evict,
 };
 use wallaby_staging::{
-    Log, LogConfig, LogWriter, PutBudget, SegmentCache, Shelf, SideGroup, SideStore, Sweep, TailClaims, TailVerdict,
-    Takeover, WriterOptions, judge_tail, open_side, sweep_transactions, sync_policy,
+    Log, LogConfig, LogWriter, PutBudget, SegmentCache, Shelf, SideGroup, SideStore, StagingError, Sweep, TailClaims,
+    TailVerdict, Takeover, WriterOptions, judge_tail, open_side, sweep_transactions,
 };
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::side::SideWriter;
 use super::splices::{self, Looked, Unconfirmed, find_broken};
+use super::sync::{self, Syncing};
 use super::{CaptureError, Fallback, Owned, enter, feedback, figures, publication, retention, stage};
 use crate::backoff::Backoff;
 use crate::detach::Overrun;
@@ -57,7 +58,8 @@ pub async fn run(
         None => {
             enter(context, TaskPhase::Fencing, "the fence");
             let nonce = *owned.nonce.get_or_insert_with(Nonce::random);
-            let options = WriterOptions { may_stand: !owned.has_appended, ..writer_options(context, &log).await };
+            let options =
+                WriterOptions { may_stand: !owned.has_appended, ..writer_options(context, &log, side.as_ref()).await };
             Some(LogWriter::take_over(&log, epoch, nonce, options).await?)
         }
     };
@@ -81,11 +83,13 @@ pub async fn run(
         .source()
         .map(|seen| SourceIdentity { system_identifier: seen.system_identifier, timeline: seen.timeline });
     enter(context, TaskPhase::Resuming, "the log");
+    owned.unconfirmed = Unconfirmed::default();
     let sweeper = retention::Sweeper {
         side: Arc::clone(&side),
         coordination: context.shared.coordination.clone(),
         epoch,
         living: owned.living.clone(),
+        unconfirmed: owned.unconfirmed.clone(),
     };
     let retain = || {
         let (log, lock, window) = (log.clone(), context.lock.clone(), demand.log.replay_window.0);
@@ -93,12 +97,12 @@ pub async fn run(
         retention::start(log, lock, window, sweeper.clone(), overrun, context.status.clone(), failpoints)
     };
     let confirmed = Position::before(prepared.slot().confirmed_flush);
-    owned.unconfirmed = Unconfirmed::default();
     let mut again = BTreeSet::new();
     match takeover {
         Some(takeover) => {
             context.pulse.wait("the side store");
-            let looked = find_broken(&log, side.as_ref(), confirmed, takeover.tail(), &owned.unconfirmed).await?;
+            let looking = find_broken(&log, side.as_ref(), confirmed, takeover.tail(), &owned.unconfirmed);
+            let Some(looked) = patiently(context, &log, looking).await? else { return Ok(None) };
             let (mut position, mut rewind) = resume_position(context, &takeover, &mut prepared).await?;
             if let Some(broken) = looked.broken {
                 tracing::error!(task = %context.task, commit = %broken.commit, resume = %broken.resume, "the side store lost parts of a transaction: publishing it again");
@@ -113,7 +117,9 @@ pub async fn run(
             prepared.verify(position, previous.as_ref()).await?;
             let info = resume_info(demand, prepared.identity(), rewind);
             owned.has_appended = true;
-            let writer = takeover.resume(position, info).await?;
+            let Some(writer) = patiently(context, &log, takeover.resume(position, info)).await? else {
+                return Ok(None);
+            };
             context.stop_at(Failpoint::StopAfterResume).await;
             vouch(context, &prepared, &log, writer.end()).await?;
             owned.writer = Some(writer);
@@ -123,19 +129,20 @@ pub async fn run(
             // A full log takes what was handed in only once something was purged. Not while it is looked at: what the purge passes is
             // swept, and would count as lost.
             let retention = retain();
-            tokio::select! {
-                // Before it is looked at: a splice that is still on its way would not be found, and not be looked after.
-                settled = writer.settled() => settled?,
-                _ = context.ending() => return Ok(super::close(owned).await),
+            // Before it is looked at: a splice that is still on its way would not be found, and not be looked after.
+            if patiently(context, &log, writer.settled()).await?.is_none() {
+                return Ok(super::close(context, owned).await);
             }
             drop(retention);
             context.pulse.wait("the side store");
             let tail = log.tail().await?;
+            let looking =
+                patiently(context, &log, find_broken(&log, side.as_ref(), confirmed, &tail, &owned.unconfirmed));
             let looked = tokio::select! {
-                looked = find_broken(&log, side.as_ref(), confirmed, &tail, &owned.unconfirmed) => looked?,
+                looked = looking => looked?,
                 error = writer.ended() => return Err(error.into()),
-                _ = context.ending() => return Ok(super::close(owned).await),
             };
+            let Some(looked) = looked else { return Ok(super::close(context, owned).await) };
             let cut = is_cut(writer.end(), &looked).then_some(writer.end().commit);
             if let Some(commit) = looked.broken.map(|broken| broken.commit).or(cut) {
                 // The log goes back only with a new chain: it is taken over again, by us.
@@ -157,6 +164,8 @@ pub async fn run(
     let budget = PutBudget::new(context.shared.sizes.puts);
     let side_writer =
         SideWriter::new(Arc::clone(&side), epoch, owned.connection, demand.log.codec, budget, owned.living.clone());
+    let syncing = Arc::new(Syncing::new(log.clone(), Arc::clone(&side), context.shared.sync_source(), writer.sync()));
+    let _syncing = syncing.start();
     let _feedback =
         feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
     let _publication = publication::start(&config, publication_of(demand), context.lock.clone());
@@ -166,7 +175,7 @@ pub async fn run(
     context.status.phase(TaskPhase::Streaming);
     tracing::info!(task = %context.task, %epoch, position = %writer.end(), "capturing");
     let failures = std::mem::take(backoff);
-    let stage = stage::Stage { context, demand, log: &log, confirm, figures };
+    let stage = stage::Stage { context, demand, log: &log, syncing: &syncing, confirm, figures };
     let outcome = stage::run(stage, capture, side_writer, owned).await.map_err(|error| match error {
         // Nothing else is put meanwhile.
         CaptureError::SideFull { xid, error } if owned.fallback.is_some() => CaptureError::WholeFull { xid, error },
@@ -247,16 +256,57 @@ async fn open_log(context: &TaskContext, demand: &CaptureDemand) -> Result<Log, 
     Ok(log)
 }
 
-async fn writer_options(context: &TaskContext, log: &Log) -> WriterOptions {
+/// How often the log's servers are asked whether they are there.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Waits for what is done with the log before there is a stream, and tries without end by itself. Not when the task is asked to end
+/// (`None`), nor while the log's servers are silent for too long.
+async fn patiently<T>(
+    context: &TaskContext,
+    log: &Log,
+    done: impl Future<Output = Result<T, StagingError>>,
+) -> Result<Option<T>, CaptureError> {
+    let silence = async {
+        let mut answered_at = Instant::now();
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            if answers(log).await {
+                answered_at = Instant::now();
+            } else if answered_at.elapsed() > context.shared.options.log_patience.0 {
+                return CaptureError::LogUnreachable(answered_at.elapsed().as_secs());
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        done = done => Ok(Some(done?)),
+        _ = context.ending() => Ok(None),
+        error = silence => Err(error),
+    }
+}
+
+/// Whether the log's servers answer, whatever they say.
+async fn answers(log: &Log) -> bool {
+    !log.info().await.is_err_and(|error| error.is_transient())
+}
+
+/// The same, for a try that may not have come to its log.
+pub async fn log_answers(context: &TaskContext) -> bool {
+    match context.shared.nats().await {
+        Ok(connections) => answers(&Log::new(context.task.flow.clone(), connections.clone())).await,
+        Err(_) => false,
+    }
+}
+
+async fn writer_options(context: &TaskContext, log: &Log, side: &dyn SideStore) -> WriterOptions {
     let cache: Arc<dyn SegmentCache> = Arc::<crate::cache::RecordCache>::clone(&context.shared.cache);
     let mut options = WriterOptions { cache: Some(cache), ..WriterOptions::default() };
     if context.shared.failpoints.is_on(Failpoint::HoldAppend) {
         options.tail_check_interval = Duration::from_secs(3600);
     }
-    if let Ok(info) = log.info().await {
-        let report = sync_policy(&info, &context.shared.sync_source()).await;
-        tracing::info!(task = %context.task, policy = ?report.policy, "when the log's servers sync");
-        options.sync = report.policy;
+    if let Ok(policy) = sync::ask(log, side, &context.shared.sync_source()).await {
+        tracing::info!(task = %context.task, ?policy, "when the log's servers sync");
+        options.sync = policy;
     }
     options
 }

@@ -87,11 +87,6 @@ impl SideWriter {
         Attempt { epoch: self.epoch, connection: self.connection, xid }
     }
 
-    /// The store.
-    pub fn store(&self) -> &Arc<dyn SideStore> {
-        &self.side
-    }
-
     /// Makes the shelf before the first part. Whether it was made, or looked at, just now: then its servers' sync policy counts from
     /// here on.
     ///

@@ -145,6 +145,11 @@ impl Unconfirmed {
         self.state().splices.push_back((kept.to, kept.splice.transaction.commit, kept.attempt));
     }
 
+    /// The commit LSN of the first one.
+    pub fn first(&self) -> Option<Lsn> {
+        self.state().splices.front().map(|(_, commit, _)| *commit)
+    }
+
     /// The commit LSN of a splice whose manifest or parts went missing.
     pub fn lost(&self) -> Option<Lsn> {
         self.state().lost
@@ -199,16 +204,19 @@ mod tests {
     use std::time::Duration;
 
     use bytes::Bytes;
+    use wallaby_coordination::Coordination;
     use wallaby_model::flow::Replicas;
     use wallaby_model::{Codec, Epoch, FlowId, ManifestPart, Nonce, ResumeInfo, Transaction};
     use wallaby_staging::{
         Connections, DataAppend, LogConfig, LogWriter, NatsTarget, ObjectSide, Quotas, Shelf, SideGroup, SyncPolicy,
         Takeover, Trace, WriterOptions,
     };
-    use wallaby_testkit::{NatsScope, Wire};
+    use wallaby_testkit::{EtcdScope, NatsScope, Wire};
     use wallaby_wire::splice::{encode_manifest, part_checksum};
 
     use super::*;
+    use crate::capture::retention::Sweeper;
+    use crate::capture::side::Living;
 
     /// A folder for the parts of a flow, and the flow.
     async fn side(folder: &tempfile::TempDir) -> ObjectSide {
@@ -463,6 +471,45 @@ mod tests {
         assert_eq!(find(&log, &side, 50).await, (None, left(&[&fourth])));
         lose(&folder, fourth.attempt, 0);
         assert_eq!(find(&log, &side, 50).await, (Some((400, third.to)), left(&[])));
+    }
+
+    /// The sinks have a splice, and the purge passed it, long before Postgres is told of it: servers that sync every two minutes.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn h09_what_postgres_was_not_told_of_is_not_swept_behind_the_purge() {
+        let (nats, etcd) = (NatsScope::one_node("swept").await, EtcdScope::create("swept").await);
+        let folder = tempfile::tempdir().unwrap();
+        let (log, side) = (log(&nats).await, Arc::new(side(&folder).await));
+        let options = wallaby_coordination::Options {
+            prefix: etcd.prefix().trim_end_matches('/').to_owned(),
+            ..wallaby_coordination::Options::default()
+        };
+        let unconfirmed = Unconfirmed::default();
+        let sweeper = Sweeper {
+            side: Arc::<ObjectSide>::clone(&side),
+            coordination: Coordination::connect(&etcd.endpoints(), options).await.unwrap(),
+            epoch: Epoch(3),
+            living: Living::default(),
+            unconfirmed: unconfirmed.clone(),
+        };
+        let writer = resume(take_over(&log, 3).await, Position::before(Lsn(10)), false).await;
+        let (first, second, third) = (keep(&side, 100).await, keep(&side, 200).await, keep(&side, 300).await);
+        for kept in [&first, &second, &third] {
+            unconfirmed.add(kept);
+            append(&writer, kept).await;
+        }
+        assert_eq!(unconfirmed.allow(side.as_ref(), first.to.commit).await, first.to.commit);
+        // The last record stays, whatever is purged.
+        log.purge(third.to, Duration::ZERO, std::time::SystemTime::now()).await.unwrap();
+        let stands = async || {
+            sweeper.sweep(&log, third.to).await.unwrap();
+            let groups = side.list(Shelf::Transactions).await.unwrap();
+            let manifest = |group| if let SideGroup::Manifest(commit) = group { Some(commit.0) } else { None };
+            groups.into_iter().filter_map(manifest).collect::<BTreeSet<_>>()
+        };
+        assert_eq!(stands().await, BTreeSet::from([200, 300]), "Postgres was told of the first");
+        assert_eq!(unconfirmed.allow(side.as_ref(), second.to.commit).await, second.to.commit);
+        assert_eq!(unconfirmed.lost(), None);
+        assert_eq!(stands().await, BTreeSet::from([300]));
     }
 
     /// An owner rewound the log before two splices, kept the first one's transaction again, and died: the log ends before both.

@@ -9,10 +9,11 @@ use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_postgres_source::{
     Capture, CaptureEvent, Control, Feedback, PartDraft, SegmentDraft, SourceStatus, ended_before,
 };
-use wallaby_staging::{DataAppend, Log, LogWriter, Shelf, Wait, sync_policy};
+use wallaby_staging::{DataAppend, Log, LogWriter, Wait};
 use wallaby_wire::SegmentEncoder;
 
 use super::side::SideWriter;
+use super::sync::Syncing;
 use super::{CaptureError, Owned};
 use crate::failpoint::Failpoint;
 use crate::flows::CaptureDemand;
@@ -34,6 +35,8 @@ pub struct Stage<'a> {
     pub demand: &'a CaptureDemand,
     /// The log.
     pub log: &'a Log,
+    /// Learns when the servers sync.
+    pub syncing: &'a Syncing,
     /// What Postgres was told.
     pub confirm: Feedback,
     /// What the source says of the slot.
@@ -56,8 +59,8 @@ pub async fn run(
     outcome?;
     // Asked to end: what was handed in is settled, and what is durable by now is confirmed.
     context.status.phase(TaskPhase::Draining);
-    context.pulse.wait("the last acknowledgements");
-    let mark = super::close(owned).await.map(|mark| Mark { stream: Some(stage.log.stream().to_owned()), ..mark });
+    let mark =
+        super::close(context, owned).await.map(|mark| Mark { stream: Some(stage.log.stream().to_owned()), ..mark });
     Ok(mark)
 }
 
@@ -148,7 +151,7 @@ async fn stream(
                 let xid = draft.xid;
                 tokio::select! {
                     biased;
-                    taken = put(stage, side, writer, draft) => taken.map_err(|error| side_full(xid, error))?,
+                    taken = put(stage, side, draft) => taken.map_err(|error| side_full(xid, error))?,
                     _ = &mut ending => return Ok(()),
                     error = &mut ended => return Err(error.into()),
                 }
@@ -198,18 +201,9 @@ async fn stream(
 
 /// Puts a part. Before the first one the shelf is made, and its servers' sync policy counts beside that of the log's: a splice is
 /// durable only when its parts are.
-async fn put(
-    stage: &Stage<'_>,
-    side: &mut SideWriter,
-    writer: &LogWriter,
-    draft: PartDraft,
-) -> Result<(), CaptureError> {
+async fn put(stage: &Stage<'_>, side: &mut SideWriter, draft: PartDraft) -> Result<(), CaptureError> {
     if side.ensure_shelf().await? {
-        let mut info = stage.log.info().await?;
-        info.servers.extend(side.store().holders(Shelf::Transactions).await?);
-        info.servers.sort_unstable();
-        info.servers.dedup();
-        writer.set_sync(sync_policy(&info, &stage.context.shared.sync_source()).await.policy).await;
+        stage.syncing.learn().await?;
     }
     side.put(draft).await
 }

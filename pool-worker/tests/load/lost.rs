@@ -19,7 +19,7 @@ use crate::large::{LEDGER, decode_with, large, ledger, ledger_in, only_attempt, 
 use crate::scene::*;
 
 /// A scene whose sink stands in a cluster of its own: a transaction that is blocked there holds up the making of slots.
-async fn blockable(name: &str) -> Scene {
+pub async fn blockable(name: &str) -> Scene {
     let target = cluster(PostgresOptions::default()).await;
     let (source, target) = tokio::join!(Database::create("source"), Database::create_on(target, "target"));
     Scene::with(name, source, target).await

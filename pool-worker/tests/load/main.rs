@@ -11,6 +11,7 @@ mod rewrites;
 mod runs;
 mod scene;
 mod timelines;
+mod waits;
 
 use std::sync::Arc;
 

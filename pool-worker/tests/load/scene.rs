@@ -237,6 +237,17 @@ spec:
         self.start(name, failpoints, &["--nats", nats, "--nats-monitoring", &monitoring])
     }
 
+    /// The same; it gives up what it cannot do without NATS after three seconds.
+    pub fn impatient_worker_at(&self, name: &str, failpoints: Failpoints, nats: &str) -> Running {
+        let monitoring = self.nats.cluster().monitoring_urls().join(",");
+        self.start(name, failpoints, &["--nats", nats, "--nats-monitoring", &monitoring, "--log-patience", "3s"])
+    }
+
+    /// A worker that asks for the servers' sync interval in a way of its own.
+    pub fn worker_asking(&self, name: &str, monitoring: &str) -> Running {
+        self.start(name, Failpoints::default(), &["--nats", &self.nats.url(), "--nats-monitoring", monitoring])
+    }
+
     /// A worker with room for this many tasks.
     pub fn worker_of(&self, name: &str, capacity: u32) -> Running {
         let monitoring = self.nats.cluster().monitoring_urls().join(",");

@@ -148,6 +148,7 @@ pub struct LogWriter {
     epoch: Epoch,
     incarnation: Incarnation,
     commands: mpsc::Sender<Command>,
+    sync: watch::Sender<SyncPolicy>,
     task: JoinHandle<()>,
 }
 
@@ -180,8 +181,10 @@ impl LogWriter {
         let kind = RecordKind::Resume { position, info };
         let resume = append(&log, epoch, incarnation, kind, Bytes::new(), Trace::none());
         let (commands, receiver) = mpsc::channel(1);
-        let task = WriterTask::new(takeover, incarnation, Arc::clone(&shared), receiver, resume).await?;
-        let writer = LogWriter { shared, epoch, incarnation, commands, task: tokio::spawn(task.run()) };
+        let sync = watch::Sender::new(takeover.options.sync);
+        let task =
+            WriterTask::new(takeover, incarnation, Arc::clone(&shared), receiver, sync.subscribe(), resume).await?;
+        let writer = LogWriter { shared, epoch, incarnation, commands, sync, task: tokio::spawn(task.run()) };
         writer.settled().await?;
         Ok(writer)
     }
@@ -283,10 +286,10 @@ impl LogWriter {
         self.shared.waiting.subscribe()
     }
 
-    /// Says how the servers sync, when it is known better.
-    pub async fn set_sync(&self, policy: SyncPolicy) {
-        // A writer that ended confirms nothing any more.
-        let _ = self.commands.send(Command::SetSync(policy)).await;
+    /// Where to say how the servers sync, whenever it is known better: it counts for what is confirmed from then on. Keeps no writer
+    /// alive.
+    pub fn sync(&self) -> watch::Sender<SyncPolicy> {
+        self.sync.clone()
     }
 
     /// Returns once everything that was handed in is acknowledged.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use async_nats::{Message, Subject, Subscriber};
 use futures::StreamExt;
 use serde::Deserialize;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use wallaby_model::RecordKind;
 
@@ -44,8 +44,6 @@ pub(crate) enum Command {
     Append(Box<Append>),
     /// Answer once all that was handed in before is acknowledged.
     Settle(oneshot::Sender<()>),
-    /// Another sync policy.
-    SetSync(SyncPolicy),
 }
 
 pub(crate) struct WriterTask {
@@ -54,6 +52,7 @@ pub(crate) struct WriterTask {
     incarnation: Incarnation,
     shared: Arc<Shared>,
     commands: mpsc::Receiver<Command>,
+    sync: watch::Receiver<SyncPolicy>,
     settling: Vec<oneshot::Sender<()>>,
     chain: Chain,
     answers: Subscriber,
@@ -80,6 +79,7 @@ impl WriterTask {
         incarnation: Incarnation,
         shared: Arc<Shared>,
         commands: mpsc::Receiver<Command>,
+        sync: watch::Receiver<SyncPolicy>,
         resume: Append,
     ) -> Result<WriterTask> {
         let log = takeover.log.clone();
@@ -115,6 +115,7 @@ impl WriterTask {
             incarnation,
             shared,
             commands,
+            sync,
             chain,
             answers,
             inbox,
@@ -139,6 +140,8 @@ impl WriterTask {
                 self.resync().await?;
                 continue;
             }
+            // What is confirmed from here on is confirmed by what is known of the servers now.
+            self.durability.set_policy(*self.sync.borrow_and_update());
             self.publish_state();
             let wake = self.wake_at();
             tokio::select! {
@@ -150,9 +153,10 @@ impl WriterTask {
                 command = self.commands.recv(), if self.chain.has_room() => match command {
                     Some(Command::Append(append)) => self.chain.push(*append),
                     Some(Command::Settle(done)) => self.settling.push(done),
-                    Some(Command::SetSync(policy)) => self.durability.set_policy(policy),
                     None => return Ok(()),
                 },
+                // Also while the log is full and no command is taken.
+                Ok(()) = self.sync.changed() => {}
                 () = tokio::time::sleep_until(wake) => self.wake().await?,
             }
         }
@@ -281,17 +285,18 @@ impl WriterTask {
             self.chain.break_off();
             return Ok(());
         }
-        if self.chain.is_full() {
-            if now >= self.room_checked_at + FULL_POLL {
-                self.full_since.get_or_insert(now);
-                self.shared.waiting.set(Some(Wait::Full), now);
-                self.check_tail().await;
+        let is_full = self.chain.is_full();
+        if is_full {
+            if now < self.room_checked_at + FULL_POLL {
+                return Ok(());
             }
-            return Ok(());
+            self.full_since.get_or_insert(now);
+            self.shared.waiting.set(Some(Wait::Full), now);
         }
+        // A full log does not end this: it is what Postgres keeps its WAL for.
         let confirms = self.durability.due_at().is_some_and(|due| due <= now);
         let age = now.duration_since(self.tail_checked_at);
-        if age >= self.takeover.options.tail_check_interval || (confirms && age >= CONFIRM_INTERVAL) {
+        if is_full || age >= self.takeover.options.tail_check_interval || (confirms && age >= CONFIRM_INTERVAL) {
             let is_whole = self.check_tail().await;
             if is_whole && confirms {
                 self.confirm(now);

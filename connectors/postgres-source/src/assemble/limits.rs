@@ -55,7 +55,8 @@ impl Limits {
         self.part_row_bytes_max().max(self.row_bytes_max)
     }
 
-    /// Up to this much of a streamed transaction becomes a segment after all.
+    /// No segment with several rows grows beyond this: what one row may have, the log takes. Up to this much of a streamed transaction
+    /// becomes a segment after all.
     pub(super) fn small_bytes_max(&self) -> usize {
         self.segment_bytes_max.min(self.row_bytes_max)
     }

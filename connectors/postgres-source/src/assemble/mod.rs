@@ -424,7 +424,7 @@ impl Assembler {
     ) -> Result<Option<usize>, SourceError> {
         let table = self.buffer.table(oid).ok_or(out_of_order('I', "its table was not described"))?;
         let bytes = table.row_bytes() * change.rows() + message_bytes;
-        let bytes_max = self.limits.segment_bytes_max.min(self.limits.row_bytes_max);
+        let bytes_max = self.limits.small_bytes_max();
         if self.buffer.added(oid, bytes) <= bytes_max && self.open.as_ref().is_some_and(|open| open.parts.is_none()) {
             return Ok(Some(bytes));
         }
@@ -442,7 +442,7 @@ impl Assembler {
         let table = self.buffer.table(oid).ok_or(out_of_order('I', "its table was not described"))?;
         if self.open.as_ref().is_some_and(|open| open.parts.is_none()) {
             let bytes = table.exact_bytes(change, limits.row_bytes_max)?;
-            if self.buffer.rows() > 0 && self.buffer.added(oid, bytes) > limits.segment_bytes_max {
+            if self.buffer.rows() > 0 && self.buffer.added(oid, bytes) > limits.small_bytes_max() {
                 return Ok(None);
             }
             match table.check_row(xid, bytes, limits.row_bytes_max) {

@@ -151,8 +151,39 @@ fn what_came_whole_is_given_out_before_a_row_that_is_too_large_is_an_error() {
     assembler.push(Lsn(1), &insert(1, 1, "x")).unwrap();
     assembler.push(Lsn(5), &commit(5, 6)).unwrap();
     assembler.push(Lsn(7), &begin(9, 77)).unwrap();
-    let error = assembler.push(Lsn(7), &insert(2, 2, &"x".repeat(10_000))).unwrap_err();
+    let row = insert(2, 2, &"x".repeat(10_000));
+    assert!(matches!(assembler.push(Lsn(7), &row).unwrap(), Step::FlushFirst));
+    let draft = assembler.take_segment().unwrap().unwrap();
+    assert_eq!((draft.to, draft.rows), (Position::before(Lsn(6)), 1));
+    let error = assembler.push(Lsn(7), &row).unwrap_err();
     assert!(matches!(&error, SourceError::RowTooLarge { xid: 77, table, .. } if table.name == "t2"), "{error}");
+}
+
+/// A server with a small `max_payload`: a segment that it refuses would be tried again for ever.
+#[test]
+fn no_segment_grows_beyond_what_the_log_takes() {
+    let limits = Limits { row_bytes_max: 200 << 10, ..LIMITS };
+    let mut assembler = assembler(limits, Position::ZERO);
+    assembler.push(Lsn(1), &begin(99, 1)).unwrap();
+    let mut drafts = Vec::new();
+    // Each of them fits, no two of them do, and the first one is less than what a segment should have.
+    for (id, bytes) in [(1, 100 << 10), (2, 150 << 10), (3, 100 << 10), (4, 150 << 10)] {
+        let (lsn, row) = (Lsn(10 * u64::from(id)), insert(1, id, &"x".repeat(bytes)));
+        let mut step = assembler.push(lsn, &row).unwrap();
+        if matches!(step, Step::FlushFirst) {
+            drafts.extend(assembler.take_segment().unwrap());
+            step = assembler.push(lsn, &row).unwrap();
+        }
+        match step {
+            Step::Taken => {}
+            Step::Full => drafts.extend(assembler.take_segment().unwrap()),
+            other => panic!("{other:?}"),
+        }
+    }
+    drafts.extend(assembler.take_segment().unwrap());
+    let bytes: Vec<usize> = drafts.iter().map(|draft| draft.content_bytes).collect();
+    assert!(bytes.iter().all(|bytes| *bytes <= limits.row_bytes_max), "{bytes:?} of {}", limits.row_bytes_max);
+    assert_eq!(drafts.iter().map(|draft| draft.rows).sum::<usize>(), 4);
 }
 
 #[test]

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use wallaby_model::{Epoch, Lsn};
+use wallaby_model::{Epoch, Lsn, Nonce};
 use wallaby_staging::{
-    LogReader, LogWriter, ReaderOptions, StagingError, Start, SyncPolicy, TailVerdict, Wait, judge_tail,
+    LogReader, LogWriter, ReaderOptions, StagingError, Start, SyncPolicy, TailVerdict, Wait, WriterOptions, judge_tail,
 };
 use wallaby_testkit::{NatsCluster, NatsOptions, SyncInterval, eventually};
 
@@ -182,6 +182,76 @@ async fn a_full_log_is_back_pressure_until_it_is_purged() {
     })
     .await;
     // A full log still takes a successor's fence and resume.
+    flow.end().await;
+}
+
+/// Takes over with a sync policy, and appends in the background until the log is full, and waits.
+async fn full(flow: &Flow, sync: SyncPolicy) -> (Arc<LogWriter>, tokio::task::JoinHandle<()>) {
+    let wary = WriterOptions { sync, ..options() };
+    let takeover = LogWriter::take_over(&flow.log, Epoch(5), Nonce::random(), wary).await.unwrap();
+    let writer = Arc::new(takeover.resume(at(1), info(false)).await.unwrap());
+    let filling = Arc::clone(&writer);
+    let filling = tokio::spawn(async move {
+        let mut n = 1;
+        while filling.append(segment(n, n + 1, 500_000)).await.is_ok() {
+            n += 1;
+        }
+    });
+    is_full(&writer).await;
+    (writer, filling)
+}
+
+/// Waits until the log is full and nothing is on its way.
+async fn is_full(writer: &LogWriter) {
+    let waiting = writer.waiting();
+    eventually(PATIENCE, "the writer waits for room", async || match *waiting.borrow() {
+        Some(waiting) if waiting.what == Wait::Full => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+}
+
+/// Postgres keeps its WAL while the log is full: it is told of what is durable all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_full_log_acknowledged_is_confirmed_while_it_stays_full() {
+    let scope = wallaby_testkit::NatsScope::three_nodes("full").await;
+    let flow = Flow::on(&scope.url(), 3, wallaby_staging::log::MAX_BYTES_LEAST).await;
+    let (writer, filling) = full(&flow, SyncPolicy::Interval(Duration::from_millis(500))).await;
+    let (acked, durable) = (writer.acked(), writer.durable());
+    eventually(PATIENCE, "everything that was acknowledged is durable", async || {
+        let (acked, durable) = (acked.borrow().position, *durable.borrow());
+        if at(durable.0) == acked { Ok(()) } else { Err(format!("{durable} of {acked}")) }
+    })
+    .await;
+    let waiting = *writer.waiting().borrow();
+    assert!(waiting.is_some_and(|waiting| waiting.what == Wait::Full), "{waiting:?}");
+    filling.abort();
+    flow.end().await;
+}
+
+/// What is known of the servers is learned anew now and then; a full log takes no command.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_log_confirms_by_what_is_known_of_the_servers_now() {
+    let scope = wallaby_testkit::NatsScope::three_nodes("full").await;
+    let flow = Flow::on(&scope.url(), 3, wallaby_staging::log::MAX_BYTES_LEAST).await;
+    let (writer, filling) = full(&flow, SyncPolicy::Unknown).await;
+    assert_eq!(*writer.durable().borrow(), Lsn::ZERO, "nothing is known of the servers");
+    let (acked, durable) = (writer.acked(), writer.durable());
+    writer.sync().send_replace(SyncPolicy::Always);
+    eventually(PATIENCE, "everything that was acknowledged is durable", async || {
+        let (acked, durable) = (acked.borrow().position, *durable.borrow());
+        if at(durable.0) == acked { Ok(()) } else { Err(format!("{durable} of {acked}")) }
+    })
+    .await;
+    let waiting = *writer.waiting().borrow();
+    assert!(waiting.is_some_and(|waiting| waiting.what == Wait::Full), "{waiting:?}");
+    // Whoever can say more keeps no writer alive.
+    let (sync, ended) = (writer.sync(), writer.durable());
+    filling.abort();
+    drop(writer);
+    eventually(PATIENCE, "the writer is gone", async || ended.has_changed().map_or(Ok(()), |_| Err("it is there")))
+        .await;
+    drop(sync);
     flow.end().await;
 }
 

@@ -1,0 +1,127 @@
+//! A capture that waits for its log: for room, for the servers, and for what they say of their disks.
+
+use std::sync::Arc;
+
+use wallaby_model::flow::{ByteSize, OnOverrun};
+use wallaby_model::run::RunState;
+use wallaby_model::{TaskId, WorkerId};
+use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
+use wallaby_testkit::{Held, Wire};
+
+use crate::large::{LEDGER, ledger_in, rows};
+use crate::lost::blockable;
+use crate::scene::*;
+use crate::{ALL, fill};
+
+/// The capture is asked to end, because its flow changed, while the log takes nothing: only its successor makes the room.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_log_that_is_enlarged_goes_on_although_its_sink_is_blocked() {
+    let (scene, _offers) = ledger_in(blockable("enlarged").await, "1GB", |document| {
+        document.spec.log.max_bytes = ByteSize(32 << 20);
+        document.spec.sinks[0].on_overrun = OnOverrun::Backpressure;
+    })
+    .await;
+    let _worker = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    let blocked = scene.target.connect().await;
+    blocked.batch_execute("BEGIN; LOCK TABLE ledger").await.unwrap();
+    for from in (100_000..).step_by(2000) {
+        scene.source.batch_execute(&rows(from, from + 1999)).await.unwrap();
+        let end = scene.wal_end().await;
+        if scene.staged_or_full(end).await {
+            break;
+        }
+    }
+    scene.source.batch_execute(&rows(1, 2000)).await.unwrap();
+    let end = scene.wal_end().await;
+    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+    let mut document = seen.record.document.clone();
+    document.spec.log.max_bytes = ByteSize(64 << 20);
+    scene.coordination.update_flow(&seen, document, &Default::default()).await.unwrap();
+    scene.staged(end).await;
+    blocked.batch_execute("ROLLBACK").await.unwrap();
+    scene.equal(LEDGER).await;
+}
+
+/// A server that said nothing of its disks at the takeover says it later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_is_told_by_what_the_servers_say_of_their_syncs_now() {
+    let scene = Arc::new(Scene::new("syncs").await);
+    fill(&scene, 10).await;
+    scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+    let wire = Wire::to(&scene.nats.cluster().monitoring_urls()[0]).await;
+    wire.hold(Held::Answers);
+    let _offers = scene.offering();
+    let _worker = scene.worker_asking("w1", &wire.url().replace("nats://", "http://"));
+    scene.run_is(1, RunState::Done).await;
+    scene.source.batch_execute("UPDATE t SET n = 1").await.unwrap();
+    let end = scene.wal_end().await;
+    scene.staged(end).await;
+    let confirmed = scene.confirmed().await;
+    assert!(confirmed < end, "{confirmed}: Postgres was told before anything was known of the server's disk");
+    wire.hold(Held::Nothing);
+    scene.told(end).await;
+}
+
+/// Waits until a worker has the capture.
+async fn captured_by(scene: &Scene, worker: &str) {
+    let (capture, worker) = (TaskId::capture(&scene.flow), WorkerId::new(worker).unwrap());
+    scene
+        .until(&format!("{worker} has the capture"), async || {
+            let locks = scene.coordination.locks(&scene.flow).await.map_err(|error| error.to_string())?;
+            match locks.into_iter().find(|lock| lock.task == capture) {
+                Some(lock) if lock.holder.worker == worker => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
+}
+
+/// Before there is a stream a capture looks through its log, and appends where it begins: both are tried without end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_capture_that_is_cut_off_while_it_takes_its_log_over_is_given_up() {
+    for is_new in [true, false] {
+        let scene = Arc::new(Scene::new("takes").await);
+        fill(&scene, 10).await;
+        scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+        let _offers = scene.offering();
+        if !is_new {
+            let before = scene.worker("w0");
+            scene.run_is(1, RunState::Done).await;
+            before.end().await;
+        }
+        let (wire, failpoints) =
+            (Wire::to(&scene.nats.url()).await, Failpoints::parse("stop-after-slot-made").unwrap());
+        let first = scene.impatient_worker_at("w1", failpoints.clone(), &wire.url());
+        scene.stands_at(&failpoints, Failpoint::StopAfterSlotMade).await;
+        captured_by(&scene, "w1").await;
+        wire.hold(Held::Requests);
+        failpoints.let_go(Failpoint::StopAfterSlotMade);
+        let _second = scene.worker("w2");
+        captured_by(&scene, "w2").await;
+        drop(first);
+        scene.source.batch_execute("UPDATE t SET n = 1").await.unwrap();
+        scene.equal(ALL).await;
+    }
+}
+
+/// Its stream ended, and it cannot begin another one: each try fails.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_capture_that_is_cut_off_between_two_streams_is_given_up() {
+    let scene = Arc::new(Scene::new("between").await);
+    fill(&scene, 10).await;
+    scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+    let _offers = scene.offering();
+    let wire = Wire::to(&scene.nats.url()).await;
+    let first = scene.impatient_worker_at("w1", Failpoints::default(), &wire.url());
+    scene.run_is(1, RunState::Done).await;
+    wire.hold(Held::Requests);
+    let killed =
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE database = current_database()";
+    scene.source.batch_execute(killed).await.unwrap();
+    let _second = scene.worker("w2");
+    captured_by(&scene, "w2").await;
+    drop(first);
+    scene.source.batch_execute("UPDATE t SET n = 1").await.unwrap();
+    scene.equal(ALL).await;
+}
