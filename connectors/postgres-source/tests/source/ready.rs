@@ -310,6 +310,48 @@ async fn a_table_that_postgres_gives_no_identity_is_not_published_so_that_the_so
 }
 
 #[tokio::test]
+async fn a_row_by_its_key_is_the_tables_own_and_the_key_one_that_the_stream_would_have() {
+    let db = Database::create("lookup_own").await;
+    db.batch_execute(
+        "CREATE TABLE parent (id int PRIMARY KEY, v text); CREATE TABLE child (PRIMARY KEY (id)) INHERITS (parent);
+         CREATE TABLE root (id int PRIMARY KEY, v text) PARTITION BY RANGE (id); CREATE TABLE leaf PARTITION OF root DEFAULT;",
+    )
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let mut run = flow.start(1, flow.first_position()).await;
+    db.batch_execute("INSERT INTO parent VALUES (1, 'parent'); INSERT INTO root VALUES (1, 'root')").await.unwrap();
+    let segment = run.segment().await;
+    let [parent, root] = ["parent", "root"].map(|name| {
+        let tables = &segment.body.tables;
+        Arc::clone(&tables.iter().find(|table| table.schema.table.name == name).unwrap().schema)
+    });
+    db.batch_execute("INSERT INTO child VALUES (2, 'child')").await.unwrap();
+    let lookup = Lookup::new(flow.config.clone(), &flow.name);
+    let key = |id: &str| vec![Some(id.to_owned())];
+    for (schema, value) in [(&parent, "parent"), (&root, "root")] {
+        let body = lookup.row_by_key(schema, &key("1")).await.unwrap().unwrap();
+        assert_eq!(rows_of(&body)[0].values, ["1", value]);
+        assert_eq!(body.tables[0].schema, *schema);
+    }
+    let found = lookup.row_by_key(&parent, &key("2")).await.unwrap();
+    assert!(found.is_none(), "a row of a table that inherits from it: {:?}", found.map(|body| rows_of(&body)));
+
+    db.batch_execute("ALTER TABLE parent DROP CONSTRAINT parent_pkey, ADD PRIMARY KEY (id) DEFERRABLE").await.unwrap();
+    db.batch_execute("INSERT INTO parent VALUES (3, 'x')").await.unwrap();
+    let streamed = loop {
+        let segment = run.segment().await;
+        let table = segment.body.tables.iter().find(|table| table.schema.table == parent.table);
+        if let Some(table) = table {
+            break Arc::clone(&table.schema);
+        }
+    };
+    assert!(streamed.key().is_empty(), "{streamed:?}");
+    let body = lookup.row_by_key(&parent, &key("1")).await.unwrap().unwrap();
+    assert_eq!(body.tables[0].schema, streamed);
+}
+
+#[tokio::test]
 async fn b47_a_row_by_its_key_equals_the_row_that_was_streamed() {
     let db = Database::create("lookup").await;
     db.batch_execute(
