@@ -429,6 +429,32 @@ fn check_publication_itself(
     }
 }
 
+fn check_identities(chosen: &[SourceTable], findings: &mut Findings) {
+    let without: BTreeSet<&TableName> = chosen.iter().flat_map(|table| &table.without_identity).collect();
+    let narrow: BTreeSet<&TableName> = chosen.iter().flat_map(|table| &table.narrow_identity).collect();
+    let names = |tables: &BTreeSet<&TableName>| tables.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let mut messages = Vec::new();
+    if !without.is_empty() {
+        messages.push(format!(
+            "tables without a key: {}. Once published, their updates and deletes would fail at the source. Give them a primary key that is not DEFERRABLE, or the whole row as identity; a partition takes that from no parent",
+            names(&without)
+        ));
+    }
+    if !narrow.is_empty() {
+        messages.push(format!(
+            "partitions whose identity has less than a sink finds rows of the partitioned table by: {}. Their updates and deletes would be lost. Give them the whole row as identity, or the partitioned table a primary key that is not DEFERRABLE",
+            names(&narrow)
+        ));
+    }
+    if messages.is_empty() {
+        findings.ok("replica_identity", "every table has a key or an identity");
+        return;
+    }
+    let full = |name: &&TableName| format!("ALTER TABLE {} REPLICA IDENTITY FULL;", name.quoted());
+    let sql = without.union(&narrow).map(full).collect::<Vec<_>>().join("\n");
+    findings.fail("replica_identity", messages.join(". "), Some(sql));
+}
+
 fn check_tables(config: &ConnectConfig, wanted: &PublicationWanted, chosen: &[SourceTable], findings: &mut Findings) {
     let user = quote_identifier(config.user());
     let names = |tables: &[&SourceTable]| -> String {
@@ -437,18 +463,7 @@ fn check_tables(config: &ConnectConfig, wanted: &PublicationWanted, chosen: &[So
     let statements = |tables: &[&SourceTable], one: &dyn Fn(&TableName) -> String| -> String {
         tables.iter().map(|table| one(&table.name)).collect::<Vec<_>>().join("\n")
     };
-    let without_key: BTreeSet<&TableName> = chosen.iter().flat_map(|table| &table.without_identity).collect();
-    if without_key.is_empty() {
-        findings.ok("replica_identity", "every table has a key or an identity");
-    } else {
-        let message = format!(
-            "tables without a key: {}. Once published, their updates and deletes would fail at the source. Give them a primary key that is not DEFERRABLE, or the whole row as identity; a partition takes that from no parent",
-            without_key.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-        );
-        let full = |name: &&TableName| format!("ALTER TABLE {} REPLICA IDENTITY FULL;", name.quoted());
-        let sql = without_key.iter().map(full).collect::<Vec<_>>().join("\n");
-        findings.fail("replica_identity", message, Some(sql));
-    }
+    check_identities(chosen, findings);
     let unreadable: Vec<&SourceTable> = chosen.iter().filter(|table| !table.can_select).collect();
     if unreadable.is_empty() {
         findings.ok("select", "every table may be read");
