@@ -103,8 +103,20 @@ fn classify(doing: &str, db: &DbError, role: &str) -> SinkError {
         )),
         ("28", _) => configuration("Correct user and password in the sink's dsn".to_owned()),
         (_, "3D000") => configuration("Create the database, or correct its name in the sink's dsn".to_owned()),
-        ("08" | "57" | "40" | "53" | "55" | "58" | "XX", _) | (_, "25006" | "25P03") => {
+        // Of class 55 only a lock that is not free passes by itself.
+        ("08" | "57" | "40" | "53" | "58" | "XX", _) | (_, "25006" | "25P03" | "55P03") => {
             SinkError::Transient(format!("{doing}: {message} (SQLSTATE {code})"))
+        }
+        // What is in use here is in use by our own transaction: it has changes of a table whose triggers fire at its end only.
+        (_, "55006") => configuration(
+            "Drop foreign keys and constraint triggers of the table at the sink that are DEFERRABLE, run wallaby resume, and \
+             make them again when the sink is past this"
+                .to_owned(),
+        ),
+        // Not in a state for what is asked: a table that is published on without an identity, a view, an index that is not valid.
+        ("55", _) => {
+            let hint = db.hint().map(|hint| format!("{hint} ")).unwrap_or_default();
+            configuration(format!("{hint}Mend it at the sink, then run wallaby resume"))
         }
         ("22", _) => SinkError::Data {
             reason: format!("{doing}: a value does not fit ({}, SQLSTATE {code})", value_fault(code)),
