@@ -14,7 +14,7 @@ use wallaby_model::{Epoch, Position, TableName, TableSchema, TaskId};
 
 use crate::assemble::{TableRuns, positions, slice, tables};
 use crate::catalog::{Leniency, fit, fit_superseded};
-use crate::checkpoint::{self, ADVANCE, LOCK, as_bigint};
+use crate::checkpoint::{self, ADVANCE, LOCK_EPOCH, as_bigint};
 use crate::config::PostgresSinkConfig;
 use crate::error::{Doing, PostgresError};
 use crate::marks;
@@ -133,7 +133,7 @@ impl Open {
         moves: Moves<'_>,
     ) -> Result<(), PostgresError> {
         if let Moves::Marks(tables) = moves {
-            self.begin_guarded(task).await?;
+            self.begin_guarded(task, LOCK_EPOCH).await?;
             return marks::advance(&self.session.client, &task.task, tables, batch.from, batch.to).await;
         }
         let advance = self.session.prepared(ADVANCE).await?;
@@ -151,9 +151,10 @@ impl Open {
         Err(checkpoint::why_refused(client, &task.task, self.epoch, batch.from).await?.into())
     }
 
-    /// Opens a transaction that goes on only while this epoch is the task's: the lock on the checkpoint row is held to its end.
-    pub(crate) async fn begin_guarded(&mut self, task: &SinkTask) -> Result<(), PostgresError> {
-        let lock = self.session.prepared(LOCK).await?;
+    /// Opens a transaction that goes on only while this epoch is the task's: the lock on the checkpoint row is held to its end. `lock` is
+    /// [`checkpoint::LOCK`] or [`LOCK_EPOCH`].
+    pub(crate) async fn begin_guarded(&mut self, task: &SinkTask, lock: &str) -> Result<(), PostgresError> {
+        let lock = self.session.prepared(lock).await?;
         let (name, epoch) = (task.task.to_string(), as_bigint(self.epoch));
         let client = &self.session.client;
         let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 2] = [&name, &epoch];
