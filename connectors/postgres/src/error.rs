@@ -8,6 +8,7 @@ use wallaby_connector_api::SinkError;
 use wallaby_model::{Position, TableName};
 
 use crate::collapse::CollapseError;
+use crate::extras::NOT_YET_DEFERRABLE;
 
 /// An error inside the sink.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +64,14 @@ impl PostgresError {
     /// value that the sink does not take.
     pub(crate) fn is_of_the_data(&self) -> bool {
         self.sqlstate().is_some_and(|state| state.code().starts_with("23") || state.code().starts_with("22"))
+    }
+
+    /// The index that refused a row, quoted, if that is one that is to belong to a DEFERRABLE constraint and does not yet.
+    pub(crate) fn not_yet_deferrable(&self) -> Option<String> {
+        let PostgresError::Sql { source, .. } = self else { return None };
+        let refused = source.as_db_error()?;
+        let index = refused.constraint().filter(|name| name.starts_with(NOT_YET_DEFERRABLE))?;
+        Some(TableName::new(refused.schema()?, index).quoted())
     }
 
     /// In the contract's terms. `role` is who is connected, for grants.
@@ -154,6 +163,12 @@ fn violation(doing: &str, db: &DbError) -> SinkError {
         (Some(schema), Some(table)) => format!(" of {}", TableName::new(schema, table)),
         _ => String::new(),
     };
+    if code == "23505" && db.constraint().is_some_and(|name| name.starts_with(NOT_YET_DEFERRABLE)) {
+        return SinkError::Transient(format!(
+            "{doing}: rows are in each other's way as a DEFERRABLE unique constraint{table} lets them be, whose index does not \
+             belong to it yet: it is tried again (SQLSTATE {code})"
+        ));
+    }
     let column = db.column().map(|name| format!(" in column {name:?}")).unwrap_or_default();
     let (what, remedy) = match code {
         "23505" => ("unique constraint", "Remove the row that is in the way, or make the constraint DEFERRABLE"),

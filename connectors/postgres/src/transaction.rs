@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures::future::join;
 use wallaby_connector_api::{Batch, BatchPart, SinkError, SinkTask};
@@ -23,6 +24,10 @@ use crate::schema::Target;
 use crate::session::{Session, not_open};
 use crate::sink::PostgresSink;
 use crate::write::{Targets, Writer};
+
+/// How long it is waited until a DEFERRABLE constraint gets the index that refused a row, and how often it is looked.
+const DEFERRABLE_WITHIN: Duration = Duration::from_secs(20);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// What an open sink knows.
 pub(crate) struct Open {
@@ -210,7 +215,20 @@ impl Open {
             if self.session.command("ROLLBACK").await.is_ok() {
                 self.session.rolled_back_to(mark);
                 self.session.transaction_ended().await?;
+                if let Some(index) = error.not_yet_deferrable() {
+                    self.wait_for_constraint(&index).await?;
+                }
             }
+        }
+        Ok(())
+    }
+
+    /// Waits for whoever adds a constraint, which gives its index another name. That is done beside this sink while it is open: it
+    /// would be cut short again and again by a sink that fails at once.
+    async fn wait_for_constraint(&self, index: &str) -> Result<(), PostgresError> {
+        let deadline = Instant::now() + DEFERRABLE_WITHIN;
+        while checkpoint::exists(&self.session.client, index).await? && Instant::now() < deadline {
+            tokio::time::sleep(LOOK_EVERY).await;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use target::{Target, apply, query, rows};
+use target::{Target, apply, query, rows, try_apply};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
@@ -751,4 +751,143 @@ async fn h14_a_replay_that_begins_while_the_task_is_taken_over_is_refused() {
     let refused = replaying.await.unwrap();
     assert!(matches!(refused, Err(SinkError::Fenced(_))), "{refused:?}");
     assert_eq!(target.rows(&items.table).await, rows(&[&["1", "1", "a"]]));
+}
+
+/// A source whose table `items` has one constraint beside its key.
+struct WithConstraint(&'static str);
+
+#[async_trait]
+impl SourceLookup for WithConstraint {
+    async fn row_by_key(&self, _: &Arc<TableSchema>, _: &KeyValues) -> Result<SourceRow, SinkError> {
+        Ok(None)
+    }
+
+    async fn extras(&self, _: &TableName) -> Result<TableExtras, SinkError> {
+        let constraint = TableExtra { name: "items_u".into(), definition: self.0.into() };
+        Ok(TableExtras { constraints: vec![constraint], ..TableExtras::default() })
+    }
+}
+
+const CONSTRAINT: &str = "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'items_u'";
+const INDEXES: &str = "SELECT indexrelid::regclass::text, indisvalid::text FROM pg_index \
+    WHERE indrelid = 'items'::regclass AND NOT indisprimary";
+
+/// A live sink with a table that was loaded.
+async fn live(target: &Target, log: &Log, items: &Arc<TableSchema>, rows: [Vec<Value>; 2]) -> Box<dyn Sink> {
+    let mut sink = target.sink();
+    sink.open(Epoch(1)).await.unwrap();
+    sink.loads().unwrap().prepare(RUN, 0, items).await.unwrap();
+    let mut part = PartFeed::new([chunk_part(items, log.start().commit, rows)]);
+    assert_eq!(load(target, &chunk(items, 0, 0, true), &mut part).await.unwrap(), Loaded::Now { rows: 2 });
+    let tables = std::slice::from_ref(&items.table);
+    sink.loads().unwrap().mark(tables, TableStage::Ready, log.start()).await.unwrap();
+    sink.start_at(log.start(), log.epoch).await.unwrap();
+    sink
+}
+
+fn finish(
+    target: &Target,
+    definition: &'static str,
+    items: &Arc<TableSchema>,
+) -> tokio::task::JoinHandle<Result<Vec<String>, SinkError>> {
+    let mut beside = target.make(Faults::default(), Arc::new(WithConstraint(definition)));
+    let table = items.table.clone();
+    tokio::spawn(async move { beside.loads().unwrap().finish(&table).await })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_unique_constraint_is_added_while_others_read_and_write() {
+    for definition in [
+        "UNIQUE (n)",
+        "UNIQUE NULLS NOT DISTINCT (n) INCLUDE (big)",
+        "UNIQUE (n) DEFERRABLE",
+        "UNIQUE (n) DEFERRABLE INITIALLY DEFERRED",
+    ] {
+        let target = Target::fresh("unique").await;
+        let (log, items) = (Log::new(), items());
+        let _sink = live(&target, &log, &items, [item(1, 1, "a"), item(2, 2, "b")]).await;
+        let writer = target.database.connect().await;
+        writer.batch_execute("BEGIN; INSERT INTO items VALUES (3, 3, 'c')").await.unwrap();
+        let finishing = finish(&target, definition, &items);
+        somebody_waits(&target).await;
+        // Behind somebody who waits for the whole table this would wait too.
+        target.sql("BEGIN; LOCK TABLE items IN ROW EXCLUSIVE MODE NOWAIT").await;
+        target.sql("INSERT INTO items VALUES (4, 4, 'd'); COMMIT").await;
+        writer.batch_execute("COMMIT").await.unwrap();
+        assert_eq!(finishing.await.unwrap().unwrap(), [""; 0], "{definition}");
+        assert_eq!(query(&target.database, CONSTRAINT).await, rows(&[&[definition]]));
+        assert_eq!(query(&target.database, INDEXES).await, rows(&[&["items_u", "true"]]), "{definition}");
+        assert_eq!(target.rows(&items.table).await.len(), 4);
+        // A second try finds it.
+        assert_eq!(finish(&target, definition, &items).await.unwrap().unwrap(), [""; 0], "{definition}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_unique_constraint_that_rows_violate_leaves_nothing_that_refuses_rows() {
+    for definition in ["UNIQUE (n)", "UNIQUE (n) DEFERRABLE"] {
+        let target = Target::fresh("violated").await;
+        let (mut log, items) = (Log::new(), items());
+        let mut sink = live(&target, &log, &items, [item(1, 1, "a"), item(2, 1, "b")]).await;
+        let sentences = finish(&target, definition, &items).await.unwrap().unwrap();
+        let statement = format!("run: ALTER TABLE \"public\".\"items\" ADD CONSTRAINT \"items_u\" {definition}");
+        assert!(sentences.len() == 1 && sentences[0].ends_with(&statement), "{sentences:?}");
+        assert!(query(&target.database, INDEXES).await.is_empty(), "{definition}");
+        log.transaction([Change::insert(&items, item(3, 1, "c"))]);
+        apply(&mut sink, &log.batch()).await;
+        target.sql("DELETE FROM items WHERE id > 1").await;
+        assert_eq!(finish(&target, definition, &items).await.unwrap().unwrap(), [""; 0], "{definition}");
+        assert_eq!(query(&target.database, CONSTRAINT).await, rows(&[&[definition]]));
+    }
+}
+
+/// Until its index belongs to it nothing is checked at the end of a transaction: rows that would be refused for good wait for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_deferrable_constraint_lets_pass_waits_until_it_is_there() {
+    for is_large in [false, true] {
+        let target = Target::fresh("not_yet").await;
+        let (mut log, items) = (Log::new(), items());
+        let mut sink = live(&target, &log, &items, [item(1, 1, "a"), item(2, 2, "b")]).await;
+        // Keeps the index from being valid, in the way of nobody else.
+        let older = target.database.connect().await;
+        older.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM pg_class").await.unwrap();
+        let finishing = finish(&target, "UNIQUE (n) DEFERRABLE", &items);
+        let ready =
+            "SELECT count(*) FROM pg_index WHERE indrelid = 'items'::regclass AND NOT indisprimary AND indisready";
+        eventually(LIMIT, "the index takes rows", async || {
+            if query(&target.database, ready).await == rows(&[&["1"]]) { Ok(()) } else { Err("not yet") }
+        })
+        .await;
+        log.transaction([Change::update(&items, item(1, 2, "a")), Change::update(&items, item(2, 1, "b"))]);
+        let swapped = log.batch();
+        let applying = tokio::spawn({
+            let swapped = swapped.clone();
+            async move {
+                let applied = match is_large {
+                    true => sink.apply_large(swapped.from, &mut PortionFeed::new(&swapped)).await,
+                    false => try_apply(&mut sink, &swapped).await,
+                };
+                (sink, applied)
+            }
+        });
+        let looks = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'wallaby/%' \
+            AND datname = current_database() AND query LIKE 'SELECT to_regclass%'";
+        eventually(LIMIT, "the rows wait, or are refused", async || {
+            let waits = query(&target.database, looks).await == rows(&[&["1"]]);
+            if waits || applying.is_finished() { Ok(()) } else { Err("neither") }
+        })
+        .await;
+        older.batch_execute("COMMIT").await.unwrap();
+        assert_eq!(finishing.await.unwrap().unwrap(), [""; 0]);
+        let (mut sink, applied) = applying.await.unwrap();
+        if is_large {
+            // What has been given out cannot be had again but by another opening.
+            assert!(matches!(&applied, Err(SinkError::Transient(why)) if why.contains("DEFERRABLE")), "{applied:?}");
+            sink.open(Epoch(1)).await.unwrap();
+            sink.apply_large(swapped.from, &mut PortionFeed::new(&swapped)).await.unwrap();
+        } else {
+            assert_eq!(applied.unwrap(), Applied::Durable(swapped.to));
+        }
+        assert_eq!(target.rows(&items.table).await, rows(&[&["1", "2", "a"], &["2", "1", "b"]]));
+    }
 }
