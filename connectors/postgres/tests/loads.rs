@@ -891,3 +891,17 @@ async fn what_a_deferrable_constraint_lets_pass_waits_until_it_is_there() {
         assert_eq!(target.rows(&items.table).await, rows(&[&["1", "2", "a"], &["2", "1", "b"]]));
     }
 }
+
+/// Chunks of several generations would not go in otherwise.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_index_that_was_not_yet_a_constraint_is_taken_off_for_another_load() {
+    let target = Target::fresh("taken_off").await;
+    let (log, items) = (Log::new(), items());
+    drop(live(&target, &log, &items, [item(1, 1, "a"), item(2, 2, "b")]).await);
+    target.sql("CREATE UNIQUE INDEX items_u ON items (n); CREATE UNIQUE INDEX a_persons ON items (n)").await;
+    target.sql("CREATE UNIQUE INDEX wallaby_deferrable_1 ON items (n)").await;
+    let mut sink = target.make(Faults::default(), Arc::new(WithConstraint("UNIQUE (n)")));
+    sink.open(Epoch(1)).await.unwrap();
+    sink.loads().unwrap().prepare(RunId(2), 0, &items).await.unwrap();
+    assert_eq!(query(&target.database, INDEXES).await, rows(&[&["a_persons", "true"]]));
+}
