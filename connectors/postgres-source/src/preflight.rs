@@ -383,6 +383,7 @@ async fn check_publication(
         tables.iter().filter(named).cloned().collect()
     };
     check_publication_itself(config, wanted, existing.as_ref(), role, findings);
+    check_identities(&chosen, existing.as_ref().is_none_or(|existing| existing.via_root), findings);
     check_tables(config, wanted, &chosen, findings);
     Ok(())
 }
@@ -429,9 +430,11 @@ fn check_publication_itself(
     }
 }
 
-fn check_identities(chosen: &[SourceTable], findings: &mut Findings) {
+/// `via_root`: rows of partitions are sent as rows of their root.
+fn check_identities(chosen: &[SourceTable], via_root: bool, findings: &mut Findings) {
     let without: BTreeSet<&TableName> = chosen.iter().flat_map(|table| &table.without_identity).collect();
-    let narrow: BTreeSet<&TableName> = chosen.iter().flat_map(|table| &table.narrow_identity).collect();
+    let narrow = chosen.iter().filter(|_| via_root).flat_map(|table| &table.narrow_identity);
+    let narrow: BTreeSet<&TableName> = narrow.collect();
     let names = |tables: &BTreeSet<&TableName>| tables.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     let mut messages = Vec::new();
     if !without.is_empty() {
@@ -463,7 +466,6 @@ fn check_tables(config: &ConnectConfig, wanted: &PublicationWanted, chosen: &[So
     let statements = |tables: &[&SourceTable], one: &dyn Fn(&TableName) -> String| -> String {
         tables.iter().map(|table| one(&table.name)).collect::<Vec<_>>().join("\n")
     };
-    check_identities(chosen, findings);
     let unreadable: Vec<&SourceTable> = chosen.iter().filter(|table| !table.can_select).collect();
     if unreadable.is_empty() {
         findings.ok("select", "every table may be read");

@@ -111,7 +111,7 @@ async fn alter_publication(
         };
     }
     let chosen = tables::choose(control, &wanted.tables, &wanted.exclude).await?;
-    check_keys(&chosen)?;
+    check_keys(&chosen, existing.as_ref().is_none_or(|existing| existing.via_root))?;
     let names: BTreeSet<TableName> = chosen.into_iter().map(|table| table.name).collect();
     let publication = quote_identifier(&wanted.name);
     let Some(existing) = existing else {
@@ -147,14 +147,14 @@ fn list(tables: &BTreeSet<TableName>) -> String {
 }
 
 /// A published table without an identity refuses updates and deletes *at the source*; those of a partition that has another one than its
-/// root needs would be lost at a sink, without a word. Neither is ever published.
-fn check_keys(tables: &[SourceTable]) -> Result<(), SourceError> {
+/// root needs would be lost at a sink, without a word, where they are sent as its root's. Neither is ever published.
+fn check_keys(tables: &[SourceTable], via_root: bool) -> Result<(), SourceError> {
     let without: BTreeSet<TableName> = tables.iter().flat_map(|table| table.without_identity.clone()).collect();
     if !without.is_empty() {
         return Err(SourceError::TableWithoutKey { tables: without.into_iter().collect() });
     }
     let narrow: BTreeSet<TableName> = tables.iter().flat_map(|table| table.narrow_identity.clone()).collect();
-    if !narrow.is_empty() {
+    if via_root && !narrow.is_empty() {
         return Err(SourceError::PartitionIdentity { tables: narrow.into_iter().collect() });
     }
     Ok(())

@@ -34,6 +34,8 @@ pub(crate) struct ExistingPublication {
     pub(crate) tables: BTreeSet<TableName>,
     /// Whether no operation is left out.
     pub(crate) publishes_all_operations: bool,
+    /// Whether rows of partitions are sent as rows of the table that is published, and not as their own.
+    pub(crate) via_root: bool,
 }
 
 /// A table that is being dropped has no privileges (NULL). A key that is checked only at the end of a transaction (DEFERRABLE) is no identity. Partitions are found without
@@ -217,7 +219,7 @@ pub(crate) async fn publication(
     let failed = |error| SourceError::from_client(format!("reading publication {name}"), &error);
     let head = client
         .query_typed(
-            "SELECT puballtables, pubinsert AND pubupdate AND pubdelete AND pubtruncate FROM pg_catalog.pg_publication WHERE pubname = $1",
+            "SELECT puballtables, pubinsert AND pubupdate AND pubdelete AND pubtruncate, pubviaroot FROM pg_catalog.pg_publication WHERE pubname = $1",
             &[(&name, Type::TEXT)],
         )
         .await
@@ -238,6 +240,7 @@ pub(crate) async fn publication(
     Ok(Some(ExistingPublication {
         all_tables: head.get(0),
         publishes_all_operations: head.get(1),
+        via_root: head.get(2),
         tables: tables.collect(),
     }))
 }

@@ -346,6 +346,17 @@ async fn a_partition_whose_identity_is_less_than_its_roots_is_not_published() {
     let narrow = [row("root", ["1", "NULL"]), row("marked", ["1", "NULL"]), row("keyed", ["1", "NULL"])];
     assert_eq!(of_a_delete(&mut run).await, narrow);
 
+    // A publication that is not ours; and one that sends each partition's rows as its own.
+    let not_ours = PublicationWanted { create: false, ..publication(db.name(), &[]) };
+    let findings = preflight(&flow.config, &not_ours, &slot(db.name())).await;
+    let both = find(&findings, "replica_identity").remedy_sql.as_deref().unwrap_or_default();
+    assert!(both.contains("\"root_leaf\"") && both.contains("\"marked_leaf\""), "{findings:?}");
+    db.batch_execute("CREATE PUBLICATION each FOR TABLE root, marked, keyed").await.unwrap();
+    let each = publication("each", &["public.root", "public.marked", "public.keyed"]);
+    let findings = preflight(&flow.config, &each, &slot(db.name())).await;
+    assert_eq!(find(&findings, "replica_identity").status, Status::Ok, "{findings:?}");
+    ensure_publication(&flow.control, &each).await.unwrap();
+
     for (table, leaf) in [("public.root", "root_leaf"), ("public.marked", "marked_leaf")] {
         let wanted = publication(db.name(), &[table]);
         let refused = ensure_publication(&flow.control, &wanted).await.unwrap_err();
