@@ -43,6 +43,7 @@ CROSS JOIN LATERAL (SELECT
   CASE WHEN e.oid <> t.typelem THEN -1 ELSE base.typmod END AS typmod) AS travels
 ORDER BY base.ordinal";
 
+/// A primary key that is checked only at the end of a transaction (DEFERRABLE) tells no rows apart within one: it is no key.
 const COLUMNS_SQL: &str = "
 SELECT a.attname::text, a.attnotnull, pg_catalog.array_position((i.indkey::int2[])[0:i.indnkeyatts - 1], a.attnum),
        a.attgenerated <> '' OR EXISTS (
@@ -50,7 +51,7 @@ SELECT a.attname::text, a.attnotnull, pg_catalog.array_position((i.indkey::int2[
          WHERE r.prrelid = a.attrelid AND pg_catalog.jsonb_typeof(pg_catalog.to_jsonb(r)->'prattrs') = 'array'
            AND NOT pg_catalog.to_jsonb(r)->'prattrs' @> pg_catalog.to_jsonb(a.attnum))
 FROM pg_catalog.pg_attribute a
-LEFT JOIN pg_catalog.pg_index i ON i.indrelid = a.attrelid AND i.indisprimary
+LEFT JOIN pg_catalog.pg_index i ON i.indrelid = a.attrelid AND i.indisprimary AND i.indimmediate
 WHERE a.attrelid = $1::oid AND a.attnum > 0 AND NOT a.attisdropped";
 
 /// The whole shape of a table; new to the stream, so it is counted, and types that travel as text are told.

@@ -220,6 +220,15 @@ pub enum SourceError {
         /// Which.
         tables: Vec<TableName>,
     },
+    /// Partitions whose updates and deletes do not say which row of the published table they mean: a sink would find none.
+    #[error(
+        "the identity of {} has less than what a sink finds rows of the partitioned table by: their updates and deletes would be lost",
+        name_tables(tables)
+    )]
+    PartitionIdentity {
+        /// Which.
+        tables: Vec<TableName>,
+    },
     /// The creation of the slot waits for transactions that began before it.
     #[error("creating slot {slot} waited {} s for older transactions: {blockers}", after.as_secs_f64())]
     SlotWaits {
@@ -377,6 +386,7 @@ impl SourceError {
             SourceError::PublicationBusy { .. } => "PublicationBusy",
             SourceError::TableMissing { .. } => "TableMissing",
             SourceError::TableWithoutKey { .. } => "TableWithoutKey",
+            SourceError::PartitionIdentity { .. } => "PartitionIdentity",
             SourceError::SlotWaits { .. } => "SlotWaits",
             SourceError::OtherSystem { .. } => "OtherSystem",
             SourceError::TimelineDiverged { .. } => "TimelineDiverged",
@@ -434,7 +444,11 @@ impl SourceError {
             SourceError::TableMissing { .. } => "Correct spec.source.postgres.publication.tables, or create the table".into(),
             SourceError::TableWithoutKey { tables } => format!(
                 "{} (a partition takes it from no parent: each needs its own, also one that is made later); or give them a primary key that is not DEFERRABLE, or leave them out with spec.source.postgres.publication.exclude",
-                tables.iter().map(|table| format!("ALTER TABLE {} REPLICA IDENTITY FULL", table.quoted())).collect::<Vec<_>>().join("; ")
+                make_full(tables)
+            ),
+            SourceError::PartitionIdentity { tables } => format!(
+                "{} (the WAL has of an old row what its partition's identity has); or give the partitioned table a primary key that is not DEFERRABLE, or leave it out with spec.source.postgres.publication.exclude",
+                make_full(tables)
             ),
             SourceError::SlotWaits { .. } => "End these transactions, or wait until they end: it is tried again".into(),
             SourceError::OtherSystem { .. } => "Point the source's dsn at the cluster the log was made from, or delete the flow and create it again".into(),
@@ -525,6 +539,12 @@ fn server_remedy(error: &ServerError) -> Option<String> {
         _ => return None,
     };
     Some(text.to_owned())
+}
+
+/// The statements that give tables the whole row as their identity.
+fn make_full(tables: &[TableName]) -> String {
+    let full = |table: &TableName| format!("ALTER TABLE {} REPLICA IDENTITY FULL", table.quoted());
+    tables.iter().map(full).collect::<Vec<_>>().join("; ")
 }
 
 fn name_tables(tables: &[TableName]) -> String {

@@ -68,12 +68,13 @@ impl Lookup {
         keys: &[KeyValues],
         bytes_max: usize,
     ) -> Result<SourceRows, SourceError> {
-        let Some(shape) = current_shape(control, &self.publication, table.oid, &table.table).await? else {
+        let Some(current) = current_shape(control, &self.publication, table.oid, &table.table).await? else {
             return Ok(SourceRows { keys: keys.len(), rows: Vec::new() });
         };
-        let schema = Arc::new(catalog::resolve(control, &shape).await?);
+        let schema = Arc::new(catalog::resolve(control, &current.shape).await?);
+        let from = current.rows_of();
         // Statements of their own, so that each row is found as any index on its key finds it; several on their way at a time.
-        let questions: Vec<String> = keys.iter().map(|key| select_sql(&schema, table, key)).collect();
+        let questions: Vec<String> = keys.iter().map(|key| select_sql(&schema, &from, table, key)).collect();
         let mut answers = stream::iter(questions).map(|sql| row_over(control, &schema, sql)).buffered(ON_THE_WAY);
         let (mut found, mut bytes) = (SourceRows::default(), 0);
         while let Some(row) = answers.next().await {
@@ -105,7 +106,7 @@ async fn row_over(control: &Control, schema: &Arc<TableSchema>, sql: String) -> 
     Ok(None)
 }
 
-fn select_sql(schema: &TableSchema, asked: &TableSchema, key: &KeyValues) -> String {
+fn select_sql(schema: &TableSchema, from: &str, asked: &TableSchema, key: &KeyValues) -> String {
     let columns: Vec<String> = schema.columns.iter().map(|column| quote_identifier(&column.name)).collect();
     let conditions = asked.key().into_iter().zip(key).filter_map(|(index, value)| {
         let column = asked.columns.get(usize::from(index))?;
@@ -119,24 +120,43 @@ fn select_sql(schema: &TableSchema, asked: &TableSchema, key: &KeyValues) -> Str
     let conditions: Vec<String> = conditions.collect();
     let condition = if conditions.is_empty() { "false".to_owned() } else { conditions.join(" AND ") };
     let columns = if columns.is_empty() { "NULL".to_owned() } else { columns.join(", ") };
-    format!("SELECT {columns} FROM {} WHERE {condition} LIMIT 1", schema.table.quoted())
+    format!("SELECT {columns} FROM {from} WHERE {condition} LIMIT 1")
 }
 
+/// A primary key that is checked only at the end of a transaction (DEFERRABLE) is no identity, and the stream marks none of its columns.
 const SHAPE_SQL: &str = "
 SELECT c.oid, n.nspname::text, c.relname::text, c.relreplident::text, a.attname::text, a.atttypid, a.atttypmod,
        CASE c.relreplident
          WHEN 'f' THEN true
          WHEN 'n' THEN false
          ELSE coalesce(a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]), false)
-       END
+       END,
+       c.relkind = 'p'
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-LEFT JOIN pg_catalog.pg_index i ON i.indrelid = c.oid AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END
+LEFT JOIN pg_catalog.pg_index i ON i.indrelid = c.oid AND i.indimmediate
+  AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END
 LEFT JOIN pg_catalog.pg_publication_tables p ON p.pubname = $4 AND p.schemaname = n.nspname AND p.tablename = c.relname
 WHERE (c.oid = $1 OR (n.nspname = $2 AND c.relname = $3))
   AND coalesce(to_jsonb(p)->'attnames' ? a.attname::text, a.attgenerated = '')
 ORDER BY c.oid = $1 DESC, a.attnum";
+
+/// A table as it is now.
+pub(crate) struct CurrentShape {
+    /// Its shape as the stream would describe it.
+    pub(crate) shape: RelationShape,
+    /// Its rows are those of its partitions.
+    is_partitioned: bool,
+}
+
+impl CurrentShape {
+    /// What follows FROM for its own rows: those of tables that inherit from it are published as theirs.
+    fn rows_of(&self) -> String {
+        let only = if self.is_partitioned { "" } else { "ONLY " };
+        format!("{only}{}", self.shape.table.quoted())
+    }
+}
 
 /// The table's shape as the stream would describe it now; `None` when the table is gone.
 pub(crate) async fn current_shape(
@@ -144,7 +164,7 @@ pub(crate) async fn current_shape(
     publication: &str,
     oid: u32,
     name: &TableName,
-) -> Result<Option<RelationShape>, SourceError> {
+) -> Result<Option<CurrentShape>, SourceError> {
     let arguments: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 4] =
         [(&oid, Type::OID), (&name.schema, Type::TEXT), (&name.name, Type::TEXT), (&publication, Type::TEXT)];
     let rows = control.query_typed(SHAPE_SQL, &arguments).await;
@@ -164,12 +184,9 @@ pub(crate) async fn current_shape(
         type_modifier: row.get(6),
         identity: row.get(7),
     });
-    Ok(Some(RelationShape {
-        oid,
-        table: TableName::new(first.get::<_, String>(1), first.get::<_, String>(2)),
-        identity,
-        columns: columns.collect(),
-    }))
+    let table = TableName::new(first.get::<_, String>(1), first.get::<_, String>(2));
+    let shape = RelationShape { oid, table, identity, columns: columns.collect() };
+    Ok(Some(CurrentShape { shape, is_partitioned: first.get(8) }))
 }
 
 /// Indexes that are no constraint's. The definition is cut where the table's name ends, which is built the way Postgres builds it:

@@ -383,6 +383,7 @@ async fn check_publication(
         tables.iter().filter(named).cloned().collect()
     };
     check_publication_itself(config, wanted, existing.as_ref(), role, findings);
+    check_identities(&chosen, existing.as_ref().is_none_or(|existing| existing.via_root), findings);
     check_tables(config, wanted, &chosen, findings);
     Ok(())
 }
@@ -429,6 +430,34 @@ fn check_publication_itself(
     }
 }
 
+/// `via_root`: rows of partitions are sent as rows of their root.
+fn check_identities(chosen: &[SourceTable], via_root: bool, findings: &mut Findings) {
+    let without: BTreeSet<&TableName> = chosen.iter().flat_map(|table| &table.without_identity).collect();
+    let narrow = chosen.iter().filter(|_| via_root).flat_map(|table| &table.narrow_identity);
+    let narrow: BTreeSet<&TableName> = narrow.collect();
+    let names = |tables: &BTreeSet<&TableName>| tables.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let mut messages = Vec::new();
+    if !without.is_empty() {
+        messages.push(format!(
+            "tables without a key: {}. Once published, their updates and deletes would fail at the source. Give them a primary key that is not DEFERRABLE, or the whole row as identity; a partition takes that from no parent",
+            names(&without)
+        ));
+    }
+    if !narrow.is_empty() {
+        messages.push(format!(
+            "partitions whose identity has less than a sink finds rows of the partitioned table by: {}. Their updates and deletes would be lost. Give them the whole row as identity, or the partitioned table a primary key that is not DEFERRABLE",
+            names(&narrow)
+        ));
+    }
+    if messages.is_empty() {
+        findings.ok("replica_identity", "every table has a key or an identity");
+        return;
+    }
+    let full = |name: &&TableName| format!("ALTER TABLE {} REPLICA IDENTITY FULL;", name.quoted());
+    let sql = without.union(&narrow).map(full).collect::<Vec<_>>().join("\n");
+    findings.fail("replica_identity", messages.join(". "), Some(sql));
+}
+
 fn check_tables(config: &ConnectConfig, wanted: &PublicationWanted, chosen: &[SourceTable], findings: &mut Findings) {
     let user = quote_identifier(config.user());
     let names = |tables: &[&SourceTable]| -> String {
@@ -437,18 +466,6 @@ fn check_tables(config: &ConnectConfig, wanted: &PublicationWanted, chosen: &[So
     let statements = |tables: &[&SourceTable], one: &dyn Fn(&TableName) -> String| -> String {
         tables.iter().map(|table| one(&table.name)).collect::<Vec<_>>().join("\n")
     };
-    let without_key: BTreeSet<&TableName> = chosen.iter().flat_map(|table| &table.without_identity).collect();
-    if without_key.is_empty() {
-        findings.ok("replica_identity", "every table has a key or an identity");
-    } else {
-        let message = format!(
-            "tables without a key: {}. Once published, their updates and deletes would fail at the source. Give them a primary key that is not DEFERRABLE, or the whole row as identity; a partition takes that from no parent",
-            without_key.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-        );
-        let full = |name: &&TableName| format!("ALTER TABLE {} REPLICA IDENTITY FULL;", name.quoted());
-        let sql = without_key.iter().map(full).collect::<Vec<_>>().join("\n");
-        findings.fail("replica_identity", message, Some(sql));
-    }
     let unreadable: Vec<&SourceTable> = chosen.iter().filter(|table| !table.can_select).collect();
     if unreadable.is_empty() {
         findings.ok("select", "every table may be read");

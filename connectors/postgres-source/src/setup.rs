@@ -54,7 +54,7 @@ pub struct SlotWanted {
 /// updates and deletes fail at the source. Several may do this at a time: the capture and a run of one flow.
 ///
 /// # Errors
-/// `TableMissing`, `TableWithoutKey`, `PublicationMissing` (not ours to make), `PublicationUnfit`, a missing privilege;
+/// `TableMissing`, `TableWithoutKey`, `PartitionIdentity`, `PublicationMissing` (not ours to make), `PublicationUnfit`, a missing privilege;
 /// `PublicationBusy` when somebody else was faster at every look.
 pub async fn ensure_publication(control: &Control, wanted: &PublicationWanted) -> Result<(), SourceError> {
     settle_publication(control, wanted, Surplus::Dropped).await
@@ -111,7 +111,7 @@ async fn alter_publication(
         };
     }
     let chosen = tables::choose(control, &wanted.tables, &wanted.exclude).await?;
-    check_keys(&chosen)?;
+    check_keys(&chosen, existing.as_ref().is_none_or(|existing| existing.via_root))?;
     let names: BTreeSet<TableName> = chosen.into_iter().map(|table| table.name).collect();
     let publication = quote_identifier(&wanted.name);
     let Some(existing) = existing else {
@@ -146,14 +146,18 @@ fn list(tables: &BTreeSet<TableName>) -> String {
     tables.iter().map(|table| format!("ONLY {}", table.quoted())).collect::<Vec<_>>().join(", ")
 }
 
-/// A published table without an identity refuses updates and deletes *at the source*: it is never published.
-fn check_keys(tables: &[SourceTable]) -> Result<(), SourceError> {
+/// A published table without an identity refuses updates and deletes *at the source*; those of a partition that has another one than its
+/// root needs would be lost at a sink, without a word, where they are sent as its root's. Neither is ever published.
+fn check_keys(tables: &[SourceTable], via_root: bool) -> Result<(), SourceError> {
     let without: BTreeSet<TableName> = tables.iter().flat_map(|table| table.without_identity.clone()).collect();
-    if without.is_empty() {
-        Ok(())
-    } else {
-        Err(SourceError::TableWithoutKey { tables: without.into_iter().collect() })
+    if !without.is_empty() {
+        return Err(SourceError::TableWithoutKey { tables: without.into_iter().collect() });
     }
+    let narrow: BTreeSet<TableName> = tables.iter().flat_map(|table| table.narrow_identity.clone()).collect();
+    if via_root && !narrow.is_empty() {
+        return Err(SourceError::PartitionIdentity { tables: narrow.into_iter().collect() });
+    }
+    Ok(())
 }
 
 async fn run(control: &Control, sql: &str, during: String) -> Result<Altered, SourceError> {

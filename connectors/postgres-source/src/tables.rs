@@ -14,6 +14,9 @@ pub(crate) struct SourceTable {
     /// The table itself, or those of its partitions, whose updates and deletes do not say which row they mean: no primary
     /// key, identity index or FULL. Postgres asks this of the partition that has the row, whatever its root has.
     pub(crate) without_identity: Vec<TableName>,
+    /// Its partitions whose updates and deletes name less of the old row than a sink finds a row of this table by. The WAL has of it
+    /// what the identity of the partition has; the stream passes that off as what this table's identity has, with NULL for the rest.
+    pub(crate) narrow_identity: Vec<TableName>,
     /// UNLOGGED or TEMPORARY tables are not in the WAL.
     pub(crate) logged: bool,
     /// A partition of another table.
@@ -31,10 +34,13 @@ pub(crate) struct ExistingPublication {
     pub(crate) tables: BTreeSet<TableName>,
     /// Whether no operation is left out.
     pub(crate) publishes_all_operations: bool,
+    /// Whether rows of partitions are sent as rows of the table that is published, and not as their own.
+    pub(crate) via_root: bool,
 }
 
 /// A table that is being dropped has no privileges (NULL). A key that is checked only at the end of a transaction (DEFERRABLE) is no identity. Partitions are found without
-/// `pg_partition_tree`, which locks them.
+/// `pg_partition_tree`, which locks them. `keyed` has what a sink finds a row of a partitioned table by, NULL being all of it, and
+/// what the WAL has of an old row of each of its partitions.
 const TABLES_SQL: &str = "
 WITH RECURSIVE part(root, oid, relkind) AS (
   SELECT oid, oid, relkind FROM pg_catalog.pg_class WHERE relkind IN ('r', 'p') AND relpersistence <> 't'
@@ -50,13 +56,35 @@ WITH RECURSIVE part(root, oid, relkind) AS (
     AND NOT EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indimmediate AND i.indisvalid
                     AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident ELSE false END)
   GROUP BY 1
+), tree AS (
+  SELECT root, oid FROM part WHERE relkind IN ('r', 'p') AND (relkind = 'p') = (oid = root)
+), indexed AS (
+  SELECT i.indrelid, i.indisprimary, i.indisreplident,
+         ARRAY(SELECT a.attname::text FROM pg_catalog.unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) AS k(attnum)
+               JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum) AS columns
+  FROM pg_catalog.pg_index i
+  WHERE (i.indisprimary OR (i.indisreplident AND i.indisvalid)) AND i.indimmediate AND i.indrelid IN (SELECT oid FROM tree)
+), keyed AS (
+  SELECT tree.root, tree.oid, c.relreplident AS identity, n.nspname, c.relname,
+         CASE WHEN c.relreplident <> 'i' OR (tree.oid = tree.root AND p.columns <@ m.columns) THEN p.columns ELSE m.columns END AS columns
+  FROM tree JOIN pg_catalog.pg_class c ON c.oid = tree.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+  LEFT JOIN indexed p ON p.indrelid = tree.oid AND p.indisprimary
+  LEFT JOIN indexed m ON m.indrelid = tree.oid AND m.indisreplident
+), narrow AS (
+  SELECT k.root, array_agg(k.nspname::text ORDER BY k.nspname, k.relname) AS schemas,
+         array_agg(k.relname::text ORDER BY k.nspname, k.relname) AS names
+  FROM keyed k JOIN keyed r ON r.oid = k.root AND r.root = r.oid
+  WHERE k.oid <> k.root AND k.identity IN ('d', 'i') AND k.columns IS NOT NULL
+    AND CASE WHEN r.columns IS NULL THEN r.identity = 'f' ELSE NOT r.columns <@ k.columns END
+  GROUP BY 1
 )
 SELECT n.nspname::text, c.relname::text, c.relpersistence = 'p', c.relispartition,
        coalesce(w.schemas, '{}'), coalesce(w.names, '{}'),
        coalesce(pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT'), false),
-       pg_catalog.pg_has_role(c.relowner, 'USAGE')
+       pg_catalog.pg_has_role(c.relowner, 'USAGE'), coalesce(l.schemas, '{}'), coalesce(l.names, '{}')
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN without w ON w.root = c.oid
+LEFT JOIN narrow l ON l.root = c.oid
 WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
 ORDER BY 1, 2";
 
@@ -64,13 +92,17 @@ ORDER BY 1, 2";
 pub(crate) async fn all(client: &tokio_postgres::Client) -> Result<Vec<SourceTable>, SourceError> {
     let rows = client.query_typed(TABLES_SQL, &[]).await;
     let rows = rows.map_err(|error| SourceError::from_client("listing tables", &error))?;
+    let names = |row: &tokio_postgres::Row, schemas: usize, names: usize| -> Vec<TableName> {
+        std::iter::zip(row.get::<_, Vec<String>>(schemas), row.get::<_, Vec<String>>(names))
+            .map(|(schema, name)| TableName::new(schema, name))
+            .collect()
+    };
     let table = |row: &tokio_postgres::Row| SourceTable {
         name: TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)),
         logged: row.get(2),
         is_partition: row.get(3),
-        without_identity: std::iter::zip(row.get::<_, Vec<String>>(4), row.get::<_, Vec<String>>(5))
-            .map(|(schema, name)| TableName::new(schema, name))
-            .collect(),
+        without_identity: names(row, 4, 5),
+        narrow_identity: names(row, 8, 9),
         can_select: row.get(6),
         owned: row.get(7),
     };
@@ -187,7 +219,7 @@ pub(crate) async fn publication(
     let failed = |error| SourceError::from_client(format!("reading publication {name}"), &error);
     let head = client
         .query_typed(
-            "SELECT puballtables, pubinsert AND pubupdate AND pubdelete AND pubtruncate FROM pg_catalog.pg_publication WHERE pubname = $1",
+            "SELECT puballtables, pubinsert AND pubupdate AND pubdelete AND pubtruncate, pubviaroot FROM pg_catalog.pg_publication WHERE pubname = $1",
             &[(&name, Type::TEXT)],
         )
         .await
@@ -208,6 +240,7 @@ pub(crate) async fn publication(
     Ok(Some(ExistingPublication {
         all_tables: head.get(0),
         publishes_all_operations: head.get(1),
+        via_root: head.get(2),
         tables: tables.collect(),
     }))
 }
@@ -221,6 +254,7 @@ mod tests {
         SourceTable {
             name: TableName::new(schema, name),
             without_identity: Vec::new(),
+            narrow_identity: Vec::new(),
             logged: true,
             is_partition: false,
             can_select: true,

@@ -4,6 +4,11 @@
 //! expected`, first thing in its transaction: an owner that was replaced changes nothing, a batch that was applied before
 //! is refused, and one that waits on this row holds no other lock. The lock on the row is what a successor meets when a
 //! predecessor is frozen inside a transaction; it ends that session.
+//!
+//! The row is locked in three strengths. Taking over locks it FOR UPDATE: it waits for everybody, and everybody waits for it. What
+//! moves the position, or changes a mark, locks it FOR NO KEY UPDATE (as the UPDATE of a batch does by itself): one at a time. A replay
+//! needs nothing but that the epoch stays, and locks it FOR KEY SHARE: it and the main stream never wait for each other here, however
+//! long the transaction of either takes.
 
 use std::time::Duration;
 
@@ -63,12 +68,15 @@ pub(crate) const ADVANCE: &str = "\
     UPDATE wallaby.checkpoints SET position = $4, log_epoch = $5, updated_at = now() \
     WHERE task = $1 AND epoch = $2 AND position = $3";
 
-/// Locks the row of a task for the rest of the transaction. Parameters: task, epoch.
-pub(crate) const LOCK: &str = "SELECT position FROM wallaby.checkpoints WHERE task = $1 AND epoch = $2 FOR UPDATE";
+/// Epoch and position stay for the rest of the transaction. Parameters: task, epoch.
+pub(crate) const LOCK: &str = "SELECT FROM wallaby.checkpoints WHERE task = $1 AND epoch = $2 FOR NO KEY UPDATE";
 
 /// The same, only where it stands at a position. Parameters: task, epoch, position.
 pub(crate) const LOCK_AT: &str =
-    "SELECT FROM wallaby.checkpoints WHERE task = $1 AND epoch = $2 AND position = $3 FOR UPDATE";
+    "SELECT FROM wallaby.checkpoints WHERE task = $1 AND epoch = $2 AND position = $3 FOR NO KEY UPDATE";
+
+/// The epoch stays for the rest of the transaction, the position may move. Parameters: task, epoch.
+pub(crate) const LOCK_EPOCH: &str = "SELECT FROM wallaby.checkpoints WHERE task = $1 AND epoch = $2 FOR KEY SHARE";
 
 /// A number in the form of Postgres' bigint. Epochs are etcd revisions, which are signed there too.
 pub(crate) fn as_bigint(epoch: Epoch) -> i64 {
@@ -134,19 +142,10 @@ pub(crate) async fn take_over(
 ) -> Result<Opened, PostgresError> {
     let task = &sink.task;
     create(client).await?;
-    let mut ended = 0;
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        if end_sessions {
-            ended += end_older_sessions(client, task, epoch).await?;
-        }
-        match commit_epoch(client, task, sink.since, epoch).await {
-            Ok(()) => break,
-            Err(error) if error.sqlstate() == Some(&SqlState::LOCK_NOT_AVAILABLE) && tries < TAKEOVER_TRIES => {}
-            Err(error) => return Err(error),
-        }
-    }
+    // One that works beside another session of its own owner has nothing to take over: it does not wait for the transaction of that
+    // one, which may be a large one.
+    let is_beside = !end_sessions && epoch >= sink.since && last_epoch(client, task).await? == Some(epoch);
+    let mut ended = if is_beside { 0 } else { move_epoch(client, sink, epoch, end_sessions).await? };
     // A predecessor may have connected between the first look and the commit of the epoch.
     if end_sessions {
         ended += end_older_sessions(client, task, epoch).await?;
@@ -160,16 +159,36 @@ pub(crate) async fn take_over(
     }
 }
 
+/// Makes the task this epoch's; returns how many sessions of older owners were ended for it.
+async fn move_epoch(client: &Client, sink: &SinkTask, epoch: Epoch, end_sessions: bool) -> Result<u32, PostgresError> {
+    let (mut ended, mut tries) = (0, 0);
+    loop {
+        tries += 1;
+        if end_sessions {
+            ended += end_older_sessions(client, &sink.task, epoch).await?;
+        }
+        match commit_epoch(client, &sink.task, sink.since, epoch).await {
+            Ok(()) => return Ok(ended),
+            Err(error) if error.sqlstate() == Some(&SqlState::LOCK_NOT_AVAILABLE) && tries < TAKEOVER_TRIES => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 async fn commit_epoch(client: &Client, task: &TaskId, since: Epoch, epoch: Epoch) -> Result<(), PostgresError> {
     let doing = || format!("taking over {task} at the sink");
     client.batch_execute(&format!("BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")).await.doing(doing)?;
-    let statement = "INSERT INTO wallaby.checkpoints AS c (task, epoch) VALUES ($1, $2) \
-        ON CONFLICT (task) DO UPDATE SET epoch = $2, updated_at = now() WHERE c.epoch <= $2";
+    let (name, mine) = (task.to_string(), as_bigint(epoch));
     let moved = async {
-        // Nobody but the holder of the row's lock moves it: what is read here stands until the commit.
+        // A row to lock comes first: without one, a predecessor could make it, and begin to replay, before the epoch is moved.
+        let make = "INSERT INTO wallaby.checkpoints (task, epoch) VALUES ($1, $2) ON CONFLICT (task) DO NOTHING";
+        client.execute(make, &[&name, &mine]).await?;
+        // The lock that a replay's is in the way of: moving the epoch alone would not wait for it. What is read here stands until the
+        // commit.
         let found = "SELECT epoch FROM wallaby.checkpoints WHERE task = $1 FOR UPDATE";
-        let found = client.query_opt(found, &[&task.to_string()]).await?.map(|row| as_epoch(row.get(0)));
-        let moved = client.execute(statement, &[&task.to_string(), &as_bigint(epoch)]).await?;
+        let found = client.query_opt(found, &[&name]).await?.map(|row| as_epoch(row.get(0)));
+        let take = "UPDATE wallaby.checkpoints SET epoch = $2, updated_at = now() WHERE task = $1 AND epoch <= $2";
+        let moved = client.execute(take, &[&name, &mine]).await?;
         Ok::<_, tokio_postgres::Error>((moved, found.is_some_and(|found| found < since)))
     };
     match moved.await {

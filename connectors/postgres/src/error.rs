@@ -8,6 +8,7 @@ use wallaby_connector_api::SinkError;
 use wallaby_model::{Position, TableName};
 
 use crate::collapse::CollapseError;
+use crate::extras::NOT_YET_DEFERRABLE;
 
 /// An error inside the sink.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +66,14 @@ impl PostgresError {
         self.sqlstate().is_some_and(|state| state.code().starts_with("23") || state.code().starts_with("22"))
     }
 
+    /// The index that refused a row, quoted, if that is one that is to belong to a DEFERRABLE constraint and does not yet.
+    pub(crate) fn not_yet_deferrable(&self) -> Option<String> {
+        let PostgresError::Sql { source, .. } = self else { return None };
+        let refused = source.as_db_error()?;
+        let index = refused.constraint().filter(|name| name.starts_with(NOT_YET_DEFERRABLE))?;
+        Some(TableName::new(refused.schema()?, index).quoted())
+    }
+
     /// In the contract's terms. `role` is who is connected, for grants.
     pub(crate) fn into_sink(self, role: &str) -> SinkError {
         match self {
@@ -103,8 +112,20 @@ fn classify(doing: &str, db: &DbError, role: &str) -> SinkError {
         )),
         ("28", _) => configuration("Correct user and password in the sink's dsn".to_owned()),
         (_, "3D000") => configuration("Create the database, or correct its name in the sink's dsn".to_owned()),
-        ("08" | "57" | "40" | "53" | "55" | "58" | "XX", _) | (_, "25006" | "25P03") => {
+        // Of class 55 only a lock that is not free passes by itself.
+        ("08" | "57" | "40" | "53" | "58" | "XX", _) | (_, "25006" | "25P03" | "55P03") => {
             SinkError::Transient(format!("{doing}: {message} (SQLSTATE {code})"))
+        }
+        // What is in use here is in use by our own transaction: it has changes of a table whose triggers fire at its end only.
+        (_, "55006") => configuration(
+            "Drop foreign keys and constraint triggers of the table at the sink that are DEFERRABLE, run wallaby resume, and \
+             make them again when the sink is past this"
+                .to_owned(),
+        ),
+        // Not in a state for what is asked: a table that is published on without an identity, a view, an index that is not valid.
+        ("55", _) => {
+            let hint = db.hint().map(|hint| format!("{hint} ")).unwrap_or_default();
+            configuration(format!("{hint}Mend it at the sink, then run wallaby resume"))
         }
         ("22", _) => SinkError::Data {
             reason: format!("{doing}: a value does not fit ({}, SQLSTATE {code})", value_fault(code)),
@@ -142,6 +163,12 @@ fn violation(doing: &str, db: &DbError) -> SinkError {
         (Some(schema), Some(table)) => format!(" of {}", TableName::new(schema, table)),
         _ => String::new(),
     };
+    if code == "23505" && db.constraint().is_some_and(|name| name.starts_with(NOT_YET_DEFERRABLE)) {
+        return SinkError::Transient(format!(
+            "{doing}: rows are in each other's way as a DEFERRABLE unique constraint{table} lets them be, whose index does not \
+             belong to it yet: it is tried again (SQLSTATE {code})"
+        ));
+    }
     let column = db.column().map(|name| format!(" in column {name:?}")).unwrap_or_default();
     let (what, remedy) = match code {
         "23505" => ("unique constraint", "Remove the row that is in the way, or make the constraint DEFERRABLE"),

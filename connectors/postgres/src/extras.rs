@@ -3,6 +3,9 @@
 //!
 //! Each is added outside of a transaction and unless it is there, so that a second try goes on where the first one died. Definitions
 //! come from the source's catalog and go out one statement at a time, in a protocol that takes one only.
+//!
+//! Nobody is held up for longer than a lock takes: indexes are built CONCURRENTLY, also those that unique constraints are made of, and
+//! rows are looked at for CHECK and FOREIGN KEY after these are there (VALIDATE). EXCLUDE has no such way.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -21,6 +24,9 @@ use crate::session::{Session, connect_as};
 
 /// How an addition of ours is told from a person's.
 const OURS: &str = "made by WALlaby";
+/// How an index is named, for now, that a DEFERRABLE constraint is made of: until it belongs to the constraint it refuses for good what
+/// that lets pass until the end of the transaction.
+pub(crate) const NOT_YET_DEFERRABLE: &str = "wallaby_deferrable_";
 /// How long an ALTER waits for its lock before a person is told the statement.
 const LOCK_TIMEOUT: &str = "SET lock_timeout = '5s'";
 const IDLE_MAX: Duration = Duration::from_secs(60);
@@ -95,7 +101,10 @@ pub(crate) async fn take_off(
         let comes_back = if is_constraint {
             extras.constraints.iter().any(|constraint| constraint.name == name)
         } else {
+            // An index of a constraint's name was built for the constraint, and left behind.
             extras.indexes.iter().any(|index| index.name == name)
+                || extras.constraints.iter().any(|constraint| constraint.name == name)
+                || name.starts_with(NOT_YET_DEFERRABLE)
         };
         let is_unique: bool = row.get(3);
         let is_key = is_unique
@@ -188,6 +197,11 @@ struct Finish<'a> {
 impl Finish<'_> {
     /// Runs statements, all or none; false, with a sentence, when the server refuses it.
     async fn run(&mut self, what: &str, statement: &str) -> Result<bool, PostgresError> {
+        self.run_for(what, statement, statement).await
+    }
+
+    /// The same for a statement that is one of several: `whole` is what a person runs instead of them.
+    async fn run_for(&mut self, what: &str, statement: &str, whole: &str) -> Result<bool, PostgresError> {
         tracing::info!(table = %self.here, statement, "adding to a table that was loaded");
         match self.session.client.batch_execute(statement).await {
             Ok(()) => Ok(true),
@@ -202,7 +216,7 @@ impl Finish<'_> {
                 // Class 23 quotes values.
                 let why = if code.starts_with("23") { "rows of the sink violate it" } else { refused.message() };
                 self.failed.push(format!(
-                    "{what} could not be added to {} at the sink ({why}, SQLSTATE {code}); when that is mended, run: {statement}",
+                    "{what} could not be added to {} at the sink ({why}, SQLSTATE {code}); when that is mended, run: {whole}",
                     self.here
                 ));
                 Ok(false)
@@ -242,37 +256,65 @@ impl Finish<'_> {
     }
 
     async fn index(&mut self, index: &TableIndex) -> Result<(), PostgresError> {
-        let (name, what) = (quote_identifier(&index.name), format!("index {:?}", index.name));
-        let client = &self.session.client;
+        let what = format!("index {:?}", index.name);
+        self.build(&what, &index.name, index.is_unique, &index.using, None).await.map(|_| ())
+    }
+
+    /// What has a name here: whether it is an index of this table, and a valid one.
+    async fn found_index(&self, name: &str) -> Result<Option<(bool, bool)>, PostgresError> {
         let query = "SELECT coalesce(i.indrelid = to_regclass($1), false), coalesce(i.indisvalid, false) FROM pg_class c \
             JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_index i ON i.indexrelid = c.oid \
             WHERE n.nspname = $2 AND c.relname = $3";
-        let found = client.query_opt(query, &[&self.here.quoted(), &self.here.schema, &index.name]).await;
-        let found = found.doing(|| format!("looking for {what}"))?;
-        let unique = if index.is_unique { "UNIQUE " } else { "" };
-        let statement = format!("CREATE {unique}INDEX CONCURRENTLY {name} ON {} {}", self.here.quoted(), index.using);
-        if let Some(found) = found {
-            let (is_of_table, is_valid): (bool, bool) = (found.get(0), found.get(1));
-            if is_of_table && is_valid {
-                return Ok(());
-            }
-            if !is_of_table {
+        let found = self.session.client.query_opt(query, &[&self.here.quoted(), &self.here.schema, &name]).await;
+        let found = found.doing(|| format!("looking for index {name:?}"))?;
+        Ok(found.map(|row| (row.get(0), row.get(1))))
+    }
+
+    fn drop_index(&self, name: &str) -> String {
+        format!("DROP INDEX CONCURRENTLY {}.{}", quote_identifier(&self.here.schema), quote_identifier(name))
+    }
+
+    /// Builds an index without holding others up, unless it is there. `whole` is what a person runs when it cannot be built, if that is
+    /// not the statement itself. False, with a sentence, when it is not there in the end.
+    async fn build(
+        &mut self,
+        what: &str,
+        name: &str,
+        is_unique: bool,
+        using: &str,
+        whole: Option<&str>,
+    ) -> Result<bool, PostgresError> {
+        let unique = if is_unique { "UNIQUE " } else { "" };
+        let quoted = quote_identifier(name);
+        let statement = format!("CREATE {unique}INDEX CONCURRENTLY {quoted} ON {} {using}", self.here.quoted());
+        let whole = whole.unwrap_or(&statement);
+        match self.found_index(name).await? {
+            None => {}
+            Some((true, true)) => return Ok(true),
+            Some((false, _)) => {
                 self.failed.push(format!(
-                    "{what} could not be added to {} at the sink: another object has its name; under another name, run: {statement}",
+                    "{what} could not be added to {} at the sink: another object has its name; under another name, run: {whole}",
                     self.here
                 ));
-                return Ok(());
+                return Ok(false);
             }
             // Left behind by one that died.
-            let drop = format!("DROP INDEX CONCURRENTLY {}.{name}", quote_identifier(&self.here.schema));
-            if !self.run(&what, &drop).await? {
-                return Ok(());
+            Some((true, false)) => {
+                let drop = self.drop_index(name);
+                if !self.run(what, &drop).await? {
+                    return Ok(false);
+                }
             }
         }
         // It waits for every older transaction, of which one may be a large one of ours.
         self.session.command("SET lock_timeout = 0").await?;
-        self.run(&what, &statement).await?;
-        self.session.command(LOCK_TIMEOUT).await
+        let is_built = self.run_for(what, &statement, whole).await?;
+        if !is_built && is_unique && self.found_index(name).await? == Some((true, false)) {
+            // What the server has left of it would refuse rows from now on.
+            self.session.command(&self.drop_index(name)).await?;
+        }
+        self.session.command(LOCK_TIMEOUT).await?;
+        Ok(is_built)
     }
 
     /// Whether a constraint is there, and if so, whether its rows were looked at.
@@ -309,8 +351,44 @@ impl Finish<'_> {
 
     async fn constraint(&mut self, constraint: &TableExtra) -> Result<(), PostgresError> {
         let definition = constraint.definition.as_str();
+        if let Some((using, deferral)) = made_of(definition) {
+            return self.unique_constraint(constraint, &using, deferral).await;
+        }
         let check_later = definition.starts_with("CHECK") && !definition.ends_with("NOT VALID");
         self.add_constraint(&constraint.name, definition, check_later).await
+    }
+
+    /// Adds a unique constraint: by itself it would keep everybody out of the table for as long as its index takes. So that is built first.
+    async fn unique_constraint(
+        &mut self,
+        constraint: &TableExtra,
+        using: &str,
+        deferral: &str,
+    ) -> Result<(), PostgresError> {
+        if self.has_constraint(&constraint.name).await?.is_some() {
+            return Ok(());
+        }
+        let (what, name) = (format!("constraint {:?}", constraint.name), quote_identifier(&constraint.name));
+        let alter = format!("ALTER TABLE {} ADD CONSTRAINT {name}", self.here.quoted());
+        let whole = format!("{alter} {}", constraint.definition);
+        let index = if deferral.is_empty() { constraint.name.clone() } else { self.not_yet_deferrable(&name).await? };
+        if !self.build(&what, &index, true, using, Some(&whole)).await? {
+            return Ok(());
+        }
+        // The index takes the constraint's name.
+        let add = format!("{alter} UNIQUE USING INDEX {}{deferral}", quote_identifier(&index));
+        if !self.run_for(&what, &add, &whole).await? {
+            self.session.command(&self.drop_index(&index)).await?;
+        }
+        Ok(())
+    }
+
+    /// The name of the index that a DEFERRABLE constraint is made of: the same at each try.
+    async fn not_yet_deferrable(&self, constraint: &str) -> Result<String, PostgresError> {
+        let whose = format!("{} {constraint}", self.here.quoted());
+        let name = self.session.client.query_one("SELECT to_hex(hashtextextended($1, 0))", &[&whose]).await;
+        let name = name.doing(|| format!("naming the index of constraint {constraint}"))?;
+        Ok(format!("{NOT_YET_DEFERRABLE}{}", name.get::<_, &str>(0)))
     }
 
     /// Checked at the end of each transaction: within a batch the tables' rows come in no order.
@@ -346,5 +424,35 @@ impl Finish<'_> {
             self.run(&format!("the default of column {:?}", default.name), &statement).await?;
         }
         Ok(())
+    }
+}
+
+/// The index that a unique constraint is made of, and when the constraint is checked, as its definition says both. None for another
+/// constraint, and for one that is made of no unique index.
+fn made_of(definition: &str) -> Option<(String, &str)> {
+    let rest = definition.strip_prefix("UNIQUE ").filter(|rest| !rest.contains(" WITHOUT OVERLAPS)"))?;
+    let (rest, nulls) = match rest.strip_prefix("NULLS NOT DISTINCT ") {
+        Some(rest) => (rest, " NULLS NOT DISTINCT"),
+        None => (rest, ""),
+    };
+    let columns = rest.strip_suffix(" INITIALLY DEFERRED").unwrap_or(rest);
+    let columns = columns.strip_suffix(" DEFERRABLE").unwrap_or(columns);
+    Some((format!("{columns}{nulls}"), &rest[columns.len()..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::made_of;
+
+    #[test]
+    fn a_unique_constraint_is_taken_apart_into_its_index_and_its_time() {
+        let parts = |definition| made_of(definition).map(|(using, deferral)| format!("{using}|{deferral}"));
+        assert_eq!(parts("UNIQUE (a, b)").as_deref(), Some("(a, b)|"));
+        let whole = "UNIQUE NULLS NOT DISTINCT (a) INCLUDE (b) DEFERRABLE INITIALLY DEFERRED";
+        assert_eq!(parts(whole).as_deref(), Some("(a) INCLUDE (b) NULLS NOT DISTINCT| DEFERRABLE INITIALLY DEFERRED"));
+        let named = "UNIQUE (\" DEFERRABLE\") DEFERRABLE";
+        assert_eq!(parts(named).as_deref(), Some("(\" DEFERRABLE\")| DEFERRABLE"));
+        assert_eq!(parts("UNIQUE (id, during WITHOUT OVERLAPS)"), None);
+        assert_eq!(parts("CHECK (a > 0)"), None);
     }
 }

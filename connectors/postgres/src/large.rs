@@ -1,7 +1,8 @@
 //! A transaction that does not fit into memory: given out in portions, applied in one transaction of the sink.
 //!
 //! Where it ends is known only at its end. So the lock on the checkpoint row is taken first, with epoch and position checked, and
-//! the row is moved last, before the commit. While one portion is written the next one is fetched: at most two are in memory, and of
+//! the row is moved last, before the commit. That lock is in nobody's way who works beside: a replay's only keeps the epoch, the main
+//! stream's lets replays pass. While one portion is written the next one is fetched: at most two are in memory, and of
 //! those with huge rows one.
 //! A portion that violates a constraint as a whole is rolled back to a savepoint and applied in small steps; deferrable constraints
 //! are deferred from then on and looked at before the commit.
@@ -15,7 +16,7 @@ use wallaby_model::{Epoch, Position, TableChanges, TableName};
 
 use crate::assemble::tables;
 use crate::catalog::Leniency;
-use crate::checkpoint::{self, ADVANCE, LOCK_AT, as_bigint};
+use crate::checkpoint::{self, ADVANCE, LOCK_AT, LOCK_EPOCH, as_bigint};
 use crate::error::{Doing, PostgresError};
 use crate::marks;
 use crate::metrics::{ROWS, VIOLATIONS};
@@ -103,7 +104,7 @@ impl Open {
     /// Opens the transaction and locks what is moved at its end.
     async fn begin_large(&mut self, task: &SinkTask, from: Position, moves: Moves<'_>) -> Result<(), PostgresError> {
         if let Moves::Marks(tables) = moves {
-            self.begin_guarded(task).await?;
+            self.begin_guarded(task, LOCK_EPOCH).await?;
             // Moved nowhere yet: checks where they stand, and locks them.
             return marks::advance(&self.session.client, &task.task, tables, from, from).await;
         }

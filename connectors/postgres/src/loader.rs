@@ -116,13 +116,17 @@ impl PostgresLoader {
     /// Whether the chunk is still to be loaded, and notes it; else what became of it.
     async fn admit(&self, session: &Session, chunk: &ChunkLoad) -> Result<Option<Loaded>, PostgresError> {
         let client = &session.client;
-        let mark = marks::read(client, &self.task, &chunk.table, Locking::Share).await?;
-        let Some(mark) = mark.filter(|mark| mark.run == chunk.run && mark.restart == chunk.restart) else {
-            return Ok(Some(Loaded::Stale));
-        };
-        if mark.stage != Some(TableStage::Copying) {
-            let is_noted = marks::is_noted(client, &self.task, chunk.run, chunk.chunk).await?;
-            return Ok(Some(if is_noted { Loaded::Before } else { Loaded::Stale }));
+        // First without the lock: the mark of a table that catches up is held for as long as a replay's transaction takes, and a load that
+        // comes late has nothing to wait for.
+        for locking in [Locking::None, Locking::Share] {
+            let mark = marks::read(client, &self.task, &chunk.table, locking).await?;
+            let Some(mark) = mark.filter(|mark| mark.run == chunk.run && mark.restart == chunk.restart) else {
+                return Ok(Some(Loaded::Stale));
+            };
+            if mark.stage != Some(TableStage::Copying) {
+                let is_noted = marks::is_noted(client, &self.task, chunk.run, chunk.chunk).await?;
+                return Ok(Some(if is_noted { Loaded::Before } else { Loaded::Stale }));
+            }
         }
         let is_first = self.note(client, chunk).await?;
         Ok((!is_first).then_some(Loaded::Before))

@@ -42,7 +42,7 @@ impl PostgresSink {
     async fn guarded_transaction(&mut self, change: Change<'_>) -> Result<(), PostgresError> {
         let mut open = self.open.take().ok_or_else(not_open)?;
         let mark = open.session.mark();
-        let outcome = match open.begin_guarded(&self.task).await {
+        let outcome = match open.begin_guarded(&self.task, checkpoint::LOCK).await {
             Ok(()) => self.change(&mut open, &change).await,
             Err(error) => Err(error),
         };

@@ -1,7 +1,8 @@
 //! The marks of tables, and the notes of loaded chunks, at the sink: `wallaby.tables` and `wallaby.chunks`.
 //!
-//! A mark says what the first load makes of a table. It is changed only under the lock on the task's checkpoint row, which its
-//! owner alone gets; chunks are loaded by anybody, under a shared lock on the mark. So a load commits before its table is emptied
+//! A mark says what the first load makes of a table. It is changed only under a lock on the task's checkpoint row, which its
+//! owner alone gets; a replay, which works beside its owner's main stream, holds the marks of its tables for as long as each of its
+//! transactions takes. Chunks are loaded by anybody, under a shared lock on the mark. So a load commits before its table is emptied
 //! or handed over, or not at all. Locks are always taken in this order: checkpoint row, marks (by name), the table itself.
 
 use tokio_postgres::{Client, Row};

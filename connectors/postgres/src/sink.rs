@@ -53,10 +53,10 @@ pub fn capabilities() -> Capabilities {
             "Foreign keys and triggers of this database are yours: they run for our writes as for any other. Foreign \
              keys are best made DEFERRABLE.",
             "A transaction larger than memory is written in portions, in one transaction here: nothing of it is seen before \
-             its end. The lock on the task's checkpoint is held meanwhile, and the session says every 10 seconds that it \
-             lives; one that is frozen for 2 minutes loses its transaction. A portion that violates a constraint is applied \
-             in small steps, with deferrable constraints deferred to the end. A column that the transaction drops stays \
-             until it is over; a column that it renames stops the sink.",
+             its end. No other owner gets the task's checkpoint meanwhile; what this one does beside it, a replay or the main \
+             stream, goes on. The session says every 10 seconds that it lives; one that is frozen for 2 minutes loses its \
+             transaction. A portion that violates a constraint is applied in small steps, with deferrable constraints deferred \
+             to the end. A column that the transaction drops stays until it is over; a column that it renames stops the sink.",
             "In a first load each chunk is one transaction together with its row in `wallaby.chunks`, under a shared lock on \
              the table's row in `wallaby.tables`: it is loaded once, whoever tries and however often, and never into a table \
              that was emptied or handed over meanwhile. A table that exists is emptied with TRUNCATE when its load begins; \
@@ -64,9 +64,10 @@ pub fn capabilities() -> Capabilities {
              may be violated until the run is over. Rows of a load in a table without a key have no `_wallaby_position`.",
             "A table that is loaded into a live sink catches up from its snapshot on, and becomes part of the main stream in \
              one transaction, at a position where both stand.",
-            "Tables that the sink made get the source's indexes (CONCURRENTLY), check, unique and exclusion constraints, \
-             defaults, and foreign keys to tables that it loaded too (DEFERRABLE INITIALLY DEFERRED, without actions: the log \
-             brings what those did) once they are handed over. What cannot be added is reported with its statement.",
+            "Tables that the sink made get the source's indexes and unique constraints (built CONCURRENTLY), check and \
+             exclusion constraints, defaults, and foreign keys to tables that it loaded too (DEFERRABLE INITIALLY DEFERRED, \
+             without actions: the log brings what those did) once they are handed over. What cannot be added is reported with \
+             its statement.",
             "`synchronous_commit` stays as the server or role has it, except that `off` becomes `on`: only a commit that \
              survives a crash may move a checkpoint.",
         ],

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures::future::join;
 use wallaby_connector_api::{Batch, BatchPart, SinkError, SinkTask};
@@ -14,7 +15,7 @@ use wallaby_model::{Epoch, Position, TableName, TableSchema, TaskId};
 
 use crate::assemble::{TableRuns, positions, slice, tables};
 use crate::catalog::{Leniency, fit, fit_superseded};
-use crate::checkpoint::{self, ADVANCE, LOCK, as_bigint};
+use crate::checkpoint::{self, ADVANCE, LOCK_EPOCH, as_bigint};
 use crate::config::PostgresSinkConfig;
 use crate::error::{Doing, PostgresError};
 use crate::marks;
@@ -23,6 +24,10 @@ use crate::schema::Target;
 use crate::session::{Session, not_open};
 use crate::sink::PostgresSink;
 use crate::write::{Targets, Writer};
+
+/// How long it is waited until a DEFERRABLE constraint gets the index that refused a row, and how often it is looked.
+const DEFERRABLE_WITHIN: Duration = Duration::from_secs(20);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// What an open sink knows.
 pub(crate) struct Open {
@@ -133,7 +138,7 @@ impl Open {
         moves: Moves<'_>,
     ) -> Result<(), PostgresError> {
         if let Moves::Marks(tables) = moves {
-            self.begin_guarded(task).await?;
+            self.begin_guarded(task, LOCK_EPOCH).await?;
             return marks::advance(&self.session.client, &task.task, tables, batch.from, batch.to).await;
         }
         let advance = self.session.prepared(ADVANCE).await?;
@@ -151,9 +156,10 @@ impl Open {
         Err(checkpoint::why_refused(client, &task.task, self.epoch, batch.from).await?.into())
     }
 
-    /// Opens a transaction that goes on only while this epoch is the task's: the lock on the checkpoint row is held to its end.
-    pub(crate) async fn begin_guarded(&mut self, task: &SinkTask) -> Result<(), PostgresError> {
-        let lock = self.session.prepared(LOCK).await?;
+    /// Opens a transaction that goes on only while this epoch is the task's: the lock on the checkpoint row is held to its end. `lock` is
+    /// [`checkpoint::LOCK`] or [`LOCK_EPOCH`].
+    pub(crate) async fn begin_guarded(&mut self, task: &SinkTask, lock: &str) -> Result<(), PostgresError> {
+        let lock = self.session.prepared(lock).await?;
         let (name, epoch) = (task.task.to_string(), as_bigint(self.epoch));
         let client = &self.session.client;
         let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 2] = [&name, &epoch];
@@ -209,7 +215,20 @@ impl Open {
             if self.session.command("ROLLBACK").await.is_ok() {
                 self.session.rolled_back_to(mark);
                 self.session.transaction_ended().await?;
+                if let Some(index) = error.not_yet_deferrable() {
+                    self.wait_for_constraint(&index).await?;
+                }
             }
+        }
+        Ok(())
+    }
+
+    /// Waits for whoever adds a constraint, which gives its index another name. That is done beside this sink while it is open: it
+    /// would be cut short again and again by a sink that fails at once.
+    async fn wait_for_constraint(&self, index: &str) -> Result<(), PostgresError> {
+        let deadline = Instant::now() + DEFERRABLE_WITHIN;
+        while checkpoint::exists(&self.session.client, index).await? && Instant::now() < deadline {
+            tokio::time::sleep(LOOK_EVERY).await;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use target::{Target, apply, query, rows, try_apply};
-use wallaby_connector_api::conformance::{Change, Log, Shape, SinkUnderTest, Value, chunk_part};
+use wallaby_connector_api::conformance::{Change, Log, PortionFeed, Shape, SinkUnderTest, Value, chunk_part};
 use wallaby_connector_api::{KeyValues, SinkError, SourceLookup, SourceRow};
 use wallaby_model::{ColumnType, Epoch, SegmentBody, TableSchema};
 
@@ -362,4 +362,53 @@ async fn a_wrong_password_and_a_missing_right_say_what_to_do() {
     target.sql(&format!("GRANT CREATE ON DATABASE {name} TO {role}")).await;
     open("right").await.unwrap();
     target.sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+}
+
+/// Class 55: a lock that is not free is tried again, everything else of it is for a person.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_no_other_try_can_mend_stops_the_sink() {
+    let target = Target::fresh("prerequisites").await;
+    let mut log = Log::new();
+    let bag = || Shape::new("bag").full().column("n", ColumnType::Int4);
+    let (narrow, wide) = (bag().build(), bag().column("m", ColumnType::Int4).build());
+    let mut sink = target.opened(&log).await;
+    log.transaction([Change::insert(&narrow, [1.into()]), Change::insert(&narrow, [2.into()])]);
+    apply(&mut sink, &log.batch()).await;
+
+    // Published on, without an identity.
+    target.sql("CREATE PUBLICATION onward FOR TABLE bag").await;
+    log.transaction([Change::delete_full(&narrow, [1.into()])]);
+    let batch = log.batch();
+    let (reason, remedy) = misfit(try_apply(&mut sink, &batch).await);
+    assert!(reason.contains("bag") && reason.contains("55000"), "{reason}");
+    assert!(remedy.contains("REPLICA IDENTITY") && remedy.contains("wallaby resume"), "{remedy}");
+    target.sql("ALTER TABLE bag REPLICA IDENTITY FULL").await;
+    sink.open(Epoch(1)).await.unwrap();
+    apply(&mut sink, &batch).await;
+
+    let reader = target.database.connect().await;
+    reader.batch_execute("BEGIN; LOCK TABLE bag IN ACCESS SHARE MODE").await.unwrap();
+    log.transaction([Change::insert(&wide, [3.into(), 3.into()])]);
+    let batch = log.batch();
+    let outcome = try_apply(&mut sink, &batch).await;
+    assert!(matches!(&outcome, Err(SinkError::Transient(why)) if why.contains("55P03")), "{outcome:?}");
+    reader.batch_execute("COMMIT").await.unwrap();
+    sink.open(Epoch(1)).await.unwrap();
+    apply(&mut sink, &batch).await;
+    assert_eq!(target.rows(&wide.table).await, rows(&[&["2", "~"], &["3", "3"]]));
+
+    // Emptied behind changes whose triggers fire at the end of the transaction only.
+    let children = Shape::new("children").key("id", ColumnType::Int4).column("parent", ColumnType::Int4).build();
+    target.sql("CREATE TABLE parents (id int PRIMARY KEY); INSERT INTO parents VALUES (1)").await;
+    let deferred = "parent int CONSTRAINT of_parent REFERENCES parents DEFERRABLE INITIALLY DEFERRED";
+    target.sql(&format!("CREATE TABLE children (id int PRIMARY KEY, {deferred})")).await;
+    log.transaction([Change::insert(&children, [1.into(), 1.into()]), Change::truncate(&children)]);
+    let batch = log.batch_in_segments(1);
+    let (reason, remedy) = misfit(sink.apply_large(batch.from, &mut PortionFeed::new(&batch)).await);
+    assert!(reason.contains("children") && reason.contains("55006"), "{reason}");
+    assert!(remedy.contains("DEFERRABLE") && remedy.contains("wallaby resume"), "{remedy}");
+    target.sql("ALTER TABLE children DROP CONSTRAINT of_parent").await;
+    sink.open(Epoch(1)).await.unwrap();
+    sink.apply_large(batch.from, &mut PortionFeed::new(&batch)).await.unwrap();
+    assert!(target.rows(&children.table).await.is_empty());
 }

@@ -202,7 +202,7 @@ impl Chunk<'_> {
         let relation = &self.request.relation;
         let shape = current_shape(self.control, &self.request.publication, 0, &relation.table).await?;
         let shape = match shape {
-            Some(shape) => shape,
+            Some(current) => current.shape,
             None => self.without_columns().await?,
         };
         let schema = catalog::resolve_quietly(self.control, &shape).await?;

@@ -30,7 +30,8 @@ WITH RECURSIVE published AS (
 ), keyed AS (
   SELECT p.oid, pg_catalog.bool_or(k.is_key) AS has_key
   FROM published p
-  JOIN pg_catalog.pg_index i ON i.indrelid = p.oid AND (i.indisprimary OR (i.indisreplident AND p.relreplident = 'i'))
+  JOIN pg_catalog.pg_index i ON i.indrelid = p.oid AND i.indimmediate
+    AND (i.indisprimary OR (i.indisreplident AND p.relreplident = 'i'))
   CROSS JOIN LATERAL (
     SELECT CASE WHEN i.indisprimary
       THEN pg_catalog.bool_and(coalesce(p.columns ? a.attname::text, a.attgenerated = ''))

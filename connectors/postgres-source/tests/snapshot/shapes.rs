@@ -123,6 +123,29 @@ async fn b01_to_b34_values_of_the_snapshot_are_those_of_the_stream() {
     }
 }
 
+/// Within a transaction two rows may have it.
+#[tokio::test]
+async fn a_primary_key_that_is_deferrable_is_no_key() {
+    let db = Database::create("deferrable").await;
+    db.batch_execute("CREATE TABLE t (id int PRIMARY KEY DEFERRABLE, v text); ALTER TABLE t REPLICA IDENTITY FULL")
+        .await
+        .unwrap();
+    let flow = Flow::create(&db).await;
+    let mut run = flow.start(1, flow.first_position()).await;
+    db.batch_execute("INSERT INTO t VALUES (1, 'a'), (2, 'b')").await.unwrap();
+    let segment = run.segment().await;
+    let streamed = &segment.body.tables[0].schema;
+    db.batch_execute("UPDATE t SET id = id + 1").await.unwrap();
+    let ids: Vec<String> = run.rows(4).await.into_iter().map(|row| row.values[0].clone()).collect();
+    assert_eq!(ids, ["1", "2", "2", "3"]);
+    assert!(streamed.key().is_empty(), "{streamed:?}");
+    let mut export = export(&flow.config, &flow.name, 1).await;
+    let plan = export.plan(&flow.name, &[], &[], u64::MAX).await.unwrap();
+    assert!(!plan[0].has_key);
+    let kept = read(&flow.config, &export, &flow.name, &plan[0]).await.unwrap();
+    assert_eq!(kept.0[0].tables[0].schema, *streamed);
+}
+
 #[tokio::test]
 async fn b50_b109_partitions_filters_and_column_lists_are_honoured() {
     let db = Database::create("select").await;

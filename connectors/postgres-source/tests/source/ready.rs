@@ -11,7 +11,7 @@ use wallaby_postgres_source::{
 };
 use wallaby_testkit::{Database, Postgres, PostgresOptions};
 
-use crate::kit::{Flow, publication, rows_of, slot};
+use crate::kit::{Flow, Running, publication, rows_of, slot};
 
 fn find<'a>(findings: &'a [Finding], check: &str) -> &'a Finding {
     findings.iter().find(|finding| finding.check == check).unwrap_or_else(|| panic!("no {check} in {findings:#?}"))
@@ -307,6 +307,114 @@ async fn a_table_that_postgres_gives_no_identity_is_not_published_so_that_the_so
     db.batch_execute("UPDATE later SET v = 3; UPDATE root SET v = 3; UPDATE keyed SET id = 3; DELETE FROM root")
         .await
         .unwrap();
+}
+
+/// A row of a partition is sent as one of its root, but with as much of the old row as the partition's own identity has.
+#[tokio::test]
+async fn a_partition_whose_identity_is_less_than_its_roots_is_not_published() {
+    let db = Database::create("narrow").await;
+    db.batch_execute(
+        "CREATE TABLE root (id int NOT NULL, v text) PARTITION BY RANGE (id); ALTER TABLE root REPLICA IDENTITY FULL;
+         CREATE TABLE root_leaf PARTITION OF root (PRIMARY KEY (id)) FOR VALUES FROM (0) TO (10);
+         CREATE TABLE root_whole PARTITION OF root DEFAULT; ALTER TABLE root_whole REPLICA IDENTITY FULL;
+         CREATE TABLE marked (id int NOT NULL, code int NOT NULL) PARTITION BY RANGE (code);
+         CREATE UNIQUE INDEX marked_code ON marked (code); ALTER TABLE marked REPLICA IDENTITY USING INDEX marked_code;
+         CREATE TABLE marked_leaf PARTITION OF marked (PRIMARY KEY (id)) DEFAULT;
+         CREATE TABLE keyed (id int PRIMARY KEY, v text) PARTITION BY RANGE (id); ALTER TABLE keyed REPLICA IDENTITY FULL;
+         CREATE TABLE keyed_leaf PARTITION OF keyed DEFAULT;",
+    )
+    .await
+    .unwrap();
+    let config = ConnectConfig::parse(&db.dsn()).unwrap();
+    let control = connect_control(&config).await.unwrap();
+    // What would come of it.
+    let name = db.name().to_owned();
+    let by_hand = "FOR TABLE root, marked, keyed WITH (publish_via_partition_root = true)";
+    db.batch_execute(&format!("CREATE PUBLICATION {name} {by_hand}")).await.unwrap();
+    let flow = Flow { slot: ensure_slot(&config, &control, &slot(&name)).await.unwrap(), config, control, name };
+    let mut run = flow.start(1, flow.first_position()).await;
+    let of_a_delete = async |run: &mut Running| {
+        let rows = run.rows(6).await;
+        let deletes = rows.into_iter().filter(|row| row.op == Op::DeleteRow || row.op == Op::DeleteKey);
+        deletes.map(|row| (row.table, row.values)).collect::<Vec<_>>()
+    };
+    let change =
+        "INSERT INTO root VALUES (1, 'a'); INSERT INTO marked VALUES (1, 7); INSERT INTO keyed VALUES (1, 'a');
+        DELETE FROM root; DELETE FROM marked; DELETE FROM keyed";
+    db.batch_execute(change).await.unwrap();
+    let row = |table: &str, values: [&str; 2]| (format!("public.{table}"), values.map(str::to_owned).to_vec());
+    let narrow = [row("root", ["1", "NULL"]), row("marked", ["1", "NULL"]), row("keyed", ["1", "NULL"])];
+    assert_eq!(of_a_delete(&mut run).await, narrow);
+
+    // A publication that is not ours; and one that sends each partition's rows as its own.
+    let not_ours = PublicationWanted { create: false, ..publication(db.name(), &[]) };
+    let findings = preflight(&flow.config, &not_ours, &slot(db.name())).await;
+    let both = find(&findings, "replica_identity").remedy_sql.as_deref().unwrap_or_default();
+    assert!(both.contains("\"root_leaf\"") && both.contains("\"marked_leaf\""), "{findings:?}");
+    db.batch_execute("CREATE PUBLICATION each FOR TABLE root, marked, keyed").await.unwrap();
+    let each = publication("each", &["public.root", "public.marked", "public.keyed"]);
+    let findings = preflight(&flow.config, &each, &slot(db.name())).await;
+    assert_eq!(find(&findings, "replica_identity").status, Status::Ok, "{findings:?}");
+    ensure_publication(&flow.control, &each).await.unwrap();
+
+    for (table, leaf) in [("public.root", "root_leaf"), ("public.marked", "marked_leaf")] {
+        let wanted = publication(db.name(), &[table]);
+        let refused = ensure_publication(&flow.control, &wanted).await.unwrap_err();
+        let SourceError::PartitionIdentity { tables } = &refused else { panic!("{refused}") };
+        assert_eq!(tables.iter().map(|table| table.name.as_str()).collect::<Vec<_>>(), [leaf]);
+        let full = format!("ALTER TABLE \"public\".\"{leaf}\" REPLICA IDENTITY FULL");
+        assert!(!refused.is_transient() && refused.remedy().unwrap().contains(&full), "{refused}");
+        let findings = preflight(&flow.config, &wanted, &slot(db.name())).await;
+        assert_eq!(find(&findings, "replica_identity").remedy_sql, Some(format!("{full};")));
+        db.batch_execute(&full).await.unwrap();
+    }
+    // The partition of `keyed` has its root's key: that is what a sink looks for.
+    ensure_publication(&flow.control, &publication(db.name(), &["public.*"])).await.unwrap();
+    db.batch_execute(change).await.unwrap();
+    let whole = [row("root", ["1", "a"]), row("marked", ["1", "7"]), row("keyed", ["1", "NULL"])];
+    assert_eq!(of_a_delete(&mut run).await, whole);
+}
+
+#[tokio::test]
+async fn a_row_by_its_key_is_the_tables_own_and_the_key_one_that_the_stream_would_have() {
+    let db = Database::create("lookup_own").await;
+    db.batch_execute(
+        "CREATE TABLE parent (id int PRIMARY KEY, v text); CREATE TABLE child (PRIMARY KEY (id)) INHERITS (parent);
+         CREATE TABLE root (id int PRIMARY KEY, v text) PARTITION BY RANGE (id); CREATE TABLE leaf PARTITION OF root DEFAULT;",
+    )
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let mut run = flow.start(1, flow.first_position()).await;
+    db.batch_execute("INSERT INTO parent VALUES (1, 'parent'); INSERT INTO root VALUES (1, 'root')").await.unwrap();
+    let segment = run.segment().await;
+    let [parent, root] = ["parent", "root"].map(|name| {
+        let tables = &segment.body.tables;
+        Arc::clone(&tables.iter().find(|table| table.schema.table.name == name).unwrap().schema)
+    });
+    db.batch_execute("INSERT INTO child VALUES (2, 'child')").await.unwrap();
+    let lookup = Lookup::new(flow.config.clone(), &flow.name);
+    let key = |id: &str| vec![Some(id.to_owned())];
+    for (schema, value) in [(&parent, "parent"), (&root, "root")] {
+        let body = lookup.row_by_key(schema, &key("1")).await.unwrap().unwrap();
+        assert_eq!(rows_of(&body)[0].values, ["1", value]);
+        assert_eq!(body.tables[0].schema, *schema);
+    }
+    let found = lookup.row_by_key(&parent, &key("2")).await.unwrap();
+    assert!(found.is_none(), "a row of a table that inherits from it: {:?}", found.map(|body| rows_of(&body)));
+
+    db.batch_execute("ALTER TABLE parent DROP CONSTRAINT parent_pkey, ADD PRIMARY KEY (id) DEFERRABLE").await.unwrap();
+    db.batch_execute("INSERT INTO parent VALUES (3, 'x')").await.unwrap();
+    let streamed = loop {
+        let segment = run.segment().await;
+        let table = segment.body.tables.iter().find(|table| table.schema.table == parent.table);
+        if let Some(table) = table {
+            break Arc::clone(&table.schema);
+        }
+    };
+    assert!(streamed.key().is_empty(), "{streamed:?}");
+    let body = lookup.row_by_key(&parent, &key("1")).await.unwrap().unwrap();
+    assert_eq!(body.tables[0].schema, streamed);
 }
 
 #[tokio::test]
