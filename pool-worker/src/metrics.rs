@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
-use wallaby_model::{FlowId, Lsn, Position, RunId, SinkId, TaskId, TaskKind};
+use wallaby_model::{Epoch, FlowId, Lsn, Position, RunId, SinkId, TaskId, TaskKind};
 use wallaby_postgres_source::SourceStatus;
 
 /// Describes every metric of this crate.
@@ -23,11 +23,15 @@ pub fn describe() {
         "From the commit at the source to durable in the sink"
     );
     describe_gauge!("wallaby_applied_lsn", "Commit LSN up to which a sink has everything");
-    describe_gauge!("wallaby_sink_lag_bytes", Unit::Bytes, "WAL between what this worker read of the log and the sink");
+    describe_gauge!(
+        "wallaby_task_epoch",
+        "Epoch of this worker's last ownership of a task: the highest of all workers is the owner's"
+    );
+    describe_gauge!("wallaby_sink_lag_bytes", Unit::Bytes, "WAL between the log's end and the sink");
     describe_gauge!(
         "wallaby_sink_lag_seconds",
         Unit::Seconds,
-        "Age of the last applied change while the sink is behind; 0 when caught up"
+        "Age of the oldest change that the sink lacks; 0 when it lacks none"
     );
     describe_counter!("wallaby_replayed_rows_total", "Rows replayed for tables that catch up, before-images included");
     describe_counter!("wallaby_chunks_read_total", "Chunks of snapshot runs read from the source");
@@ -130,11 +134,18 @@ fn label(task: &TaskId) -> String {
     }
 }
 
-pub fn sink_position(task: &TaskId, at: Position, lag_bytes: u64, lag_ms: u64) {
+pub fn sink_position(task: &TaskId, at: Position) {
+    gauge!("wallaby_applied_lsn", "task" => task.to_string()).set(at.commit.0 as f64);
+}
+
+pub fn sink_lag(task: &TaskId, lag_bytes: u64, lag_ms: u64) {
     let task = task.to_string();
-    gauge!("wallaby_applied_lsn", "task" => task.clone()).set(at.commit.0 as f64);
     gauge!("wallaby_sink_lag_bytes", "task" => task.clone()).set(lag_bytes as f64);
     gauge!("wallaby_sink_lag_seconds", "task" => task).set(lag_ms as f64 / 1000.0);
+}
+
+pub fn epoch(task: &TaskId, epoch: Epoch) {
+    gauge!("wallaby_task_epoch", "task" => task.to_string()).set(epoch.0 as f64);
 }
 
 pub fn tasks(count: usize) {

@@ -98,6 +98,17 @@ impl BatchAssembler {
         self.held_rows
     }
 
+    /// When the oldest transaction was committed that is held and that the sink does not have, µs since 1970.
+    pub fn oldest_micros(&self) -> Option<i64> {
+        let of = |segment: &AcceptedSegment| {
+            let bodies = segment.body.iter().flat_map(|body| &body.transactions);
+            let mut open = bodies.chain(segment.splice.iter().map(|splice| &splice.transaction));
+            open.find(|transaction| transaction.commit >= self.at.commit)
+                .map(|transaction| transaction.committed_at_micros)
+        };
+        self.held.iter().find_map(of)
+    }
+
     /// Takes the next accepted segment. Segments come in order: each continues the one before it.
     pub fn push(&mut self, segment: AcceptedSegment) {
         assert!(segment.after <= self.end, "a segment past the reader's end is the reader's gap alarm, not ours");

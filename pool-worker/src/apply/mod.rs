@@ -8,6 +8,7 @@ mod error;
 mod feed;
 mod finish;
 mod first;
+mod lag;
 pub(crate) mod load;
 mod portions;
 mod replay;
@@ -29,8 +30,9 @@ use wallaby_staging::StagingError;
 pub(crate) use error::ApplyError;
 
 /// What outlives one opening of the sink.
-#[derive(Default)]
 pub(crate) struct Applied {
+    /// How far it is behind.
+    pub(crate) lag: lag::Lag,
     /// Where the sink is known to stand.
     pub(crate) mark: Option<Mark>,
     pub(crate) rows: u64,
@@ -60,13 +62,14 @@ async fn directive_of(context: &TaskContext, demand: &ApplyDemand, error: &Apply
 }
 
 async fn apply(context: &Arc<TaskContext>, demand: &ApplyDemand) -> TaskEnd {
-    let mut applied = Applied::default();
+    let mut applied = Applied { lag: lag::Lag::start(context), mark: None, rows: 0, transactions: 0, bytes: 0 };
     let mut backoff = Backoff::default();
     loop {
         let error = match session::run(context, demand, &mut applied, &mut backoff).await {
             Ok(()) => return TaskEnd::Released(applied.mark),
             Err(error) => error,
         };
+        applied.lag.is_lost();
         let said = error.to_string();
         let stands = match directive_of(context, demand, &error).await {
             Directive::GiveUp => return TaskEnd::GivenUp(said),

@@ -18,6 +18,7 @@ use wallaby_postgres_source::{ConnectConfig, Lookup};
 use wallaby_staging::Start;
 
 use super::feed::{self, Fed, Feed};
+use super::lag::Stands;
 use super::load::{Loads, Stepped};
 use super::portions::LogPortions;
 use super::replay::CatchUp;
@@ -42,8 +43,6 @@ const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
 const HOLD_EVERY: Duration = Duration::from_secs(3);
 /// A sink that has nothing to apply is told so rarely: its position moves on heartbeats alone.
 const IDLE_MOVE_EVERY: Duration = Duration::from_secs(5);
-/// A sink within this of the log's end counts as caught up.
-const CAUGHT_UP_WITHIN_MS: u64 = 10_000;
 
 /// Runs one opening. `Ok` when the task was asked to end.
 pub async fn run(
@@ -59,6 +58,7 @@ pub async fn run(
         None => context.lock.fix_epoch(sink.last_epoch().await?).await?,
     };
     context.status.epoch(epoch);
+    metrics::epoch(&context.task, epoch);
     let opened = sink.open(epoch).await?;
     if opened.sessions_ended > 0 {
         tracing::info!(task = %context.task, ended = opened.sessions_ended, "sessions of an older owner were ended");
@@ -138,8 +138,6 @@ struct Run<'a> {
     rows_max: usize,
     /// More held of one transaction makes it a large one.
     large_bytes: usize,
-    /// The commit time of the last change the sink has, µs since 1970.
-    last_commit_micros: Option<i64>,
     moved_at: Instant,
     /// Tables whose rows are left out because no run ever brought them here.
     strangers: BTreeMap<TableName, LeftOut>,
@@ -214,7 +212,6 @@ async fn drive(
         bytes_max: capabilities.batch_bytes_max,
         rows_max: capabilities.batch_rows_max,
         large_bytes: stream::buffer_bytes(context) / 2,
-        last_commit_micros: None,
         moved_at: Instant::now(),
         strangers: BTreeMap::new(),
     };
@@ -290,6 +287,7 @@ impl Run<'_> {
     /// Applies what is there, at most one batch or one large transaction; says whether something was.
     async fn advance(&mut self) -> Result<bool, ApplyError> {
         self.stream.fill(self.bytes_max, self.rows_max)?;
+        self.tell_lag();
         let filter = self.loads.filter.clone();
         if self.stream.assembler.is_large_next(self.large_bytes) {
             self.apply_large(filter).await?;
@@ -391,7 +389,6 @@ impl Run<'_> {
     fn applied_rows(&mut self, rows: u64, committed_at_micros: Option<i64>, begun: Instant) {
         self.applied.rows += rows;
         if let Some(micros) = committed_at_micros {
-            self.last_commit_micros = Some(micros);
             let late_ms = status::now().0.saturating_sub((micros / 1000).max(0) as u64);
             metrics::applied(&self.context.task, rows, begun.elapsed(), late_ms);
         }
@@ -513,34 +510,26 @@ impl Run<'_> {
         }
     }
 
+    /// Says where the sink stands: before each wait for it, and after.
+    fn tell_lag(&self) {
+        let assembler = &self.stream.assembler;
+        let (at, end, oldest_micros) = (assembler.at(), assembler.end(), assembler.oldest_micros());
+        self.applied.lag.stands(Stands { at, end, oldest_micros, lost_since: None });
+    }
+
     fn report(&mut self) {
         let board = &self.context.status;
         let at = self.stream.assembler.at();
         let end = self.stream.assembler.end();
-        let is_behind = self.stream.assembler.held_rows() > 0;
-        let now = status::now().0;
-        let lag_ms = match self.last_commit_micros {
-            Some(micros) if is_behind => now.saturating_sub((micros / 1000).max(0) as u64),
-            _ => 0,
-        };
-        let lag_bytes = end.commit.0.saturating_sub(at.commit.0);
         match self.stream.waiting() {
             Some(waiting) => board.waiting(Some(&waiting.what.to_string())),
             None => board.waiting(None),
         }
-        if lag_ms <= CAUGHT_UP_WITHIN_MS {
-            board.condition(ConditionType::CaughtUp, true, "WithinLag", "");
-        } else {
-            let message = format!("the sink is {} s behind the log", lag_ms / 1000);
-            board.condition(ConditionType::CaughtUp, false, "Behind", &message);
-        }
-        metrics::sink_position(&self.context.task, at, lag_bytes, lag_ms);
+        metrics::sink_position(&self.context.task, at);
         let (rows, transactions, bytes) = (self.applied.rows, self.applied.transactions, self.applied.bytes);
         board.progress(|progress| {
             progress.applied = Some(at);
             progress.staged = Some(end);
-            progress.lag_bytes = Some(lag_bytes);
-            progress.lag_ms = Some(lag_ms);
             progress.rows = rows;
             progress.transactions = transactions;
             progress.bytes = bytes;

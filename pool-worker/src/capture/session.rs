@@ -24,6 +24,7 @@ use crate::backoff::Backoff;
 use crate::detach::Overrun;
 use crate::failpoint::Failpoint;
 use crate::flows::CaptureDemand;
+use crate::metrics;
 use crate::secret;
 use crate::task::TaskContext;
 
@@ -46,6 +47,7 @@ pub async fn run(
         None => context.lock.fix_epoch(log.last_epoch().await?).await?,
     };
     context.status.epoch(epoch);
+    metrics::epoch(&context.task, epoch);
     let config = ConnectConfig::parse(&secret::resolve(&demand.source.dsn)?)?
         .with_application_name(&context.task.session_name(epoch));
 

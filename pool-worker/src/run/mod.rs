@@ -136,6 +136,7 @@ async fn session(
     context.pulse.wait("etcd");
     let epoch = context.lock.fix_epoch(None).await?;
     context.status.epoch(epoch);
+    metrics::epoch(&context.task, epoch);
     let entry = match context.shared.coordination.run(&context.task.flow, run).await {
         Ok(entry) => entry,
         Err(EtcdError::RunNotFound { .. }) => return Ok(End::Over),

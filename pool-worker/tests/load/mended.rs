@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_nats::jetstream;
 use wallaby_model::TaskId;
-use wallaby_model::condition::TaskPhase;
+use wallaby_model::condition::{ConditionStatus, ConditionType, TaskPhase};
 use wallaby_model::run::RunState;
 
 use crate::scene::*;
@@ -86,4 +86,36 @@ async fn a_capture_goes_on_once_its_log_is_put_back() {
     scene.coordination.resume_flow(&seen).await.unwrap();
     scene.source.batch_execute("INSERT INTO t VALUES (3)").await.unwrap();
     scene.equal("SELECT t::text FROM t ORDER BY id").await;
+}
+
+/// The lag is what people look at then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_does_not_answer_falls_behind_for_all_to_see() {
+    let scene = Arc::new(Scene::new("behind").await);
+    let _offers = scene.offering();
+    scene.source.batch_execute("CREATE TABLE t (id int PRIMARY KEY)").await.unwrap();
+    scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+    let _worker = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    let apply = TaskId::apply(&scene.flow, &scene.sink);
+    let caught_up = async |wanted: ConditionStatus| {
+        scene
+            .until("the sink says how far it is", async || {
+                let status = scene.status_of(&apply).await?;
+                let said = status.conditions.iter().find(|said| said.kind == ConditionType::CaughtUp);
+                match said {
+                    Some(said) if said.status == wanted => Ok(status.progress.lag_ms.unwrap_or_default()),
+                    _ => Err(format!("{said:?}, {:?}", status.progress)),
+                }
+            })
+            .await
+    };
+    caught_up(ConditionStatus::True).await;
+    let blocked = scene.target.connect().await;
+    blocked.batch_execute("BEGIN; LOCK TABLE t").await.unwrap();
+    scene.source.batch_execute("INSERT INTO t VALUES (1)").await.unwrap();
+    assert!(caught_up(ConditionStatus::False).await > 3000);
+    blocked.batch_execute("ROLLBACK").await.unwrap();
+    caught_up(ConditionStatus::True).await;
+    scene.equal("SELECT t::text FROM t").await;
 }

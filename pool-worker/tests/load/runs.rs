@@ -179,10 +179,12 @@ async fn a_part_lands_late(
     scene.stands_at(&failpoints, Failpoint::StopBeforeChunkPart).await;
     wire.hold(Held::Requests);
     failpoints.let_go(Failpoint::StopBeforeChunkPart);
+    let mut before = (0, 0);
     scene
-        .until("the part is on its way", async || {
+        .until("the part is on its way as a whole", async || {
             let waiting = wire.waiting();
-            if waiting > PART_LEAST { Ok(()) } else { Err(format!("{waiting} bytes")) }
+            before = if before.0 == waiting { (waiting, before.1 + 1) } else { (waiting, 0) };
+            if waiting > PART_LEAST && before.1 > 10 { Ok(()) } else { Err(format!("{waiting} bytes")) }
         })
         .await;
     // Its worker dies: it would remove what it sent.

@@ -38,7 +38,7 @@ pub const TYPES: &[(ConditionType, &str, &str)] = &[
     (SlotHealthy, "flow", "the slot is there, is ours, and holds back less WAL than `safety.retainedWalMax`"),
     (LogHealthy, "flow", "the log has room: segments that no reader needs any more stay for the whole replay window"),
     (Delivering, "sink", "the sink takes changes"),
-    (CaughtUp, "sink", "the last change was applied within 10 s of its commit"),
+    (CaughtUp, "sink", "the oldest change that the sink lacks was committed less than 10 s ago"),
 ];
 
 /// What the controller says of a task whose owner has not spoken.
@@ -316,6 +316,12 @@ pub const GROUPS: &[(&str, &[Reason])] = &[
                 SOURCE,
                 "A table has no key: its updates and deletes would fail at the source.",
                 "give it a key or `REPLICA IDENTITY FULL`, or exclude it; it is tried again",
+            ),
+            reason(
+                "PartitionIdentity",
+                SOURCE,
+                "The replica identity of a partition has less than the published table's rows are found by: its updates and deletes would be lost.",
+                "run the statement that the message names, or give the partitioned table a primary key; it is tried again",
             ),
             reason("SnapshotGone", RUN, "The session that exported a run's snapshot has ended.", TRIED_AGAIN),
             reason("Rewritten", RUN, "A table was rewritten after a run's snapshot.", "nothing: it is read again"),
