@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use wallaby_model::condition::TaskPhase;
 use wallaby_model::flow::{ByteSize, OnOverrun};
 use wallaby_model::run::RunState;
 use wallaby_model::{TaskId, WorkerId};
@@ -124,4 +125,36 @@ async fn a_capture_that_is_cut_off_between_two_streams_is_given_up() {
     drop(first);
     scene.source.batch_execute("UPDATE t SET n = 1").await.unwrap();
     scene.equal(ALL).await;
+}
+
+/// The same wait ends at once when the capture is not wanted any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_capture_that_is_cut_off_while_it_takes_its_log_over_ends_when_its_flow_is_paused() {
+    let scene = Arc::new(Scene::new("paused").await);
+    fill(&scene, 10).await;
+    scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+    let _offers = scene.offering();
+    let (wire, failpoints) = (Wire::to(&scene.nats.url()).await, Failpoints::parse("stop-after-slot-made").unwrap());
+    let _worker = scene.worker_at("w1", failpoints.clone(), &wire.url());
+    scene.stands_at(&failpoints, Failpoint::StopAfterSlotMade).await;
+    wire.hold(Held::Requests);
+    failpoints.let_go(Failpoint::StopAfterSlotMade);
+    let capture = TaskId::capture(&scene.flow);
+    scene
+        .until("it takes its log over", async || match scene.status_of(&capture).await?.phase {
+            TaskPhase::Resuming => Ok(()),
+            phase => Err(format!("{phase:?}")),
+        })
+        .await;
+    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+    let mut document = seen.record.document.clone();
+    document.spec.paused = true;
+    scene.coordination.update_flow(&seen, document, &Default::default()).await.unwrap();
+    scene
+        .until("nobody has the capture", async || {
+            let locks = scene.coordination.locks(&scene.flow).await.map_err(|error| error.to_string())?;
+            let lock = locks.into_iter().find(|lock| lock.task == capture);
+            lock.map_or(Ok(()), |lock| Err(format!("{lock:?}")))
+        })
+        .await;
 }
