@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use super::super::check::MAX_TABLES;
 use super::super::*;
 use super::*;
 
