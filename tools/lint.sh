@@ -20,8 +20,11 @@ step "licences, bans, sources"
 
 step "protocol"
 "$WALLABY_CACHE/bin/buf" lint proto
-if [ -f proto/image.binpb ]; then
-  "$WALLABY_CACHE/bin/buf" breaking proto --against proto/image.binpb
-else
-  echo "no proto/image.binpb yet: nothing to compare the protocol with"
-fi
+# What the image does not know is compared with nothing.
+remedy="after a change that breaks nobody: (cd proto && $WALLABY_CACHE/bin/buf build -o image.binpb)"
+[ -f proto/image.binpb ] || { echo "proto/image.binpb is missing; $remedy" >&2; exit 1; }
+known=$("$WALLABY_CACHE/bin/buf" ls-files proto/image.binpb)
+for file in $(cd proto/proto && find . -name '*.proto' -printf '%P\n'); do
+  grep -qxF "$file" <<<"$known" || { echo "proto/image.binpb does not know $file; $remedy" >&2; exit 1; }
+done
+"$WALLABY_CACHE/bin/buf" breaking proto --against proto/image.binpb

@@ -5,7 +5,8 @@ use std::time::Duration;
 use rand::Rng;
 
 const FIRST: Duration = Duration::from_secs(1);
-const LAST: Duration = Duration::from_secs(60);
+/// The longest delay.
+pub const LAST: Duration = Duration::from_secs(60);
 
 /// The delays of one row of failures.
 #[derive(Clone, Debug, Default)]

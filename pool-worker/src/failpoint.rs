@@ -20,6 +20,10 @@ pub enum Failpoint {
     HangCapture,
     /// The apply loop of this process stops turning, once, without saying what it waits for.
     HangApply,
+    /// The code of every apply task panics as it begins.
+    PanicApply,
+    /// Every apply task gives itself up as it begins.
+    GiveUpApply,
     /// The capture loop keeps the next segment at hand from SIGUSR1 to SIGUSR2, with nothing else on its way to the log, and
     /// the log's writer does not look for a younger owner by itself: a zombie appends for certain, and the chain must refuse it.
     HoldAppend,
@@ -63,11 +67,13 @@ impl Failpoint {
         Failpoint::ALL.iter().find(|(_, known)| *known == self).map_or("", |(name, _)| name)
     }
 
-    const ALL: [(&'static str, Failpoint); 21] = [
+    const ALL: [(&'static str, Failpoint); 23] = [
         ("no-self-fencing", Failpoint::NoSelfFencing),
         ("keep-older-sessions", Failpoint::KeepOlderSessions),
         ("hang-capture", Failpoint::HangCapture),
         ("hang-apply", Failpoint::HangApply),
+        ("panic-apply", Failpoint::PanicApply),
+        ("give-up-apply", Failpoint::GiveUpApply),
         ("hold-append", Failpoint::HoldAppend),
         ("stop-after-part", Failpoint::StopAfterPart),
         ("stop-after-manifest", Failpoint::StopAfterManifest),

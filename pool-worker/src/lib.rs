@@ -11,6 +11,7 @@
 //! | `load` | one chunk of a run, from the side store into a sink |
 //! | `detach` | sinks that need more of the log than it can hold |
 //! | `verify` | compares the source with a sink, once |
+//! | `failures` | how long a task rests that failed here |
 //! | `flows` | what the flows ask of each task |
 //! | `memory` | the limit of this process, and how much of it goes where |
 //! | `places` | how many chunks are read or loaded at a time |
@@ -26,6 +27,7 @@ mod capture;
 mod chunk;
 mod detach;
 pub mod failpoint;
+mod failures;
 mod flows;
 mod load;
 mod memory;

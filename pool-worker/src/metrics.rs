@@ -50,13 +50,13 @@ pub fn describe() {
     describe_counter!("wallaby_tasks_taken_total", "Tasks that this worker took");
     describe_counter!(
         "wallaby_tasks_ended_total",
-        "Tasks that ended, by outcome: released, completed, given_up, lock_lost"
+        "Tasks that ended, by outcome: released, completed, given_up, failed, lock_lost"
     );
     describe_counter!("wallaby_tasks_wedged_total", "Tasks whose loop was silent and which the watchdog aborted");
     describe_counter!("wallaby_tasks_failed_total", "Tasks whose code failed");
     describe_counter!(
         "wallaby_offers_total",
-        "Offers pulled, by outcome: taken, held, unwanted, unreadable, no_memory, failed"
+        "Offers pulled, by outcome: taken, held, unwanted, unreadable, no_memory, resting, failed"
     );
     describe_gauge!(
         "wallaby_memory_limit_bytes",

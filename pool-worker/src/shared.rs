@@ -10,6 +10,7 @@ use wallaby_staging::{Connections, NatsTarget, PutBudget, SideStore, StagingErro
 
 use crate::cache::RecordCache;
 use crate::failpoint::Failpoints;
+use crate::failures::Failures;
 use crate::memory::Sizes;
 use crate::options::Options;
 use crate::places::Places;
@@ -35,6 +36,8 @@ pub struct Shared {
     /// For those of them that pack or write rows larger than a message: each is in memory several times meanwhile, so they do it one
     /// after the other.
     pub huge_rows: Places,
+    /// The tasks that failed here and rest.
+    pub failures: Failures,
     nats: OnceCell<Connections>,
 }
 
@@ -57,6 +60,7 @@ impl Shared {
             chunk_puts: PutBudget::new(sizes.chunk_puts),
             places: Places::new(sizes.chunks),
             huge_rows: Places::new(1),
+            failures: Failures::default(),
             nats: OnceCell::new(),
         }
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use wallaby_coordination::{Mark, TaskLock};
+use wallaby_coordination::{Mark, Revision, TaskLock};
 use wallaby_model::flow::LogSpec;
 use wallaby_model::{TaskId, TaskKind};
 
@@ -49,6 +49,8 @@ pub enum TaskEnd {
     Completed,
     /// A younger owner exists, or another worker should try: nothing more is written but the release.
     GivenUp(String),
+    /// Its code panicked: whoever takes it next may well meet the same.
+    Panicked(String),
 }
 
 /// Why a task should stop what it does.
@@ -147,14 +149,12 @@ pub async fn own(context: TaskContext) {
             Ok(end) => end,
             Err(error) => {
                 metrics::task_failed(&task);
-                TaskEnd::GivenUp(format!("the task's code failed: {error}"))
+                TaskEnd::Panicked(format!("the task's code failed: {error}"))
             }
         },
         () = context.lock.lost().cancelled() => {
             run.abort();
-            tracing::warn!(%task, "the task's lock is no longer ours: dropped without another write");
-            metrics::task_ended(&task, "lock_lost");
-            return;
+            return lock_lost(&task);
         }
         silence = watch_pulse(&context.pulse) => {
             run.abort();
@@ -170,11 +170,24 @@ pub async fn own(context: TaskContext) {
             } else {
                 tracing::info!(%task, "task released");
             }
+            context.shared.failures.forget(&task);
             (mark, "released")
         }
         TaskEnd::GivenUp(reason) => {
-            tracing::warn!(%task, reason, "task given up");
+            // Another worker may take it at once; this one rests before it does.
+            let delay = say_failed(&context, &reason);
+            tracing::warn!(%task, reason, rest_ms = delay.as_millis() as u64, "task given up");
             (None, "given_up")
+        }
+        TaskEnd::Panicked(reason) => {
+            // Every worker has the same code: nobody takes the task meanwhile.
+            let delay = say_failed(&context, &reason);
+            tracing::error!(%task, reason, retry_in_ms = delay.as_millis() as u64, "the task's code failed");
+            tokio::select! {
+                _ = context.pause("the next try", delay) => {}
+                () = context.lock.lost().cancelled() => return lock_lost(&task),
+            }
+            (None, "failed")
         }
     };
     metrics::task_ended(&task, outcome);
@@ -184,12 +197,30 @@ pub async fn own(context: TaskContext) {
         tracing::debug!(%task, %error, "the task's last status was not written");
     }
     if let Err(error) = context.lock.release(mark).await {
+        if error.is_ownership_lost() {
+            // That is why it ended; nothing was wrong with it.
+            context.shared.failures.forget(&task);
+        }
         tracing::warn!(%task, %error, "the task's lock was not released: it ends with the lease");
     }
 }
 
+fn lock_lost(task: &TaskId) {
+    tracing::warn!(%task, "the task's lock is no longer ours: dropped without another write");
+    metrics::task_ended(task, "lock_lost");
+}
+
+/// Counts a failure, and says when the task is tried again.
+fn say_failed(context: &TaskContext, reason: &str) -> Duration {
+    let revision = context.flows.borrow().get(&context.task.flow).map_or(Revision(0), |flow| flow.revision);
+    let delay = context.shared.failures.failed(&context.task, revision, Instant::now());
+    context.status.backoff(reason, delay);
+    delay
+}
+
 /// Ends a task that is done for good.
 async fn complete(context: &TaskContext) {
+    context.shared.failures.forget(&context.task);
     metrics::task_ended(&context.task, "completed");
     if let Err(error) = context.lock.complete().await {
         tracing::warn!(task = %context.task, %error, "the keys of a task that is done were not removed: it is offered once more");
@@ -202,6 +233,12 @@ pub fn is_short(task: &TaskId) -> bool {
 }
 
 async fn run(context: Arc<TaskContext>) -> TaskEnd {
+    if matches!(context.task.kind, TaskKind::Apply(_)) {
+        assert!(!context.shared.failpoints.is_on(Failpoint::PanicApply), "a test wants it");
+        if context.shared.failpoints.is_on(Failpoint::GiveUpApply) {
+            return TaskEnd::GivenUp("a test wants it".to_owned());
+        }
+    }
     match &context.task.kind {
         TaskKind::Capture => capture::run(&context).await,
         TaskKind::Apply(_) => apply::run(&context).await,

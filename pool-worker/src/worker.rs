@@ -1,7 +1,7 @@
 //! The worker: holds a lease, takes offers while it has room, runs the tasks, and hands them over when it drains.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -158,6 +158,11 @@ impl Worker {
             metrics::offer("unreadable");
             return pulled.settle().await;
         };
+        if self.shared.failures.rests(&offer, Instant::now()) {
+            // It failed here; another worker may have more luck with it. Else it comes again.
+            metrics::offer("resting");
+            return pulled.give_back().await;
+        }
         let Ok(place) = self.shared.places.now(&offer.task) else {
             // Another worker may have the memory; else it comes again.
             metrics::offer("no_memory");

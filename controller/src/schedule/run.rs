@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Election, FlowEntry, FlowStatus, wall_clock_now};
 use wallaby_model::condition::Timestamp;
 use wallaby_model::offer::Offer;
@@ -54,6 +55,8 @@ pub async fn run(parts: SchedulerParts, shutdown: CancellationToken) {
     let mut looks = tokio::time::interval(LOOK_EVERY);
     let started = Instant::now();
     let mut state = State { parts, scheduler: Scheduler::default(), queue: None, ensured_at: None, was_failing: false };
+    // One at a time, beside this loop: its requests may take seconds each, and no offer waits for them.
+    let mut housekeeping: Option<AbortOnDropHandle<()>> = None;
     loop {
         let wake_at = state.step(started).await;
         let wake = async {
@@ -68,9 +71,16 @@ pub async fn run(parts: SchedulerParts, shutdown: CancellationToken) {
             // An election that ended only means that this replica does not lead.
             Ok(()) = leadership.changed() => {}
             () = wake => {}
-            _ = looks.tick() => state.look_after(started).await,
+            _ = looks.tick() => {
+                state.look_at_queue().await;
+                if housekeeping.as_ref().is_none_or(AbortOnDropHandle::is_finished) {
+                    let house = state.house(started);
+                    housekeeping = house.map(|house| AbortOnDropHandle::new(tokio::spawn(house.look_after())));
+                }
+            }
         }
     }
+    drop(housekeeping);
     state.parts.election.resign().await;
 }
 
@@ -164,8 +174,8 @@ impl State {
         self.was_failing = true;
     }
 
-    /// What is not urgent: the queue for workers that wait for it, what we know of each flow, flows that can go.
-    async fn look_after(&mut self, started: Instant) {
+    /// The queue for workers that wait for it.
+    async fn look_at_queue(&mut self) {
         if !self.parts.etcd.view.is_filled() {
             return;
         }
@@ -176,23 +186,41 @@ impl State {
                 self.scheduler.forget_offers();
             }
         }
-        if !self.parts.election.is_leader() {
-            return;
+    }
+
+    /// What the leader has to look after now.
+    fn house(&self, started: Instant) -> Option<House> {
+        if !self.parts.etcd.view.is_filled() || !self.parts.election.is_leader() {
+            return None;
         }
-        let now = wall_clock_now();
         let elapsed = started.elapsed();
-        let since: BTreeMap<TaskId, Duration> =
+        let unowned_for =
             self.scheduler.unowned_since().map(|(task, since)| (task.clone(), elapsed.saturating_sub(since))).collect();
-        let (statuses, goners) = self.parts.etcd.view.with(|view| (changed_statuses(view, &since, now), goners(view)));
+        Some(House { backend: self.parts.backend.clone(), etcd: self.parts.etcd.clone(), unowned_for })
+    }
+}
+
+/// What is not urgent: what we know of each flow, runs that are over, sinks that were cut off, flows that can go.
+struct House {
+    backend: Backend,
+    etcd: Etcd,
+    unowned_for: BTreeMap<TaskId, Duration>,
+}
+
+impl House {
+    async fn look_after(self) {
+        let now = wall_clock_now();
+        let (statuses, goners) =
+            self.etcd.view.with(|view| (changed_statuses(view, &self.unowned_for, now), goners(view)));
         for (flow, status) in statuses {
-            if let Err(error) = self.parts.etcd.coordination.put_flow_status(&flow.flow, &status).await {
+            if let Err(error) = self.etcd.coordination.put_flow_status(&flow.flow, &status).await {
                 tracing::debug!(flow = %flow.flow, %error, "the flow's status was not written; it is tried again");
                 return;
             }
         }
         self.look_after_runs().await;
         for entry in goners {
-            match self.parts.etcd.coordination.remove_flow(&entry).await {
+            match self.etcd.coordination.remove_flow(&entry).await {
                 Ok(()) => tracing::info!(flow = %entry.flow, "removed: it never captured anything"),
                 Err(error) => tracing::debug!(flow = %entry.flow, %error, "not removed; it is tried again"),
             }
@@ -202,20 +230,20 @@ impl State {
     /// A sink that was cut off again while it was loaded anew needs nothing of that run any more.
     async fn cancel_older_loads(&self, entry: &FlowEntry, sink: &SinkId) {
         let is_of_sink = |spec: &RunSpec| spec.reason == RunReason::SinkAnew && spec.sinks == [sink.clone()];
-        let older: Vec<RunId> = self.parts.etcd.view.with(|view| {
+        let older: Vec<RunId> = self.etcd.view.with(|view| {
             let open = view.runs(&entry.flow).filter(|(_, run)| run.is_open());
             open.filter(|(_, run)| run.spec().is_some_and(is_of_sink)).map(|(run, _)| run).collect()
         });
         for run in older {
-            if let Err(error) = self.parts.etcd.coordination.set_run_wish(&entry.flow, run, RunWish::Cancel).await {
+            if let Err(error) = self.etcd.coordination.set_run_wish(&entry.flow, run, RunWish::Cancel).await {
                 tracing::debug!(flow = %entry.flow, %run, %error, "the older run was not cancelled");
             }
         }
     }
 
     async fn look_after_runs(&self) {
-        let coordination = &self.parts.etcd.coordination;
-        let Chores { leftovers, cut_off } = self.parts.etcd.view.with(|view| chores(view, wall_clock_now()));
+        let coordination = &self.etcd.coordination;
+        let Chores { leftovers, cut_off } = self.etcd.view.with(|view| chores(view, wall_clock_now()));
         for (flow, run) in leftovers {
             if let Err(error) = coordination.clear_run(&flow, run).await {
                 tracing::debug!(%flow, %run, %error, "the run was not cleared; it is tried again");
@@ -223,7 +251,7 @@ impl State {
         }
         for (entry, sink) in cut_off {
             let flow = &entry.flow;
-            let start = match self.parts.backend.log_end(flow).await {
+            let start = match self.backend.log_end(flow).await {
                 Ok(start) => start,
                 Err(error) => {
                     tracing::debug!(%flow, %sink, ?error, "the log's end cannot be read; it is tried again");
@@ -260,7 +288,10 @@ fn chores(view: &View, now: Timestamp) -> Chores {
             continue;
         }
         for sink in entry.record.document.spec.sinks.iter().filter(|sink| !sink.paused) {
-            let rests = |since| reattached_at(view.runs(&entry.flow).map(|(_, run)| run), &sink.name, since) > now;
+            // Another machine's clock said when. One that was ahead of ours must not make the sink rest until its time comes.
+            let rests = |since| {
+                since <= now && now < reattached_at(view.runs(&entry.flow).map(|(_, run)| run), &sink.name, since)
+            };
             let detached = view.detached(&entry.flow, &sink.name);
             if detached.is_some_and(|detached| detached.run.is_none() && !rests(detached.at)) {
                 cut_off.push((entry.clone(), sink.name.clone()));
@@ -327,4 +358,48 @@ pub(crate) fn goners(view: &View) -> Vec<FlowEntry> {
         entry.record.deleting_since.is_some() && capture.lock.is_none() && !capture.has_checkpoint && !has_planned()
     };
     view.flows().filter(never_captured).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use wallaby_coordination::{Detached, Entry, FlowRecord, Key, Revision, WatchEvent};
+    use wallaby_model::flow::{page::EXAMPLE, parse};
+
+    use super::*;
+
+    /// Whether a sink that was cut off then is loaded anew now.
+    fn is_loaded_anew(at: u64, now: u64) -> bool {
+        let flow = FlowId::new("shop").unwrap();
+        let record = FlowRecord {
+            document: parse(EXAMPLE, "-").unwrap(),
+            generation: 1,
+            resumes: 0,
+            created_at: Timestamp(1),
+            deleting_since: None,
+            sinks_since: BTreeMap::new(),
+        };
+        let sink = record.document.spec.sinks[0].name.clone();
+        let detached = Detached { at: Timestamp(at), position: None, reason: "it slept".to_owned(), run: None };
+        let entry = |key, value| {
+            let (create_revision, mod_revision) = (Revision(7), Revision(7));
+            Entry { key, value, create_revision, mod_revision, lease: 0 }
+        };
+        let entries = vec![
+            entry(Key::FlowSpec(flow.clone()), serde_json::to_vec(&record).unwrap()),
+            entry(Key::SinkDetached(flow, sink), serde_json::to_vec(&detached).unwrap()),
+        ];
+        let mut view = View::default();
+        view.take(WatchEvent::Snapshot { entries, revision: Revision(7) });
+        !chores(&view, Timestamp(now)).cut_off.is_empty()
+    }
+
+    #[test]
+    fn a_sink_that_was_cut_off_rests_for_a_while_whatever_another_clock_said() {
+        let at = 1_000_000;
+        assert!(!is_loaded_anew(at, at) && !is_loaded_anew(at, at + 9_999));
+        assert!(is_loaded_anew(at, at + 10_000));
+        let years = 10 * 365 * 86_400_000;
+        assert!(is_loaded_anew(at + years, at), "it would rest for years");
+    }
 }

@@ -12,6 +12,7 @@ use super::store::{Store, check_etag};
 use super::watch::{FlowChanges, watch};
 use super::{answer, flow_named};
 use crate::backend::Backend;
+use crate::present;
 use crate::reason::{ApiError, Reason};
 
 /// Flows in a page when nothing is said, and at most.
@@ -56,15 +57,13 @@ impl FlowApi {
                 )
             })?),
         };
-        let list = self.store.backend.etcd()?.coordination.flows().await?;
-        for error in &list.malformed {
-            tracing::warn!(%error, "a flow is left out of the list");
-        }
-        let mut entries = list.flows.into_iter().filter(|entry| after.as_ref().is_none_or(|after| entry.flow > *after));
-        let page: Vec<_> = entries.by_ref().take(size).collect();
-        let has_more = entries.next().is_some();
-        let last = page.last().map(|entry| entry.flow.to_string()).filter(|_| has_more);
-        let flows = page.iter().map(|entry| self.store.show(entry)).collect::<Result<_, _>>()?;
+        // From the view: in etcd the specifications stand among the keys of all chunks.
+        let (flows, last) = self.store.backend.etcd()?.view.with(|view| {
+            let mut entries = view.flows().filter(|entry| after.as_ref().is_none_or(|after| entry.flow > *after));
+            let page: Vec<&FlowEntry> = entries.by_ref().take(size).collect();
+            let last = page.last().map(|entry| entry.flow.to_string()).filter(|_| entries.next().is_some());
+            (page.into_iter().map(|entry| present::flow(view, entry)).collect(), last)
+        });
         Ok(v1::ListFlowsResponse { flows, next_page_token: last.unwrap_or_default() })
     }
 

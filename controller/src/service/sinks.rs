@@ -37,15 +37,20 @@ impl SinkApi {
     }
 
     async fn list(&self, parent: &str) -> Result<v1::ListSinksResponse, ApiError> {
-        let entries = match parent {
-            ALL_FLOWS => self.store.backend.etcd()?.coordination.flows().await?.flows,
-            name => vec![self.store.read(&flow_named(name)?).await?],
+        let one = match parent {
+            ALL_FLOWS => None,
+            name => Some(self.store.read(&flow_named(name)?).await?),
         };
         let sinks = self.store.backend.etcd()?.view.with(|view| {
+            // All flows from the view: in etcd the specifications stand among the keys of all chunks.
+            let entries = match &one {
+                Some(entry) => vec![entry],
+                None => view.flows().collect(),
+            };
             let of = |entry: &FlowEntry| -> Vec<v1::Sink> {
                 entry.record.document.spec.sinks.iter().map(|spec| present::sink(view, entry, spec)).collect()
             };
-            let mut sinks: Vec<v1::Sink> = entries.iter().flat_map(of).collect();
+            let mut sinks: Vec<v1::Sink> = entries.into_iter().flat_map(of).collect();
             sinks.sort_by(|a, b| a.name.cmp(&b.name));
             sinks
         });

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
 use futures::StreamExt;
-use wallaby_coordination::Acquired;
+use wallaby_coordination::{Acquired, Key};
 use wallaby_model::TaskId;
-use wallaby_model::offer::{OFFER_CONSUMER, Offer, offer_stream};
+use wallaby_model::offer::{OFFER_CONSUMER, Offer, offer_stream, offer_subject};
 use wallaby_proto::v1;
-use wallaby_testkit::eventually;
+use wallaby_testkit::{Wire, eventually};
 
-use crate::setup::{PATIENCE, Running, Scopes, document, task};
+use crate::setup::{PATIENCE, Place, Running, Scopes, document, task};
 
 /// The consumer that the controller makes for workers.
 pub async fn queue(scopes: &Scopes) -> PullConsumer {
@@ -151,4 +151,42 @@ async fn what_only_the_controller_knows_is_written_down() {
     let shown = running.get("lonely").await.unwrap().status.unwrap();
     let capturing = shown.conditions.iter().find(|condition| condition.r#type == "Capturing").unwrap();
     assert_eq!(capturing.reason, "NoWorker");
+}
+
+/// Each write of the housekeeping takes its time at this etcd: for a minute there is always one more.
+#[tokio::test]
+async fn no_offer_waits_for_what_is_not_urgent() {
+    let scopes = Scopes::create("busy").await;
+    let etcd = Wire::slow(&scopes.place.etcd[0], Duration::from_millis(400)).await;
+    let place = Place {
+        etcd: vec![etcd.url().replace("nats://", "http://")],
+        prefix: scopes.place.prefix.clone(),
+        nats: scopes.place.nats.clone(),
+        pool: scopes.place.pool.clone(),
+    };
+    let _running = Running::ready(&place).await;
+    let coordination = scopes.place.coordination().await;
+    for number in 0..150 {
+        coordination.create_flow(document(&format!("f{number:03}"))).await.unwrap();
+    }
+    let written = async || {
+        let entries = coordination.list(&coordination.keys().flows()).await.unwrap();
+        entries.iter().filter(|entry| matches!(entry.key, Key::FlowStatus(_))).count()
+    };
+    eventually(PATIENCE, "what is known of the flows is being written", async || match written().await {
+        0 => Err("nothing"),
+        _ => Ok(()),
+    })
+    .await;
+    coordination.create_flow(document("late")).await.unwrap();
+    // Looked at, and not pulled: it lies behind hundreds of others.
+    let subject = offer_subject(&place.pool, &task("late.capture"));
+    eventually(PATIENCE, "the task is offered", async || {
+        let stream = scopes.nats.jetstream().get_stream(offer_stream(&place.pool)).await;
+        let stream = stream.map_err(|error| error.to_string())?;
+        stream.get_last_raw_message_by_subject(&subject).await.map_err(|error| error.to_string())
+    })
+    .await;
+    let written = written().await;
+    assert!(written < 151, "{written} are written: it was not busy");
 }

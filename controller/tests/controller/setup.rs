@@ -27,6 +27,16 @@ pub struct Place {
     pub pool: PoolId,
 }
 
+/// What a controller serves of ours.
+pub const SERVICES: [&str; 6] = [
+    "wallaby.v1.FlowService",
+    "wallaby.v1.OperationService",
+    "wallaby.v1.SinkService",
+    "wallaby.v1.SnapshotService",
+    "wallaby.v1.VerifyService",
+    "wallaby.v1.WorkerService",
+];
+
 /// A place in the shared servers; its scopes are kept by the test.
 pub struct Scopes {
     pub place: Place,

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
 mod comings;
+mod failures;
 mod kills;
 mod large;
 mod lost;

@@ -89,11 +89,14 @@ impl Coordination {
             then.push(self.hold_put(&flow, sink, Hold { position: None })?);
         }
         let runs = planned_runs(None, &record.document.spec, created_at);
+        let mut bytes = value.len();
         if !runs.is_empty() {
             // Nothing of the flow exists, so there is no index to compare.
-            then.extend(self.new_runs(&flow, None, &runs)?.puts);
+            let new = self.new_runs(&flow, None, &runs).await?;
+            bytes += new.bytes;
+            then.extend(new.puts);
         }
-        check_size(&flow, &key, value.len(), then.len())?;
+        check_size(&flow, &key, bytes, then.len())?;
         let txn = Txn::new()
             .when(vec![Compare::create_revision(key.clone(), CompareOp::Equal, 0)])
             .and_then(then)
@@ -137,8 +140,9 @@ impl Coordination {
 
     /// Changes a flow that was read as `seen`. Sinks that are new need the position they start at in `starts` (the log's end
     /// now; `None` when nothing was ever staged): their holds are written, and those of sinks that go are deleted with
-    /// their tasks' keys, in the same transaction, and so are the runs made that load new sinks and new tables. The generation
-    /// grows when the specification changed.
+    /// their tasks' keys, in the same transaction, and so are the runs made that load new sinks and new tables. Sinks that go are
+    /// taken out of the runs that are not over; one that was for no other is cancelled. The generation grows when the
+    /// specification changed.
     ///
     /// # Errors
     /// `FlowChanged` when somebody else was first; `FlowNotFound`; `FlowDeleting`; `HoldMissing` for a new sink without a
@@ -309,7 +313,7 @@ impl Coordination {
             let purged = purge.map(|entry| entry.decode::<PurgePoint>()).transpose()?.map(|point| point.position);
             check_hold(flow, &sink.into(), Hold { position: start }, purged)?;
             let index = self.run_index(flow).await?;
-            let new = self.new_runs(flow, index.as_ref(), std::slice::from_ref(&spec))?;
+            let new = self.new_runs(flow, index.as_ref(), std::slice::from_ref(&spec)).await?;
             detached.run = new.runs.first().copied();
             let mut when = vec![
                 Compare::mod_revision(keys.text(&flow_key), CompareOp::Equal, seen.revision.0),
@@ -355,7 +359,7 @@ impl Coordination {
         Err(Error::Refused { doing: "changing a flow", cause })
     }
 
-    /// `None` when the purge point moved, or a run was made, between reading and writing.
+    /// `None` when the purge point moved, or a run was made or changed, between reading and writing.
     async fn try_replace_flow(
         &self,
         seen: &FlowEntry,
@@ -369,6 +373,7 @@ impl Coordination {
         let (before, after) = (sinks_of(&seen.record), sinks_of(record));
         let mut when = vec![Compare::mod_revision(key.clone(), CompareOp::Equal, seen.revision.0)];
         let mut then = vec![TxnOp::put(key.clone(), value.clone(), None)];
+        let mut bytes = value.len();
         let added: Vec<&SinkId> = after.difference(&before).collect();
         if !added.is_empty() {
             // A purge that is under way either sees these holds or moves the purge point before this transaction.
@@ -383,7 +388,14 @@ impl Coordination {
                 then.push(self.hold_put(flow, sink, hold)?);
             }
         }
-        for sink in before.difference(&after) {
+        let removed: Vec<&SinkId> = before.difference(&after).collect();
+        if !removed.is_empty() {
+            let without = self.runs_without(flow, &removed).await?;
+            when.extend(without.compares);
+            then.extend(without.puts);
+            bytes += without.bytes;
+        }
+        for sink in removed {
             let task = TaskId::apply(flow, sink);
             let all = || Some(DeleteOptions::new().with_prefix());
             then.push(TxnOp::delete(self.keys().text(&Key::FlowHold(flow.clone(), sink.into())), None));
@@ -394,11 +406,12 @@ impl Coordination {
         let runs = planned_runs(Some(&seen.record.document.spec), &record.document.spec, wall_clock_now());
         if !runs.is_empty() {
             let index = self.run_index(flow).await?;
-            let new = self.new_runs(flow, index.as_ref(), &runs)?;
+            let new = self.new_runs(flow, index.as_ref(), &runs).await?;
             when.extend(new.compares);
             then.extend(new.puts);
+            bytes += new.bytes;
         }
-        check_size(flow, &key, value.len(), then.len())?;
+        check_size(flow, &key, bytes, then.len())?;
         let reads = vec![TxnOp::get(key, None), TxnOp::get(purge_key, None)];
         let outcome = self.transact("changing a flow", Txn::new().when(when).and_then(then).or_else(reads)).await?;
         if outcome.succeeded {
@@ -435,6 +448,7 @@ pub(crate) fn check_hold(flow: &FlowId, reader: &Reader, hold: Hold, purged: Opt
     Err(Error::HoldBelowPurge { flow: flow.clone(), reader: reader.clone(), wanted, purged })
 }
 
+/// `value_bytes`: of the specification, and of those of runs, which repeat its tables.
 fn check_size(flow: &FlowId, key: &str, value_bytes: usize, operations: usize) -> Result<()> {
     if operations > TXN_OPERATIONS_MAX {
         return Err(Error::TooManyOperations { flow: flow.clone(), operations, limit: TXN_OPERATIONS_MAX });

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use etcd_client::{Compare, CompareOp, Txn, TxnOp};
+use etcd_client::{Compare, CompareOp, DeleteOptions, Txn, TxnOp};
 use wallaby_model::run::{ChunkDone, ChunkLoaded, RunPlan, RunSpec, RunTotals, RunWish, SinkRun};
 use wallaby_model::{ChunkId, FlowId, Reader, RunId, SinkId};
 
@@ -62,6 +62,16 @@ pub(crate) struct NewRuns {
     pub(crate) runs: Vec<RunId>,
     pub(crate) compares: Vec<Compare>,
     pub(crate) puts: Vec<TxnOp>,
+    /// Of the values that are put.
+    pub(crate) bytes: usize,
+}
+
+/// What makes open runs forget sinks that go, inside a transaction of the flow store.
+pub(crate) struct RunsWithout {
+    pub(crate) compares: Vec<Compare>,
+    pub(crate) puts: Vec<TxnOp>,
+    /// Of the values that are put.
+    pub(crate) bytes: usize,
 }
 
 impl Coordination {
@@ -78,9 +88,9 @@ impl Coordination {
         let flow_key = self.keys().text(&Key::FlowSpec(flow.clone()));
         for _ in 0..RACES_MAX {
             let index = self.run_index(flow).await?;
-            let kept = self.runs_of(flow, &index).await?;
+            let kept = self.runs_of(flow, index.as_ref()).await?;
             self.check_overlap(flow, &kept, &spec).await?;
-            let new = self.new_runs(flow, index.as_ref(), std::slice::from_ref(&spec))?;
+            let new = self.new_runs(flow, index.as_ref(), std::slice::from_ref(&spec)).await?;
             let mut when = vec![Compare::mod_revision(flow_key.clone(), CompareOp::Equal, seen.revision.0)];
             when.extend(new.compares);
             let run = new.runs.first().copied().unwrap_or(RunId(1));
@@ -136,27 +146,61 @@ impl Coordination {
     }
 
     /// What makes `specs` the next runs of a flow whose index was read as `seen`.
-    pub(crate) fn new_runs(&self, flow: &FlowId, seen: Option<&Entry>, specs: &[RunSpec]) -> Result<NewRuns> {
+    pub(crate) async fn new_runs(&self, flow: &FlowId, seen: Option<&Entry>, specs: &[RunSpec]) -> Result<NewRuns> {
         let mut index: RunIndex = seen.map(Entry::decode).transpose()?.unwrap_or_default();
-        if index.kept.len() + specs.len() > OPEN_MAX + FINISHED_KEPT {
-            return Err(Error::TooManyRuns { flow: flow.clone(), open: index.kept.len() });
+        // Those that are over do not count, and there are more than open ones: they are only read when it may matter.
+        if index.kept.len() + specs.len() > OPEN_MAX {
+            let open = self.runs_of(flow, seen).await?.iter().filter(|run| !run.is_over()).count();
+            if open + specs.len() > OPEN_MAX {
+                return Err(Error::TooManyRuns { flow: flow.clone(), open });
+            }
         }
         let key = self.keys().text(&Key::RunIndex(flow.clone()));
         let unchanged = seen.map_or(0, |entry| entry.mod_revision.0);
         let compares = vec![Compare::mod_revision(key.clone(), CompareOp::Equal, unchanged)];
-        let (mut runs, mut puts) = (Vec::new(), Vec::new());
+        let (mut runs, mut puts, mut bytes) = (Vec::new(), Vec::new(), 0);
         for spec in specs {
             index.last += 1;
             let run = RunId(index.last);
             let spec_key = self.keys().text(&Key::RunSpec(flow.clone(), run));
             let value = encode(&spec_key, spec)?;
+            bytes += value.len();
             puts.push(TxnOp::put(spec_key, value, None));
             index.kept.push(run);
             runs.push(run);
         }
         let value = encode(&key, &index)?;
+        bytes += value.len();
         puts.push(TxnOp::put(key, value, None));
-        Ok(NewRuns { runs, compares, puts })
+        Ok(NewRuns { runs, compares, puts, bytes })
+    }
+
+    /// What takes sinks that go out of the open runs of a flow: one that is added again under such a name is another sink, and none
+    /// of theirs. A run that was for no other is cancelled. No run is made meanwhile that would still name them.
+    pub(crate) async fn runs_without(&self, flow: &FlowId, gone: &[&SinkId]) -> Result<RunsWithout> {
+        let index = self.run_index(flow).await?;
+        let index_key = self.keys().text(&Key::RunIndex(flow.clone()));
+        let unchanged = index.as_ref().map_or(0, |entry| entry.mod_revision.0);
+        let mut compares = vec![Compare::mod_revision(index_key, CompareOp::Equal, unchanged)];
+        let (mut puts, mut bytes) = (Vec::new(), 0);
+        for run in self.runs_of(flow, index.as_ref()).await?.into_iter().filter(|run| !run.is_over()) {
+            let mut spec = run.spec;
+            if !spec.sinks.iter().any(|sink| gone.contains(&sink)) {
+                continue;
+            }
+            if spec.sinks.iter().all(|sink| gone.contains(&sink)) {
+                // No sink at all would mean every sink.
+                spec.wish = RunWish::Cancel;
+            } else {
+                spec.sinks.retain(|sink| !gone.contains(&sink));
+            }
+            let key = self.keys().text(&Key::RunSpec(flow.clone(), run.run));
+            let value = encode(&key, &spec)?;
+            bytes += value.len();
+            compares.push(Compare::mod_revision(key.clone(), CompareOp::Equal, run.spec_revision.0));
+            puts.push(TxnOp::put(key, value, None));
+        }
+        Ok(RunsWithout { compares, puts, bytes })
     }
 
     /// The runs of a flow that are kept, with their plans, by number: all that are not over, and the last that are.
@@ -165,10 +209,10 @@ impl Coordination {
     /// `Malformed`; when etcd cannot be reached.
     pub async fn runs(&self, flow: &FlowId) -> Result<Vec<RunEntry>> {
         let index = self.run_index(flow).await?;
-        self.runs_of(flow, &index).await
+        self.runs_of(flow, index.as_ref()).await
     }
 
-    async fn runs_of(&self, flow: &FlowId, index: &Option<Entry>) -> Result<Vec<RunEntry>> {
+    async fn runs_of(&self, flow: &FlowId, index: Option<&Entry>) -> Result<Vec<RunEntry>> {
         let Some(index) = index else { return Ok(Vec::new()) };
         let mut runs = Vec::new();
         for run in index.decode::<RunIndex>()?.kept {
@@ -297,7 +341,7 @@ impl Coordination {
         for sink in self.sink_runs(flow, run).await?.keys() {
             self.delete_all(&keys.load_tasks(flow, run, sink)).await?;
         }
-        self.forget_old_runs(flow).await?;
+        self.forget_old_runs(flow, run).await?;
         Ok(true)
     }
 
@@ -334,30 +378,38 @@ impl Coordination {
         Ok(())
     }
 
-    async fn forget_old_runs(&self, flow: &FlowId) -> Result<()> {
+    /// Forgets the oldest of the runs that are over, and `cleared` when the index has forgotten it: whoever did that ended before its
+    /// keys went.
+    async fn forget_old_runs(&self, flow: &FlowId, cleared: RunId) -> Result<()> {
         let Some(seen) = self.run_index(flow).await? else { return Ok(()) };
         let mut index: RunIndex = seen.decode()?;
-        let over: Vec<RunId> = self
-            .runs_of(flow, &Some(seen.clone()))
-            .await?
-            .iter()
-            .filter(|run| run.is_over())
-            .map(|run| run.run)
-            .collect();
-        let goners = &over[..over.len().saturating_sub(FINISHED_KEPT)];
-        if goners.is_empty() {
-            return Ok(());
+        let standing = self.runs_of(flow, Some(&seen)).await?;
+        let over: Vec<RunId> = standing.iter().filter(|run| run.is_over()).map(|run| run.run).collect();
+        let mut goners = over[..over.len().saturating_sub(FINISHED_KEPT)].to_vec();
+        if !index.kept.contains(&cleared) {
+            goners.push(cleared);
         }
+        // Numbers of which nothing stands go, too.
+        let stays = |run: &RunId| standing.iter().any(|known| known.run == *run) && !goners.contains(run);
+        let kept = index.kept.len();
+        index.kept.retain(stays);
+        if index.kept.len() < kept {
+            let key = self.keys().text(&Key::RunIndex(flow.clone()));
+            let value = encode(&key, &index)?;
+            let unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, seen.mod_revision.0);
+            let txn = Txn::new().when(vec![unchanged]).and_then(vec![TxnOp::put(key, value, None)]);
+            // A run that was made meanwhile comes first; the next one that is cleared takes these out of the index.
+            if !self.transact("forgetting old runs", txn).await?.succeeded {
+                return Ok(());
+            }
+        }
+        // All keys of a run at once: a specification without its plan would be a run that is not over.
+        let all = || Some(DeleteOptions::new().with_prefix());
         for run in goners {
-            self.delete_all(&self.keys().run(flow, *run)).await?;
+            let delete = TxnOp::delete(self.keys().run(flow, run), all());
+            self.transact("forgetting an old run", Txn::new().and_then(vec![delete])).await?;
         }
-        index.kept.retain(|run| !goners.contains(run));
-        let key = self.keys().text(&Key::RunIndex(flow.clone()));
-        let value = encode(&key, &index)?;
-        let unchanged = Compare::mod_revision(key.clone(), CompareOp::Equal, seen.mod_revision.0);
-        // A run that was made meanwhile comes first; the next one that is cleared takes these out of the index.
-        let txn = Txn::new().when(vec![unchanged]).and_then(vec![TxnOp::put(key, value, None)]);
-        self.transact("forgetting old runs", txn).await.map(drop)
+        Ok(())
     }
 }
 

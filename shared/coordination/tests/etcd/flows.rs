@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use wallaby_coordination::{Error, FlowStatus, Hold, Key};
+use wallaby_model::flow::SnapshotMode;
 use wallaby_model::{FlowId, SinkId, TaskId};
 
 use crate::setup::*;
@@ -94,6 +95,26 @@ async fn what_does_not_fit_is_refused_before_it_is_sent() {
         (0..30_000).map(|number| format!("public.a_table_with_a_long_name_{number:010}")).collect();
     let near = coordination.create_flow(near).await.unwrap();
     assert_eq!(coordination.flow(&near.flow).await.unwrap(), near);
+}
+
+/// A run that loads tables by name repeats them, in the same request.
+#[tokio::test]
+async fn what_does_not_fit_with_its_runs_is_refused_before_it_is_sent() {
+    let (_scope, coordination) = shared("runs-large").await;
+    let loaded = |name: &str, tables: u32| {
+        let mut document = document(name, &["a"]);
+        document.spec.source.postgres.snapshot = SnapshotMode::Initial;
+        // Few and long ones: only their bytes count here.
+        document.spec.source.postgres.publication.tables =
+            (0..tables).map(|number| format!("public.{number:03000}")).collect();
+        document
+    };
+    let error = coordination.create_flow(loaded("large", 350)).await.unwrap_err();
+    assert!(matches!(error, Error::TooLarge { .. }), "{error}");
+    let small = coordination.create_flow(loaded("fits", 200)).await.unwrap();
+    let error = coordination.update_flow(&small, loaded("fits", 450), &no_starts()).await.unwrap_err();
+    assert!(matches!(error, Error::TooLarge { .. }), "{error}");
+    coordination.update_flow(&small, loaded("fits", 300), &no_starts()).await.unwrap();
 }
 
 #[tokio::test]

@@ -6,7 +6,8 @@ use std::time::Duration;
 use rand::Rng;
 use rand::rngs::StdRng;
 use wallaby_coordination::{
-    Change, ChunkOutcome, Coordination, DetachOutcome, Entry, Error, FlowEntry, Hold, Key, PurgeOutcome, WatchEvent,
+    Change, ChunkOutcome, Coordination, DetachOutcome, Entry, Error, FlowEntry, Hold, Key, PurgeOutcome, RunIndex,
+    WatchEvent, WorkerSession,
 };
 use wallaby_model::flow::SnapshotMode;
 use wallaby_model::flow::change::sink_anew;
@@ -148,6 +149,140 @@ async fn a_run_goes_its_way_and_leaves_only_what_is_worth_keeping() {
     let kept: Vec<u32> = coordination.runs(name).await.unwrap().iter().map(|run| run.run.0).collect();
     assert_eq!(kept, (4..=13).collect::<Vec<_>>());
     assert!(coordination.list(&keys.run(name, RunId(1))).await.unwrap().is_empty());
+}
+
+/// Makes a run of its own table and ends it; it is not cleared.
+async fn ended_run(coordination: &Coordination, flow: &FlowEntry, session: &WorkerSession, table: &str) -> RunId {
+    let run = coordination.create_run(flow, asked(&[table], &["a"])).await.unwrap().run;
+    let owner = take(session, &of(flow, TaskKind::Run(run)), flow.revision).await;
+    owner.finish_run(run, &over()).await.unwrap();
+    owner.complete().await.unwrap();
+    run
+}
+
+async fn index_of(coordination: &Coordination, flow: &FlowEntry) -> RunIndex {
+    coordination.get(&Key::RunIndex(flow.flow.clone())).await.unwrap().unwrap().decode().unwrap()
+}
+
+#[tokio::test]
+async fn what_an_interrupted_forgetting_left_goes_with_the_next_run_that_is_cleared() {
+    let (scope, coordination) = shared("dangling").await;
+    let flow = coordination.create_flow(document("shop", &["a"])).await.unwrap();
+    let session = worker(&coordination, "w1", lease(10, true)).await;
+    // Numbers of which nothing stands, more than there are runs at most.
+    let index_key = coordination.keys().text(&Key::RunIndex(flow.flow.clone()));
+    let write = async |index: &RunIndex| {
+        let value = serde_json::to_vec(index).unwrap();
+        scope.client().put(index_key.clone(), value, None).await.unwrap();
+    };
+    write(&RunIndex { last: 50, kept: (1..=50).map(RunId).collect() }).await;
+    let first = ended_run(&coordination, &flow, &session, "public.t1").await;
+    assert_eq!(first, RunId(51));
+    coordination.clear_run(&flow.flow, first).await.unwrap();
+    assert_eq!(index_of(&coordination, &flow).await, RunIndex { last: 51, kept: vec![first] });
+
+    // Keys of a run that the index has forgotten.
+    write(&RunIndex { last: 51, kept: Vec::new() }).await;
+    let keys = coordination.keys().run(&flow.flow, first);
+    assert!(!coordination.list(&keys).await.unwrap().is_empty());
+    assert!(coordination.clear_run(&flow.flow, first).await.unwrap());
+    assert_eq!(coordination.list(&keys).await.unwrap(), Vec::new());
+    assert!(matches!(coordination.run(&flow.flow, first).await, Err(Error::RunNotFound { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_is_made_while_old_ones_are_forgotten_leaves_no_number_without_its_keys() {
+    let (_scope, coordination) = shared("forget").await;
+    let flow = coordination.create_flow(document("shop", &["a"])).await.unwrap();
+    let session = worker(&coordination, "w1", lease(10, true)).await;
+    for round in 0..10 {
+        ended_run(&coordination, &flow, &session, &format!("public.first{round}")).await;
+    }
+    let mut random = StdRng::seeded();
+    for round in 0..20 {
+        let run = ended_run(&coordination, &flow, &session, &format!("public.t{round}")).await;
+        let clearing = tokio::spawn({
+            let (coordination, flow) = (coordination.clone(), flow.flow.clone());
+            async move { coordination.clear_run(&flow, run).await }
+        });
+        // Somewhere between the reading of the index and its writing.
+        tokio::time::sleep(Duration::from_micros(random.random_range(0..20_000))).await;
+        let made = coordination.create_run(&flow, asked(&[&format!("public.m{round}")], &["a"])).await.unwrap().run;
+        assert!(clearing.await.unwrap().unwrap());
+        let stand: Vec<RunId> = coordination.runs(&flow.flow).await.unwrap().into_iter().map(|run| run.run).collect();
+        assert_eq!(index_of(&coordination, &flow).await.kept, stand, "round {round}: a number without its keys");
+        let owner = take(&session, &of(&flow, TaskKind::Run(made)), flow.revision).await;
+        owner.finish_run(made, &over()).await.unwrap();
+        owner.complete().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn only_runs_that_are_not_over_are_too_many() {
+    let (_scope, coordination) = shared("toomany").await;
+    let flow = coordination.create_flow(document("shop", &["a"])).await.unwrap();
+    let session = worker(&coordination, "w1", lease(10, true)).await;
+    // Over, and cleared by nobody yet.
+    for round in 0..12 {
+        ended_run(&coordination, &flow, &session, &format!("public.old{round}")).await;
+    }
+    for round in 0..32 {
+        coordination.create_run(&flow, asked(&[&format!("public.t{round}")], &["a"])).await.unwrap();
+    }
+    let refused = coordination.create_run(&flow, asked(&["public.more"], &["a"])).await.unwrap_err();
+    assert!(matches!(refused, Error::TooManyRuns { open: 32, .. }), "{refused}");
+}
+
+/// A sink that is removed and added again is another one: what was asked for the first is not for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_goes_is_taken_out_of_the_runs_that_are_not_over() {
+    let (_scope, coordination) = shared("gone").await;
+    let mut flow = coordination.create_flow(document("shop", &["a", "b"])).await.unwrap();
+    let session = worker(&coordination, "w1", lease(10, true)).await;
+    let make = async |flow: &FlowEntry, table: &str, sinks: &[&str]| {
+        coordination.create_run(flow, asked(&[table], sinks)).await.unwrap().run
+    };
+    let ended = make(&flow, "public.ended", &["a", "b"]).await;
+    let owner = take(&session, &of(&flow, TaskKind::Run(ended)), flow.revision).await;
+    owner.finish_run(ended, &over()).await.unwrap();
+    for round in 0..25 {
+        let both = make(&flow, &format!("public.t{round}"), &["a", "b"]).await;
+        let alone = make(&flow, &format!("public.alone{round}"), &["b"]).await;
+        // Somebody changes what is wanted of the run meanwhile, again and again: neither change is lost.
+        let (ended, is_over) = tokio::sync::oneshot::channel::<()>();
+        let wishing = tokio::spawn({
+            let (coordination, name) = (coordination.clone(), flow.flow.clone());
+            async move {
+                for wish in [RunWish::Pause, RunWish::Go].into_iter().cycle() {
+                    coordination.set_run_wish(&name, both, wish).await.unwrap();
+                    let seen = coordination.run(&name, both).await.unwrap().spec.wish;
+                    assert_eq!(seen, wish, "round {round}: it was wanted otherwise");
+                    if ended.is_closed() {
+                        return;
+                    }
+                }
+            }
+        });
+        let without = coordination.update_flow(&flow, document("shop", &["a"]), &BTreeMap::new()).await.unwrap();
+        drop(is_over);
+        wishing.await.unwrap();
+        let seen = coordination.run(&flow.flow, both).await.unwrap().spec.sinks;
+        assert_eq!(seen, [sink_id("a")], "round {round}");
+        let seen = coordination.run(&flow.flow, alone).await.unwrap().spec;
+        assert_eq!(
+            (seen.sinks, seen.wish),
+            (vec![sink_id("b")], RunWish::Cancel),
+            "without a sink it would be for all"
+        );
+        let starts = BTreeMap::from([(sink_id("b"), Some(at(5)))]);
+        flow = coordination.update_flow(&without, document("shop", &["a", "b"]), &starts).await.unwrap();
+        for run in [both, alone] {
+            let owner = take(&session, &of(&flow, TaskKind::Run(run)), flow.revision).await;
+            owner.finish_run(run, &over()).await.unwrap();
+            owner.complete().await.unwrap();
+        }
+    }
+    assert_eq!(coordination.run(&flow.flow, ended).await.unwrap().spec.sinks, [sink_id("a"), sink_id("b")]);
 }
 
 /// A plan over so many tables, each of one name, size and oid or another.

@@ -21,6 +21,9 @@ pub const MAX_SINKS: usize = 50;
 /// The shortest bound on holding a snapshot that can be set.
 pub const SNAPSHOT_MIN: Duration = Duration::from_secs(1);
 
+/// Entries of `tables`, and of `exclude`: as many as a snapshot run over them can have tables.
+pub const MAX_TABLES: usize = 20_000;
+
 /// Labels of one flow.
 pub const MAX_LABELS: usize = 64;
 
@@ -286,7 +289,15 @@ fn check_publication(publication: &PublicationSpec, at: &str, found: &mut Vec<Pr
         let message = "with `create: false` the publication's own tables count: remove `tables` and `exclude`";
         found.push(problem(format!("{at}.tables"), message));
     }
+    // Sets, and not a look at every entry for every other: the controller checks each flow again and again.
+    let schemas: BTreeSet<&str> = publication.tables.iter().filter_map(|pattern| pattern.strip_suffix(".*")).collect();
     for (key, tables) in [("tables", &publication.tables), ("exclude", &publication.exclude)] {
+        if tables.len() > MAX_TABLES {
+            let count = tables.len();
+            let message = format!("{count} entries; at most {MAX_TABLES}: name whole schemas, as in `schema.*`");
+            found.push(problem(format!("{at}.{key}"), message));
+            continue;
+        }
         let mut seen = BTreeSet::new();
         for (index, table) in tables.iter().enumerate() {
             let path = format!("{at}.{key}[{index}]");
@@ -294,8 +305,10 @@ fn check_publication(publication: &PublicationSpec, at: &str, found: &mut Vec<Pr
                 found.push(problem(path, message));
             } else if !seen.insert(table) {
                 found.push(problem(path, format!("`{table}` is listed twice")));
-            } else if key == "exclude" && !covered(table, &publication.tables) {
-                let schema = table.split('.').next().unwrap_or_default();
+            } else if key == "exclude"
+                && let Some((schema, _)) = table.split_once('.')
+                && !schemas.contains(schema)
+            {
                 found.push(problem(path, format!("excludes nothing: `tables` has no `{schema}.*`")));
             }
         }
@@ -312,9 +325,4 @@ pub fn table_problem(table: &str) -> Option<String> {
         return Some(format!("`{table}` is not a table: write `schema.table` or `schema.*`"));
     }
     None
-}
-
-fn covered(table: &str, tables: &[String]) -> bool {
-    let schema = table.split('.').next().unwrap_or_default();
-    tables.iter().any(|pattern| pattern.strip_suffix(".*") == Some(schema))
 }

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use super::super::check::MAX_TABLES;
 use super::super::*;
 use super::*;
 
@@ -108,6 +109,22 @@ fn wrong_values_are_named_where_they_stand() {
     says(&with("  sinks:", "  log: { replicas: 2 }\n  sinks:"), &["`2` is not one of `auto`, `1`, `3`, `5`"]);
     says(&with("spec:", "spec: 3\nx:"), &["spec: expected a map with `source`"]);
     says(&with("name: warehouse", "name:"), &["`name` is empty"]);
+}
+
+/// The controller looks at each flow each second: a check has to be short whatever a flow names.
+#[test]
+fn tables_and_exclusions_have_a_bound() {
+    let names = |count: usize| (0..count).map(|number| format!("s{number}.t")).collect::<Vec<_>>().join(", ");
+    let at_most = with("[public.*]", &format!("[{}]", names(MAX_TABLES + 1)));
+    says(&at_most, &["line 8", "20001 entries; at most 20000", "schema.*"]);
+    assert_eq!(at_most.lines().count(), 1, "one problem, not one for each entry");
+    let excluded = with("[public.*]", &format!("[public.*], exclude: [{}]", names(MAX_TABLES + 1)));
+    says(&excluded, &["20001 entries; at most 20000"]);
+    let text = GOOD.replace("[public.*]", &format!("[{}]", names(MAX_TABLES)));
+    assert!(parse(&text, "flow.yaml").is_ok());
+    // A name that begins with a schema's is not of that schema.
+    says(&with("[public.*]", "[public.*, a.b], exclude: [publi.c]"), &["excludes nothing: `tables` has no `publi.*`"]);
+    says(&with("[public.*]", "[a.*], exclude: [a.b, b.*]"), &["excludes nothing: `tables` has no `b.*`"]);
 }
 
 #[test]
