@@ -249,7 +249,8 @@ mod tests {
     /// What `wallaby diff` says of a change is what becomes of the tasks; an open run loses its snapshot by none but those named.
     #[test]
     fn the_tasks_that_begin_again_are_those_that_a_diff_names() {
-        let edits: [(&str, fn(&mut FlowDocument), bool); 9] = [
+        type Edit = (&'static str, fn(&mut FlowDocument), bool);
+        let edits: [Edit; 9] = [
             ("labels", |flow| drop(flow.metadata.labels.insert("a".into(), "b".into())), false),
             ("maxBytes", |flow| flow.spec.log.max_bytes = ByteSize(9 << 30), false),
             ("replayWindow", |flow| flow.spec.log.replay_window = Span(std::time::Duration::from_secs(7)), false),

@@ -106,7 +106,8 @@ mod tests {
             let holders = side.holders(Shelf::Transactions).await.unwrap();
             let with_side = ask(&log, side.as_ref(), &source).await.unwrap();
             let is_apart = holders != log.info().await.unwrap().servers;
-            (log.delete().await.unwrap(), side.remove().await.unwrap());
+            log.delete().await.unwrap();
+            side.remove().await.unwrap();
             if is_apart {
                 assert_eq!(with_side, SyncPolicy::Unknown, "{holders:?} cannot be asked");
                 return;

@@ -30,7 +30,10 @@ impl Half {
     pub async fn done(mut self, session: &mut dyn VerifySession) -> Result<(), VerifyError> {
         self.is_done.send_replace(true);
         // Also when the other one failed: then nobody waits for this side either.
-        let other_is_done = async { Ok(drop(self.other.wait_for(|is_done| *is_done).await)) };
+        let other_is_done = async {
+            let _or_gone = self.other.wait_for(|is_done| *is_done).await.is_ok();
+            Ok(())
+        };
         beside(session, self.every, other_is_done).await
     }
 }

@@ -1,14 +1,14 @@
 //! What a change of a flow's specification does: to each of its tasks, and to the rows that are there already. Pure, and used
 //! by whoever shows it (`wallaby diff`) and by whoever does it (the flow store), so that they cannot disagree.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde_json::Value;
 
 use crate::condition::Timestamp;
 use crate::flow::{FlowDocument, FlowSpec, HIDDEN, Problem, PublicationSpec, SinkSpec, SnapshotMode};
 use crate::ids::SinkId;
-use crate::run::{RunReason, RunSpec, RunWish, covers};
+use crate::run::{RunReason, RunSpec, RunWish};
 
 /// One key of the flow file that differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -321,34 +321,60 @@ fn run(reason: RunReason, created_at: Timestamp) -> RunSpec {
 /// The tables that are captured after a change and were not before, as patterns, and what to leave out of them: what was
 /// captured already, and what is excluded.
 pub fn added_tables(before: &PublicationSpec, after: &PublicationSpec) -> (Vec<String>, Vec<String>) {
-    let inside = |publication: &PublicationSpec, table: &str| {
-        let has = |patterns: &[String]| patterns.iter().any(|pattern| covers(pattern, table));
-        has(&publication.tables) && !has(&publication.exclude)
-    };
-    let is_new = |table: &&String| !before.tables.iter().any(|known| covers(known, table));
-    let mut tables: Vec<String> = after.tables.iter().filter(is_new).cloned().collect();
+    let (old, new) = (Captured::of(before), Captured::of(after));
+    let mut tables: Vec<String> = after.tables.iter().filter(|table| !old.tables.has(table)).cloned().collect();
+    let mut listed = Patterns::of(&tables);
     // Excluded before, and no longer: by name, because the `schema.*` that has it is not new.
-    let readmitted =
-        before.exclude.iter().filter(|table| inside(after, table) && !tables.iter().any(|t| covers(t, table)));
-    let readmitted: Vec<String> = readmitted.cloned().collect();
+    let readmitted: Vec<&String> = before.exclude.iter().filter(|table| new.has(table) && !listed.has(table)).collect();
     // A table that was named and excluded, or is named now and was excluded from its schema.
-    let named = after.tables.iter().filter(|table| !inside(before, table) && !tables.contains(table));
-    let named: Vec<String> = named.filter(|table| !table.ends_with(".*") && inside(after, table)).cloned().collect();
-    tables.extend(readmitted);
-    for table in named {
-        if !tables.contains(&table) {
-            tables.push(table);
-        }
-    }
-    let is_part = |table: &&String| tables.iter().any(|pattern| pattern != *table && covers(pattern, table));
-    let captured = before.tables.iter().filter(is_part).filter(|table| inside(before, table));
-    let mut exclude: Vec<String> = captured.cloned().collect();
-    for table in after.exclude.iter().filter(is_part) {
-        if !exclude.contains(table) {
-            exclude.push(table.clone());
-        }
-    }
+    let named = after.tables.iter().filter(|table| !old.has(table) && !table.ends_with(".*") && new.has(table));
+    let more: Vec<String> =
+        readmitted.into_iter().chain(named).filter(|table| listed.0.insert(table.as_str())).cloned().collect();
+    drop(listed);
+    tables.extend(more);
+    let patterns = Patterns::of(&tables);
+    let is_part = |table: &&String| patterns.has_around(table);
+    let captured = before.tables.iter().filter(is_part).filter(|table| old.has(table));
+    let mut seen = HashSet::new();
+    let exclude = captured.chain(after.exclude.iter().filter(is_part));
+    let exclude = exclude.filter(|table| seen.insert(table.as_str())).cloned().collect();
     (tables, exclude)
+}
+
+/// Patterns of tables, asked without looking at each: there may be tens of thousands.
+struct Patterns<'a>(HashSet<&'a str>);
+
+impl<'a> Patterns<'a> {
+    fn of(patterns: &'a [String]) -> Patterns<'a> {
+        Patterns(patterns.iter().map(String::as_str).collect())
+    }
+
+    /// Whether one of them covers the table, as [`crate::run::covers`] says.
+    fn has(&self, table: &str) -> bool {
+        self.0.contains(table) || self.has_around(table)
+    }
+
+    /// Whether one of them covers it that is not itself.
+    fn has_around(&self, table: &str) -> bool {
+        let of_schema = table.split_once('.').map(|(schema, _)| format!("{schema}.*")).filter(|of| of != table);
+        (table != "*" && self.0.contains("*")) || of_schema.is_some_and(|of| self.0.contains(of.as_str()))
+    }
+}
+
+/// What a publication sends.
+struct Captured<'a> {
+    tables: Patterns<'a>,
+    exclude: Patterns<'a>,
+}
+
+impl<'a> Captured<'a> {
+    fn of(publication: &'a PublicationSpec) -> Captured<'a> {
+        Captured { tables: Patterns::of(&publication.tables), exclude: Patterns::of(&publication.exclude) }
+    }
+
+    fn has(&self, table: &str) -> bool {
+        self.tables.has(table) && !self.exclude.has(table)
+    }
 }
 
 #[cfg(test)]
