@@ -96,7 +96,7 @@ async fn pump(
 ) {
     let (mut buffer, mut kept) = (vec![0; 64 << 10], Vec::new());
     // What was sent before its sender died arrives all the same.
-    let mut is_over = false;
+    let (mut is_over, mut has_kept) = (false, false);
     loop {
         let is_held = *held.borrow_and_update() == direction;
         if !is_held && !kept.is_empty() {
@@ -106,12 +106,16 @@ async fn pump(
             }
         }
         if is_over && kept.is_empty() {
+            if has_kept {
+                // Closed with answers that nobody read, the connection would be reset, and what was just sent lost.
+                std::future::pending::<()>().await;
+            }
             return;
         }
         tokio::select! {
             changed = held.changed() => if changed.is_err() { return },
             read = from.read(&mut buffer), if !is_over => match read {
-                Ok(0) | Err(_) => is_over = true,
+                Ok(0) | Err(_) => (is_over, has_kept) = (true, !kept.is_empty()),
                 Ok(read) => {
                     tokio::time::sleep(takes).await;
                     kept.extend_from_slice(&buffer[..read]);
