@@ -191,7 +191,9 @@ async fn first_load(arguments: FirstLoadArguments) -> anyhow::Result<()> {
         wallaby_loadtest::first_load::run(&options, &programs, folder.path(), |line| println!("{line}")).await?;
     println!("{outcome}");
     anyhow::ensure!(outcome.comparison.is_equal(), "source and target differ");
-    anyhow::ensure!(outcome.watched.rewritten == 0, "chunks that were done were read again");
+    anyhow::ensure!(outcome.watched.read_again == 0, "chunks that were done were read again");
+    anyhow::ensure!(outcome.watched.leaves_writers_alone(), "a writer at the source waited for us, or nobody looked");
+    anyhow::ensure!(outcome.killed == arguments.kills, "{} workers were killed", outcome.killed);
     anyhow::ensure!(outcome.watched.readers.len() >= 2, "only one worker read");
     Ok(())
 }
@@ -220,8 +222,13 @@ async fn add_table(arguments: AddTableArguments) -> anyhow::Result<()> {
         outcome.comparison
     );
     anyhow::ensure!(outcome.comparison.is_equal(), "source and target differ");
+    let rise = outcome.run_max_ms() - outcome.calm_max_ms();
+    anyhow::ensure!(rise <= RISE_MAX_MS, "the other tables fell {rise:.0} ms further behind, not {RISE_MAX_MS:.0} ms");
     Ok(())
 }
+
+/// What a table that is added may cost the others.
+const RISE_MAX_MS: f64 = 1000.0;
 
 async fn measure(arguments: RunArguments) -> anyhow::Result<()> {
     if cfg!(debug_assertions) {
@@ -238,6 +245,13 @@ async fn measure(arguments: RunArguments) -> anyhow::Result<()> {
     };
     let mut figures = Figures { command: command_line(), at_s: seconds_since_1970(), ..Figures::default() };
     describe_machine(&mut figures);
+    let measured = measure_areas(&arguments, options, &mut figures).await;
+    // What was measured until then is no less true.
+    write(&arguments.out, &figures)?;
+    measured
+}
+
+async fn measure_areas(arguments: &RunArguments, options: BenchOptions, figures: &mut Figures) -> anyhow::Result<()> {
     let told = |run: &Run| {
         println!("pair {} {:<41} {:>8.0} rows/s, load {:.2}", run.pair, run.kind.title(), run.rate(), run.load_average);
     };
@@ -248,9 +262,9 @@ async fn measure(arguments: RunArguments) -> anyhow::Result<()> {
             options.rows, options.rows_one
         );
         let bench = Bench::prepare(options.clone()).await?;
-        bench.run_pairs(&mut figures, told).await?;
+        bench.run_pairs(figures, told).await?;
         println!("Latencies to a reader of the log ...");
-        bench.latency(&mut figures).await?;
+        bench.latency(figures).await?;
     }
     let programs = Programs::find(arguments.programs.as_deref());
     let sink = SinkOptions {
@@ -259,18 +273,18 @@ async fn measure(arguments: RunArguments) -> anyhow::Result<()> {
         per_second: options.per_second,
         latency_for: options.latency_for,
     };
-    let rows = if quick { 4_000 } else { arguments.rows_load };
+    let rows = if arguments.quick { 4_000 } else { arguments.rows_load };
     for (area, title) in [(Area::Sink, "the Postgres sink"), (Area::Snapshot, "the first load")] {
         match (&programs, measures(area)) {
             (_, false) => {}
             (Err(error), true) => {
                 figures.skipped.push(Skipped { what: title.to_owned(), why: format!("{error:#}") });
             }
-            (Ok(programs), true) if area == Area::Sink => measure_sink(sink, programs, &mut figures, told).await?,
-            (Ok(programs), true) => measure_snapshot(options.pairs, rows, programs, &mut figures, told).await?,
+            (Ok(programs), true) if area == Area::Sink => measure_sink(sink, programs, figures, told).await?,
+            (Ok(programs), true) => measure_snapshot(options.pairs, rows, programs, figures, told).await?,
         }
     }
-    write(&arguments.out, &figures)
+    Ok(())
 }
 
 /// On one node with the default sync, and then on three that sync every write.

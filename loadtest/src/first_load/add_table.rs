@@ -1,7 +1,7 @@
 //! A table is added to a live flow of ten: how far the other tables fall behind meanwhile.
 //!
-//! A row with the time is written into each of the ten tables all the time; the lag of the sink is how old the newest of them is
-//! there. It is plotted over the time of the run, with the moment of the hand-over.
+//! A row with the time is written into each of the ten tables all the time; the lag of the sink is how old the newest row is of that
+//! table which is furthest behind. It is plotted over the time of the run, with the moment of the hand-over.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -212,11 +212,12 @@ async fn beat(source: Client, stop: CancellationToken) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How old the newest beat at the sink is. Both servers have one clock.
+/// How old the newest beat is of that of the ten tables which is furthest behind: at least as old as a round of beats. Both servers have
+/// one clock.
 async fn sample(target: Client, stop: CancellationToken, begun: Instant) -> anyhow::Result<Vec<(f64, f64)>> {
     let newest: Vec<String> = (0..TABLES).map(|n| format!("SELECT max(at) AS at FROM beat{n}")).collect();
     let sql = format!(
-        "SELECT (extract(epoch FROM clock_timestamp() - max(at)) * 1000)::float8 FROM ({}) beats",
+        "SELECT (extract(epoch FROM clock_timestamp() - min(at)) * 1000)::float8 FROM ({}) beats",
         newest.join(" UNION ALL ")
     );
     let mut samples = Vec::new();

@@ -66,15 +66,16 @@ pub struct Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Watched { readers, chunks, rewritten, strongest_lock, xmin_held_max, blocked_writers } = &self.watched;
+        let Watched { readers, chunks, read_again, strongest_lock, xmin_held_max, blocked_writers, looks } =
+            &self.watched;
         writeln!(f, "loaded in {:.1} s while {} transactions went on", self.took.as_secs_f64(), self.transactions)?;
         writeln!(f, "workers killed: {}", self.killed)?;
         let readers: Vec<String> = readers.iter().map(|(worker, chunks)| format!("{worker} {chunks}")).collect();
         writeln!(f, "chunks: {chunks}, read by: {}", readers.join(", "))?;
-        writeln!(f, "chunks that were done and read again: {rewritten}")?;
+        writeln!(f, "chunks that were done and read again: {read_again}")?;
         writeln!(
             f,
-            "strongest lock of ours at the source: {strongest_lock}; writers that waited for us: {blocked_writers}"
+            "strongest lock of ours at the source: {strongest_lock}; writers that waited for us: {blocked_writers} ({looks} looks)"
         )?;
         writeln!(f, "xmin held at most {:.1} s", xmin_held_max.as_secs_f64())?;
         write!(f, "{}", self.comparison)

@@ -7,7 +7,7 @@ use anyhow::Context;
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
-use wallaby_coordination::{Coordination, Key, LockRecord};
+use wallaby_coordination::{Coordination, Key, LockRecord, Revision};
 use wallaby_model::run::{ChunkDone, RunPlan};
 use wallaby_model::{ChunkId, FlowId, RunId, TaskKind};
 
@@ -41,23 +41,32 @@ pub struct Watched {
     pub readers: BTreeMap<String, usize>,
     /// All chunks.
     pub chunks: usize,
-    /// Chunks whose record was written again after it was there.
-    pub rewritten: usize,
+    /// How often a chunk was taken to be read although it was done, or its table had to start again.
+    pub read_again: usize,
     /// The strongest table lock that a session of ours held at the source.
     pub strongest_lock: String,
     /// How long a transaction of ours held an xmin at the source, at most.
     pub xmin_held_max: Duration,
     /// Sessions that were seen to wait for a lock of ours.
     pub blocked_writers: i64,
+    /// How often the source was looked at.
+    pub looks: usize,
 }
 
 impl Watched {
+    /// Whether the source was seen to be left alone: it was looked at, our sessions held locks that keep no writer from a table, and
+    /// nobody waited for them.
+    pub fn leaves_writers_alone(&self) -> bool {
+        let weak = &MODES[..4];
+        self.looks > 0 && self.blocked_writers == 0 && weak.contains(&self.strongest_lock.as_str())
+    }
+
     /// Adds what the run's records say.
     #[must_use]
     pub fn with(mut self, runs: &RunWatch) -> Watched {
         self.chunks = runs.seen.len();
-        self.rewritten = runs.rewritten;
-        for done in runs.seen.values() {
+        self.read_again = runs.read_again;
+        for (done, _) in runs.seen.values() {
             *self.readers.entry(done.worker.to_string()).or_default() += 1;
         }
         self
@@ -77,14 +86,17 @@ pub struct Share {
 pub struct RunWatch {
     coordination: Coordination,
     flow: FlowId,
-    seen: BTreeMap<ChunkId, ChunkDone>,
-    rewritten: usize,
+    /// The chunks that are done, and the revision that said so.
+    seen: BTreeMap<ChunkId, (ChunkDone, Revision)>,
+    /// Locks on chunks that were done, and how often each was seen.
+    late: BTreeMap<Revision, usize>,
+    read_again: usize,
 }
 
 impl RunWatch {
     /// Nothing seen yet.
     pub fn new(coordination: Coordination, flow: FlowId) -> RunWatch {
-        RunWatch { coordination, flow, seen: BTreeMap::new(), rewritten: 0 }
+        RunWatch { coordination, flow, seen: BTreeMap::new(), late: BTreeMap::new(), read_again: 0 }
     }
 
     /// Looks once.
@@ -99,12 +111,20 @@ impl RunWatch {
                 Key::RunPlan(..) => planned = entry.decode::<RunPlan>()?.chunks().count(),
                 Key::RunLoaded(..) => loaded += 1,
                 Key::RunChunk(_, _, chunk) => {
-                    let done: ChunkDone = entry.decode()?;
-                    if let Some(before) = self.seen.insert(*chunk, done.clone()) {
-                        self.rewritten += usize::from(before != done);
-                    }
+                    let is_news = self.seen.insert(*chunk, (entry.decode()?, entry.mod_revision)).is_none();
+                    self.read_again += usize::from(is_news && chunk.restart > 0);
                 }
                 _ => {}
+            }
+        }
+        // The record of a chunk is written once, so it does not tell: who reads it again takes its lock again, and for long. Who had an
+        // older offer finds it done, and is gone by the next look.
+        for lock in self.coordination.locks(&self.flow).await.context("reading the locks")? {
+            let TaskKind::Chunk(_, chunk) = lock.task.kind else { continue };
+            if self.seen.get(&chunk).is_some_and(|(_, done)| lock.create_revision > *done) {
+                let looks = self.late.entry(lock.create_revision).or_default();
+                *looks += 1;
+                self.read_again += usize::from(*looks == 2);
             }
         }
         let share = |part: usize| if planned == 0 { 0.0 } else { part as f64 / planned as f64 };
@@ -146,6 +166,7 @@ impl SourceWatch {
                     watched.xmin_held_max =
                         watched.xmin_held_max.max(Duration::from_secs_f64(row.get::<_, f64>(1).max(0.0)));
                     watched.blocked_writers += row.get::<_, i64>(2);
+                    watched.looks += 1;
                 }
                 tokio::time::sleep(LOOK_EVERY).await;
             }
