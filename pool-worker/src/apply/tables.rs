@@ -386,7 +386,7 @@ fn replay(run: RunId, view: &RunView, plan: &RunPlan, catching_up: &[&TableMark]
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
     use super::*;
     use wallaby_model::condition::Timestamp;
@@ -396,7 +396,7 @@ mod tests {
 
     const CHUNK: ChunkId = ChunkId { table: 0, restart: 0, number: 0 };
 
-    fn sink() -> SinkId {
+    pub(crate) fn sink() -> SinkId {
         SinkId::new("warehouse").unwrap()
     }
 
@@ -405,7 +405,7 @@ mod tests {
     }
 
     /// A run of one table that is read.
-    fn read(reason: RunReason, name: &str) -> RunView {
+    pub(crate) fn read(reason: RunReason, name: &str) -> RunView {
         let table = TableName::new("public", name);
         let relation = PlannedRelation {
             relation: table.clone(),
@@ -441,6 +441,28 @@ mod tests {
             chunks: [(CHUNK, done)].into(),
             ..RunView::default()
         }
+    }
+
+    /// A sink of which a table catches up in the first run, for hours maybe, takes its part in the second one.
+    #[test]
+    fn a_replay_keeps_no_other_run_from_its_sink() {
+        let catches_up = TableMark {
+            table: TableName::new("public", "a"),
+            run: RunId(1),
+            restart: 0,
+            stage: TableStage::CatchingUp,
+            position: Some(Position::before(Lsn(7))),
+        };
+        let replayed = read(RunReason::Asked, "a");
+        let marks = [catches_up];
+        let step = |runs: BTreeMap<RunId, RunView>| {
+            let runs = FlowRuns { runs, ..FlowRuns::default() };
+            let at = AtSink { sink: &sink(), is_live: true, marks: &marks, loaded: &HashMap::new() };
+            next(at, &runs).0
+        };
+        assert!(matches!(step([(RunId(1), replayed.clone())].into()), Some(Next::Replay(_))));
+        let both = [(RunId(1), replayed), (RunId(2), read(RunReason::TablesAdded, "b"))].into();
+        assert!(matches!(step(both), Some(Next::Prepare { run: RunId(2), .. })));
     }
 
     /// The run whose table is prepared next.

@@ -96,6 +96,10 @@ impl Crowding {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
     use super::*;
+    use crate::apply::tables::tests::{read, sink};
+    use crate::runs::RunView;
+    use wallaby_model::RunId;
+    use wallaby_model::run::{RunReason, SinkRun};
 
     const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -124,6 +128,27 @@ mod tests {
         assert_eq!(ripe(&[moves(1), moves(1), moves(2), moves(2)]), ["dead"]);
         let prepares = |tables| crowd(4, true, &[("dead", (0, 0)), ("slow", (1, tables))]);
         assert_eq!(ripe(&[prepares(1), prepares(1), prepares(1), prepares(2)]), ["dead"]);
+    }
+
+    #[test]
+    fn a_sink_keeps_what_it_could_load_now_and_nothing_while_it_catches_up() {
+        let mut spec =
+            wallaby_model::flow::parse(wallaby_model::flow::page::EXAMPLE, "-").unwrap().spec.sinks.remove(0);
+        spec.name = sink();
+        let (first, second) = (read(RunReason::SinkAnew, "a"), read(RunReason::TablesAdded, "b"));
+        let of = |first: &RunView, on_overrun| {
+            let runs = [(RunId(1), first.clone()), (RunId(2), second.clone())].into();
+            let runs = FlowRuns { runs, ..FlowRuns::default() };
+            keepers(&runs, &[SinkSpec { on_overrun, ..spec.clone() }]).len()
+        };
+        assert_eq!(of(&first, OnOverrun::Detach), 1);
+        assert_eq!(of(&first, OnOverrun::Backpressure), 0, "it is waited for");
+        // Only the second run has chunks, and it comes after the first one, of which nothing is read.
+        let unread = RunView { chunks: Default::default(), ..first.clone() };
+        assert_eq!(of(&unread, OnOverrun::Detach), 0);
+        let state = SinkRun { tables: [("public.a".to_owned(), TableStage::CatchingUp)].into(), ..SinkRun::default() };
+        let catches_up = RunView { sinks: [(sink(), state)].into(), ..first.clone() };
+        assert_eq!(of(&catches_up, OnOverrun::Detach), 0);
     }
 
     #[test]
