@@ -22,6 +22,7 @@ mod sessions;
 mod setup;
 mod slot;
 mod snapshot;
+mod socket;
 mod status;
 mod tables;
 mod text;

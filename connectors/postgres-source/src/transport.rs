@@ -11,12 +11,13 @@ use std::task::{Context, Poll};
 use rustls::pki_types::ServerName;
 use socket2::{SockRef, Socket, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::net::{TcpSocket, TcpStream, UnixStream, lookup_host};
+use tokio::net::{TcpSocket, UnixStream, lookup_host};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use crate::config::{ConnectConfig, Host, SslMode};
 use crate::error::SourceError;
+use crate::socket::{Arrivals, WireSocket};
 use crate::tls;
 
 /// Whether one attempt to connect encrypts.
@@ -53,9 +54,9 @@ pub(crate) fn tries_next(error: &SourceError) -> bool {
 }
 
 enum Wire {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Tcp(WireSocket),
+    Unix(WireSocket),
+    Tls(Box<TlsStream<WireSocket>>),
 }
 
 /// A connected byte stream.
@@ -88,6 +89,7 @@ impl Transport {
         match &config.host {
             Host::Unix(folder) => {
                 let stream = UnixStream::connect(config.socket_path(folder)).await.map_err(failed)?;
+                let stream = stream.into_std().and_then(WireSocket::new).map_err(failed)?;
                 Ok(Transport { wire: Wire::Unix(stream), end_point: None, guard: ClearTextGuard::off() })
             }
             Host::Tcp(host) => {
@@ -109,16 +111,23 @@ impl Transport {
 
     /// A handle that ends the connection.
     pub(crate) fn closer(&self) -> io::Result<Closer> {
-        let socket = match &self.wire {
-            Wire::Tcp(stream) => SockRef::from(stream).try_clone(),
-            Wire::Unix(stream) => SockRef::from(stream).try_clone(),
-            Wire::Tls(stream) => SockRef::from(stream.get_ref().0).try_clone(),
-        };
-        socket.map(Closer)
+        self.socket().socket().try_clone().map(Closer)
+    }
+
+    /// Says whether the reader wants to be told of arrivals.
+    pub(crate) fn arrivals(&self) -> Arrivals {
+        self.socket().arrivals()
+    }
+
+    fn socket(&self) -> &WireSocket {
+        match &self.wire {
+            Wire::Tcp(socket) | Wire::Unix(socket) => socket,
+            Wire::Tls(stream) => stream.get_ref().0,
+        }
     }
 }
 
-async fn connect_tcp(config: &ConnectConfig, host: &str, receive_buffer: Option<u32>) -> io::Result<TcpStream> {
+async fn connect_tcp(config: &ConnectConfig, host: &str, receive_buffer: Option<u32>) -> io::Result<WireSocket> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in lookup_host((host, config.port)).await? {
         let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
@@ -135,7 +144,7 @@ async fn connect_tcp(config: &ConnectConfig, host: &str, receive_buffer: Option<
                         .with_retries(config.keepalives.count);
                     SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
                 }
-                return Ok(stream);
+                return WireSocket::new(stream.into_std()?);
             }
             Err(error) => last = error,
         }
@@ -146,7 +155,7 @@ async fn connect_tcp(config: &ConnectConfig, host: &str, receive_buffer: Option<
 async fn negotiate(
     config: &ConnectConfig,
     host: &str,
-    mut stream: TcpStream,
+    mut stream: WireSocket,
     encryption: Encryption,
 ) -> Result<Transport, SourceError> {
     let lost = |error: io::Error| SourceError::Connect { target: config.target(), error };
@@ -228,8 +237,7 @@ impl AsyncRead for Transport {
         let this = &mut *self;
         let before = buf.filled().len();
         let polled = match &mut this.wire {
-            Wire::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
-            Wire::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Wire::Tcp(stream) | Wire::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Wire::Tls(stream) => Pin::new(stream.as_mut()).poll_read(cx, buf),
         };
         if this.guard.watching && polled.is_ready() {
@@ -242,24 +250,21 @@ impl AsyncRead for Transport {
 impl AsyncWrite for Transport {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match &mut self.wire {
-            Wire::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
-            Wire::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+            Wire::Tcp(stream) | Wire::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
             Wire::Tls(stream) => Pin::new(stream.as_mut()).poll_write(cx, buf),
         }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.wire {
-            Wire::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            Wire::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            Wire::Tcp(stream) | Wire::Unix(stream) => Pin::new(stream).poll_flush(cx),
             Wire::Tls(stream) => Pin::new(stream.as_mut()).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.wire {
-            Wire::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Wire::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Wire::Tcp(stream) | Wire::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Wire::Tls(stream) => Pin::new(stream.as_mut()).poll_shutdown(cx),
         }
     }

@@ -208,9 +208,11 @@ impl ReplicationClient {
             }
         }
         let closer = self.stream.transport.closer().map_err(|error| self.stream.lost(&error.to_string()))?;
+        let arrivals = self.stream.transport.arrivals();
         let (read_half, write_half) = tokio::io::split(self.stream.transport);
         let feedback = feedback::spawn(write_half, closer, options.confirmed, options.status_every);
-        let reader = FrameReader::new(Box::new(read_half), &self.stream.buffer, feedback.clone(), self.stream.target);
+        let reading = (Box::new(read_half) as _, arrivals);
+        let reader = FrameReader::new(reading, &self.stream.buffer, feedback.clone(), self.stream.target);
         Ok((reader, feedback))
     }
 }

@@ -13,6 +13,7 @@ use super::gulp::GulpPolicy;
 use super::pause::Pause;
 use crate::error::SourceError;
 use crate::metrics;
+use crate::socket::Arrivals;
 
 /// The buffer of a stream whose messages are of ordinary size. Pages that were never used cost nothing.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -24,6 +25,7 @@ const OVERSIZED_HEAD_BYTES: usize = 128;
 /// Reads frames.
 pub struct FrameReader {
     stream: Box<dyn AsyncRead + Send + Unpin>,
+    arrivals: Arrivals,
     buffer: Vec<u8>,
     /// Where the frame that was given out last begins.
     given: usize,
@@ -40,7 +42,7 @@ pub struct FrameReader {
 
 impl FrameReader {
     pub(super) fn new(
-        stream: Box<dyn AsyncRead + Send + Unpin>,
+        (stream, arrivals): (Box<dyn AsyncRead + Send + Unpin>, Arrivals),
         received: &[u8],
         feedback: Feedback,
         target: String,
@@ -49,6 +51,7 @@ impl FrameReader {
         buffer[..received.len()].copy_from_slice(received);
         FrameReader {
             stream,
+            arrivals,
             buffer,
             given: 0,
             start: 0,
@@ -76,9 +79,13 @@ impl FrameReader {
     /// # Errors
     /// When the connection ended; with the reason when it was closed from our side.
     pub async fn fill(&mut self) -> Result<usize, SourceError> {
-        self.wait_for_pause().await?;
-        self.make_room();
-        let first = poll_fn(|cx| self.poll_read(cx)).await?;
+        let first = match self.read_after_pause().await? {
+            Some(bytes) => bytes,
+            None => {
+                self.arrivals.watch();
+                poll_fn(|cx| self.poll_read(cx)).await?
+            }
+        };
         self.finish_gulp(first).await
     }
 
@@ -88,13 +95,7 @@ impl FrameReader {
     /// # Errors
     /// As [`FrameReader::fill`].
     pub async fn fill_without_waiting(&mut self) -> Result<Option<usize>, SourceError> {
-        self.wait_for_pause().await?;
-        self.make_room();
-        let first = poll_fn(|cx| match self.poll_read(cx) {
-            Poll::Ready(read) => Poll::Ready(read.map(Some)),
-            Poll::Pending => Poll::Ready(Ok(None)),
-        });
-        match first.await? {
+        match self.read_after_pause().await? {
             Some(bytes) => self.finish_gulp(bytes).await.map(Some),
             None => {
                 self.policy.after_gulp(0, std::time::Instant::now());
@@ -103,25 +104,31 @@ impl FrameReader {
         }
     }
 
-    async fn wait_for_pause(&mut self) -> Result<(), SourceError> {
-        match &mut self.pause {
-            Some(pause) if pause.is_armed() => {
-                let waited = pause.wait().await;
-                waited.map_err(|error| self.lost(&error.to_string()))
-            }
-            _ => Ok(()),
+    /// One read after the pause, if there is one; `None` when nothing is there.
+    async fn read_after_pause(&mut self) -> Result<Option<usize>, SourceError> {
+        if let Some(pause) = &mut self.pause
+            && pause.is_armed()
+        {
+            let waited = pause.wait().await;
+            waited.map_err(|error| self.lost(&error.to_string()))?;
         }
+        self.make_room();
+        self.read_what_is_there().await
+    }
+
+    async fn read_what_is_there(&mut self) -> Result<Option<usize>, SourceError> {
+        let read = poll_fn(|cx| match self.poll_read(cx) {
+            Poll::Ready(read) => Poll::Ready(read.map(Some)),
+            Poll::Pending => Poll::Ready(Ok(None)),
+        });
+        read.await
     }
 
     /// TLS gives one record at a time: go on until nothing is there or the buffer is full.
     async fn finish_gulp(&mut self, first: usize) -> Result<usize, SourceError> {
         let mut gulp = first;
         while self.end < self.buffer.len() {
-            let more = poll_fn(|cx| match self.poll_read(cx) {
-                Poll::Ready(read) => Poll::Ready(read.map(Some)),
-                Poll::Pending => Poll::Ready(Ok(None)),
-            });
-            match more.await {
+            match self.read_what_is_there().await {
                 Ok(Some(bytes)) => gulp += bytes,
                 // An error comes again with the next read, after what was received is used.
                 Ok(None) | Err(_) => break,
@@ -139,6 +146,8 @@ impl FrameReader {
                 }),
             };
             armed.map_err(|error| self.lost(&error.to_string()))?;
+            // The timer wakes us: packets need not.
+            self.arrivals.rest();
         }
         Ok(gulp)
     }
