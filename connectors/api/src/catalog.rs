@@ -23,6 +23,16 @@ pub struct SourceRows {
     pub rows: Vec<SegmentBody>,
 }
 
+/// A column that a table has in the stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceColumn {
+    /// Its name.
+    pub name: String,
+    /// What rows have in it that are older than the column (`ADD COLUMN … DEFAULT`), as Postgres' text form: no change of the stream says
+    /// so. `None` when that is NULL, and when the table was rewritten since, which gave each row a value of its own.
+    pub filled: Option<String>,
+}
+
 /// Reads single rows of the source over a connection that is opened on demand.
 #[async_trait]
 pub trait SourceLookup: Send + Sync {
@@ -55,6 +65,15 @@ pub trait SourceLookup: Send + Sync {
             }
         }
         Ok(found)
+    }
+
+    /// The columns that a table has in the stream now. Empty when the table is gone.
+    ///
+    /// # Errors
+    /// When the source cannot be reached or refuses.
+    async fn columns(&self, table: &TableName) -> Result<Vec<SourceColumn>, SinkError> {
+        let _ = table;
+        Ok(Vec::new())
     }
 
     /// What a table has at the source beyond columns and primary key, for a sink that made it. Empty when the table is gone.

@@ -3,6 +3,7 @@
 //! The row is read with the simple protocol, whose text forms are those of the WAL stream, and goes through the same
 //! columns: a value that is looked up is identical to one that was streamed.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -11,7 +12,8 @@ use tokio::sync::Mutex;
 use tokio_postgres::SimpleQueryMessage;
 use tokio_postgres::types::Type;
 use wallaby_connector_api::{
-    ForeignKey, KeyValues, SinkError, SourceLookup, SourceRow, SourceRows, TableExtra, TableExtras, TableIndex,
+    ForeignKey, KeyValues, SinkError, SourceColumn, SourceLookup, SourceRow, SourceRows, TableExtra, TableExtras,
+    TableIndex,
 };
 use wallaby_model::schema::{quote_identifier, quote_literal};
 use wallaby_model::{ReplicaIdentity, TableChanges, TableName, TableSchema};
@@ -39,26 +41,16 @@ impl Lookup {
         Lookup { config, publication: publication.to_owned(), control: Mutex::new(None) }
     }
 
-    async fn read(&self, table: &TableSchema, keys: &[KeyValues], bytes_max: usize) -> Result<SourceRows, SourceError> {
+    /// Asks over the connection, which stays for the next question.
+    async fn ask<T>(&self, question: impl AsyncFnOnce(&Control) -> Result<T, SourceError>) -> Result<T, SourceError> {
         let mut slot = self.control.lock().await;
         let control = match slot.take() {
             Some(control) if !control.is_closed() => control,
             _ => connect_control(&self.config).await?,
         };
-        let rows = self.read_over(&control, table, keys, bytes_max).await;
+        let answer = question(&control).await;
         *slot = Some(control);
-        rows
-    }
-
-    async fn read_extras(&self, table: &TableName) -> Result<TableExtras, SourceError> {
-        let mut slot = self.control.lock().await;
-        let control = match slot.take() {
-            Some(control) if !control.is_closed() => control,
-            _ => connect_control(&self.config).await?,
-        };
-        let extras = extras_over(&control, table).await;
-        *slot = Some(control);
-        extras
+        answer
     }
 
     async fn read_over(
@@ -237,6 +229,27 @@ JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = $1 AND c.relname = $2 AND a.attgenerated = '' AND NOT a.attisdropped
 ORDER BY a.attnum";
 
+/// What rows have in columns that are newer than they. The value is kept in an array of one element, and for each partition by itself:
+/// when they do not agree, nobody can tell.
+const FILLED_SQL: &str = "
+SELECT l.attname::text, min((l.attmissingval::text::text[])[1])
+FROM (SELECT $1::oid AS relid UNION SELECT t.relid FROM pg_catalog.pg_partition_tree($1) t) r
+JOIN pg_catalog.pg_attribute l ON l.attrelid = r.relid AND l.atthasmissing AND NOT l.attisdropped
+GROUP BY 1 HAVING count(DISTINCT (l.attmissingval::text::text[])[1]) = 1";
+
+async fn columns_over(
+    control: &Control,
+    publication: &str,
+    table: &TableName,
+) -> Result<Vec<SourceColumn>, SourceError> {
+    let Some(current) = current_shape(control, publication, 0, table).await? else { return Ok(Vec::new()) };
+    let rows = control.query_typed(FILLED_SQL, &[(&current.shape.oid, Type::OID)]).await;
+    let rows = rows.map_err(|error| SourceError::from_client(format!("reading the columns of {table}"), &error))?;
+    let mut filled: HashMap<String, String> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let columns = current.shape.columns.into_iter();
+    Ok(columns.map(|column| SourceColumn { filled: filled.remove(&column.name), name: column.name }).collect())
+}
+
 async fn extras_over(control: &Control, table: &TableName) -> Result<TableExtras, SourceError> {
     let during = || format!("reading indexes and constraints of {table}");
     let arguments: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 2] =
@@ -285,10 +298,17 @@ impl SourceLookup for Lookup {
         keys: &[KeyValues],
         bytes_max: usize,
     ) -> Result<SourceRows, SinkError> {
-        self.read(table, keys, bytes_max).await.map_err(|error| for_a_sink(&error, "rows"))
+        let found = self.ask(async |control| self.read_over(control, table, keys, bytes_max).await).await;
+        found.map_err(|error| for_a_sink(&error, "rows"))
+    }
+
+    async fn columns(&self, table: &TableName) -> Result<Vec<SourceColumn>, SinkError> {
+        let columns = self.ask(async |control| columns_over(control, &self.publication, table).await).await;
+        columns.map_err(|error| for_a_sink(&error, "columns"))
     }
 
     async fn extras(&self, table: &TableName) -> Result<TableExtras, SinkError> {
-        self.read_extras(table).await.map_err(|error| for_a_sink(&error, "indexes and constraints"))
+        let extras = self.ask(async |control| extras_over(control, table).await).await;
+        extras.map_err(|error| for_a_sink(&error, "indexes and constraints"))
     }
 }

@@ -4,21 +4,23 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio_postgres::Client;
+use wallaby_connector_api::SourceLookup;
 use wallaby_model::schema::quote_identifier;
-use wallaby_model::{Position, TableName, TableSchema};
+use wallaby_model::{Position, TableName, TableSchema, TaskId};
 
+use crate::columns;
 use crate::error::{Doing, PostgresError};
 use crate::metrics::COLUMNS_AS_TEXT;
 use crate::schema::{Existing, ExistingColumn, Extra, Misfit, Target, Wanted, plan, target};
+use crate::session::Session;
 
 /// Columns of earlier shapes, by the table at the source, that may stay at the sink for now.
 #[derive(Debug, Default)]
 pub(crate) struct Leniency(HashMap<TableName, HashSet<String>>);
 
 impl Leniency {
-    /// What may stay for a shape.
-    pub(crate) fn of(&self, schema: &TableSchema) -> Extra<'_> {
-        self.0.get(&schema.table).map_or(Extra::Refused, Extra::These)
+    fn of(&self, table: &TableName) -> impl Iterator<Item = &String> {
+        self.0.get(table).into_iter().flatten()
     }
 
     /// Remembers the columns of a shape that rows were written in.
@@ -68,10 +70,12 @@ async fn read_wanted(client: &Client, schema: &TableSchema) -> Result<Vec<Wanted
             (Some(oid), _) => {
                 // The modifier is that of the base type: it says nothing of a domain.
                 let modifier = if oid == column.type_oid { column.type_modifier } else { -1 };
-                Wanted { oid, modifier, sql: column.sql_type.clone(), as_text: false }
+                Wanted { oid, modifier, sql: column.sql_type.clone(), as_text: false, filled: None }
             }
-            (None, Some(oid)) => Wanted { oid, modifier: column.type_modifier, sql: row.get(2), as_text: false },
-            (None, None) => Wanted { oid: TEXT, modifier: -1, sql: "text".to_owned(), as_text: true },
+            (None, Some(oid)) => {
+                Wanted { oid, modifier: column.type_modifier, sql: row.get(2), as_text: false, filled: None }
+            }
+            (None, None) => Wanted { oid: TEXT, modifier: -1, sql: "text".to_owned(), as_text: true, filled: None },
         }
     });
     Ok(wanted.collect())
@@ -118,46 +122,144 @@ pub(crate) async fn lock_timeout(client: &Client, limit: &str) -> Result<(), Pos
     set.doing(|| "setting lock_timeout at the sink".to_owned())
 }
 
-/// Brings `table` into the shape of `schema`, inside the transaction of the batch. `first` is the first row in that
-/// shape: where the sink stops when a person has to act.
-pub(crate) async fn fit(
-    client: &Client,
-    schema: &Arc<TableSchema>,
-    table: &TableName,
-    first: Position,
-    sink: &str,
-    extra: Extra<'_>,
-) -> Result<Target, PostgresError> {
-    let misfit = |misfit: Misfit| PostgresError::Shape { reason: misfit.reason, remedy: misfit.remedy, first };
-    let existing = read_existing(client, table).await?;
-    if existing.is_none() {
-        make_schema(client, &table.schema).await?;
+/// Whose shape a table is brought into.
+#[derive(Clone, Copy)]
+pub(crate) enum Of<'a> {
+    /// That of a table that is about to be loaded: of a chunk.
+    Prepared,
+    /// That of a chunk. One of a later snapshot may lack a column that was dropped meanwhile: the log will say so in its place.
+    Chunk,
+    /// That of rows of the log. Columns of these earlier shapes may stay.
+    Log(&'a Leniency),
+}
+
+/// Brings tables into shape, inside the transaction of who writes.
+pub(crate) struct Fitting<'a> {
+    pub session: &'a Session,
+    /// The apply task, also where one of its load tasks does this.
+    pub task: &'a TaskId,
+    pub lookup: &'a dyn SourceLookup,
+    /// The sink's name, for its metrics.
+    pub sink: &'a str,
+}
+
+impl Fitting<'_> {
+    /// Brings `here` into the shape of `schema`. `first` is the first row in that shape: where the sink stops when a person has to
+    /// act.
+    pub(crate) async fn fit(
+        &self,
+        schema: &Arc<TableSchema>,
+        here: &TableName,
+        first: Position,
+        of: Of<'_>,
+    ) -> Result<Target, PostgresError> {
+        let misfit = |misfit: Misfit| PostgresError::Shape { reason: misfit.reason, remedy: misfit.remedy, first };
+        let client = &self.session.client;
+        let mut existing = read_existing(client, here).await?;
+        if existing.is_none() {
+            make_schema(client, &here.schema).await?;
+        }
+        let mut wanted = read_wanted(client, schema).await?;
+        let may_stay = match &mut existing {
+            Some(existing) => self.learn(schema, existing, &mut wanted, of).await?,
+            None => HashSet::new(),
+        };
+        let extra = if let Of::Chunk = of { Extra::Any } else { Extra::These(&may_stay) };
+        let statements = plan(schema, here, &wanted, existing.as_ref(), extra).map_err(misfit)?;
+        if !statements.is_empty() {
+            // A change of a table that waits makes every reader behind it wait too: better to try again.
+            lock_timeout(client, DDL_LOCK_TIMEOUT).await?;
+        }
+        for statement in &statements {
+            tracing::info!(table = %here, statement, "changing a table at the sink");
+            client.batch_execute(statement).await.doing(|| format!("running {statement} at the sink"))?;
+        }
+        if !statements.is_empty() {
+            lock_timeout(client, "0").await?;
+        }
+        self.note(schema, existing.as_ref(), &wanted, &may_stay, of).await?;
+        let as_text = schema.columns.iter().zip(&wanted).filter(|(_, wanted)| wanted.as_text);
+        for (column, _) in as_text {
+            tracing::warn!(table = %here, column = column.name, r#type = column.sql_type, "type unknown at the sink: kept as text");
+            metrics::counter!(COLUMNS_AS_TEXT, "sink" => self.sink.to_owned()).increment(1);
+        }
+        let existing = match existing {
+            Some(existing) if statements.is_empty() => Some(existing),
+            _ => read_existing(client, here).await?,
+        };
+        let vanished =
+            || Misfit { reason: format!("{here} vanished at the sink"), remedy: "wallaby resume".to_owned() };
+        let existing = existing.ok_or_else(|| misfit(vanished()))?;
+        target(schema, here, &existing, false).map_err(misfit)
     }
-    let wanted = read_wanted(client, schema).await?;
-    let statements = plan(schema, table, &wanted, existing.as_ref(), extra).map_err(misfit)?;
-    if !statements.is_empty() {
-        // A change of a table that waits makes every reader behind it wait too: better to try again.
-        lock_timeout(client, DDL_LOCK_TIMEOUT).await?;
+
+    /// Completes what is known of a table that is here; returns the columns that may stay although the shape does not have them. Asks
+    /// nobody as long as the table has the shape's columns and no others.
+    async fn learn(
+        &self,
+        schema: &TableSchema,
+        existing: &mut Existing,
+        wanted: &mut [Wanted],
+        of: Of<'_>,
+    ) -> Result<HashSet<String>, PostgresError> {
+        let is_in_shape = |name: &str| schema.columns.iter().any(|column| column.name == name);
+        let has_others = existing.columns.iter().any(|column| !is_in_shape(&column.name));
+        let is_to_add = schema.columns.iter().any(|column| existing.column(&column.name).is_none());
+        let mut may_stay = HashSet::new();
+        if has_others {
+            let known = columns::read(&self.session.client, self.task, &schema.table).await?;
+            for column in existing.columns.iter_mut().filter(|column| known.filled.contains(&column.name)) {
+                column.fills_itself = false;
+            }
+            if let Of::Log(earlier) = of {
+                may_stay.extend(known.early);
+                may_stay.extend(earlier.of(&schema.table).cloned());
+            }
+        }
+        if is_to_add || (has_others && matches!(of, Of::Prepared)) {
+            let source = self.session.wait_for(self.lookup.columns(&schema.table)).await??;
+            for (column, wanted) in schema.columns.iter().zip(wanted) {
+                let there = source.iter().find(|there| there.name == column.name);
+                wanted.filled = there.and_then(|there| there.filled.clone());
+            }
+            if let Of::Prepared = of {
+                may_stay.extend(source.into_iter().map(|column| column.name));
+            }
+        }
+        Ok(may_stay)
     }
-    for statement in &statements {
-        tracing::info!(%table, statement, "changing a table at the sink");
-        client.batch_execute(statement).await.doing(|| format!("running {statement} at the sink"))?;
+
+    /// Notes of columns what the next shape is judged by.
+    async fn note(
+        &self,
+        schema: &TableSchema,
+        existing: Option<&Existing>,
+        wanted: &[Wanted],
+        may_stay: &HashSet<String>,
+        of: Of<'_>,
+    ) -> Result<(), PostgresError> {
+        let (client, table) = (&self.session.client, &schema.table);
+        let is_new = |name: &str| existing.is_none_or(|existing| existing.column(name).is_none());
+        let added: Vec<&str> =
+            schema.columns.iter().map(|column| column.name.as_str()).filter(|name| is_new(name)).collect();
+        let filled = schema.columns.iter().zip(wanted).filter(|(_, wanted)| wanted.filled.is_some());
+        let filled = filled.map(|(column, _)| column.name.as_str()).filter(|name| added.contains(name));
+        let filled: Vec<&str> = filled.collect();
+        if existing.is_some() && !filled.is_empty() {
+            columns::put_filled(client, self.task, table, &filled).await?;
+        }
+        let names = schema.columns.iter().map(|column| column.name.as_str());
+        match of {
+            Of::Prepared => {
+                let all: Vec<&str> = names.chain(may_stay.iter().map(String::as_str)).collect();
+                let all: HashSet<&str> = all.into_iter().collect();
+                columns::put_early(client, self.task, table, &all.into_iter().collect::<Vec<_>>()).await
+            }
+            Of::Chunk if added.is_empty() => Ok(()),
+            Of::Chunk => columns::put_early(client, self.task, table, &added).await,
+            Of::Log(_) => columns::met(client, self.task, table, &names.collect::<Vec<_>>()).await,
+        }
     }
-    if !statements.is_empty() {
-        lock_timeout(client, "0").await?;
-    }
-    let as_text = schema.columns.iter().zip(&wanted).filter(|(_, wanted)| wanted.as_text);
-    for (column, _) in as_text {
-        tracing::warn!(%table, column = column.name, r#type = column.sql_type, "type unknown at the sink: kept as text");
-        metrics::counter!(COLUMNS_AS_TEXT, "sink" => sink.to_owned()).increment(1);
-    }
-    let existing = match existing {
-        Some(existing) if statements.is_empty() => Some(existing),
-        _ => read_existing(client, table).await?,
-    };
-    let vanished = || Misfit { reason: format!("{table} vanished at the sink"), remedy: "wallaby resume".to_owned() };
-    let existing = existing.ok_or_else(|| misfit(vanished()))?;
-    target(schema, table, &existing, false).map_err(misfit)
 }
 
 /// How rows of a shape that was superseded in the same batch are written to a table that has the later shape already.

@@ -61,7 +61,18 @@ const CREATE: &str = "\
         loaded_at timestamptz NOT NULL DEFAULT now(),
         PRIMARY KEY (task, run, chunk)
     );
-    COMMENT ON TABLE wallaby.chunks IS 'The chunks that a WALlaby apply task has loaded; written in the transaction of each'";
+    COMMENT ON TABLE wallaby.chunks IS 'The chunks that a WALlaby apply task has loaded; written in the transaction of each';
+    CREATE TABLE IF NOT EXISTS wallaby.columns (
+        task text COLLATE \"C\",
+        source_schema text COLLATE \"C\",
+        source_table text COLLATE \"C\",
+        name text COLLATE \"C\",
+        early boolean NOT NULL DEFAULT false,
+        filled boolean NOT NULL DEFAULT false,
+        PRIMARY KEY (task, source_schema, source_table, name)
+    );
+    COMMENT ON TABLE wallaby.columns IS
+        'Columns that a WALlaby apply task has here before its log has them (early), or has given a default (filled)'";
 
 /// The guarded move. Parameters: task, epoch, expected position, new position, log epoch.
 pub(crate) const ADVANCE: &str = "\
@@ -97,8 +108,8 @@ pub(crate) async fn exists(client: &Client, table: &str) -> Result<bool, Postgre
 /// nothing to create.
 async fn create(client: &Client) -> Result<(), PostgresError> {
     for attempt in 1.. {
-        // The last one that is made: an installation may have the first alone, from before there was a first load.
-        if exists(client, "wallaby.chunks").await? {
+        // The last one that is made: an older installation may have the first ones alone.
+        if exists(client, "wallaby.columns").await? {
             return Ok(());
         }
         match client.batch_execute(CREATE).await {

@@ -17,6 +17,7 @@ use wallaby_model::schema::{quote_identifier, quote_literal};
 use wallaby_model::{TableName, TableSchema, TaskId};
 
 use crate::checkpoint;
+use crate::columns;
 use crate::config::PostgresSinkConfig;
 use crate::error::{Doing, PostgresError};
 use crate::marks::{self, Locking};
@@ -178,7 +179,7 @@ async fn try_finish(
         finish.foreign_key(key).await?;
     }
     for default in &extras.defaults {
-        finish.default(default).await?;
+        finish.default(table, default).await?;
     }
     Ok(finish.failed)
 }
@@ -268,6 +269,17 @@ impl Finish<'_> {
         let found = self.session.client.query_opt(query, &[&self.here.quoted(), &self.here.schema, &name]).await;
         let found = found.doing(|| format!("looking for index {name:?}"))?;
         Ok(found.map(|row| (row.get(0), row.get(1))))
+    }
+
+    /// Whether a unique constraint can be made of an index that is there: it is as we would build it.
+    async fn is_index_of(&self, name: &str, using: &str) -> Result<bool, PostgresError> {
+        let query = "SELECT i.indisunique AND right(pg_get_indexdef(c.oid), length($3)) = $3 \
+            FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_index i ON i.indexrelid = c.oid \
+            WHERE n.nspname = $1 AND c.relname = $2";
+        let ending = format!(" USING btree {using}");
+        let found = self.session.client.query_opt(query, &[&self.here.schema, &name, &ending]).await;
+        let found = found.doing(|| format!("looking at index {name:?}"))?;
+        Ok(found.is_some_and(|row| row.get(0)))
     }
 
     fn drop_index(&self, name: &str) -> String {
@@ -372,12 +384,21 @@ impl Finish<'_> {
         let alter = format!("ALTER TABLE {} ADD CONSTRAINT {name}", self.here.quoted());
         let whole = format!("{alter} {}", constraint.definition);
         let index = if deferral.is_empty() { constraint.name.clone() } else { self.not_yet_deferrable(&name).await? };
+        let found = self.found_index(&index).await?;
+        let is_ours = found != Some((true, true)) || index.starts_with(NOT_YET_DEFERRABLE);
+        if !is_ours && !self.is_index_of(&index, using).await? {
+            self.failed.push(format!(
+                "{what} could not be added to {} at the sink: another index has its name; under another name, run: {whole}",
+                self.here
+            ));
+            return Ok(());
+        }
         if !self.build(&what, &index, true, using, Some(&whole)).await? {
             return Ok(());
         }
         // The index takes the constraint's name.
         let add = format!("{alter} UNIQUE USING INDEX {}{deferral}", quote_identifier(&index));
-        if !self.run_for(&what, &add, &whole).await? {
+        if !self.run_for(&what, &add, &whole).await? && is_ours {
             self.session.command(&self.drop_index(&index)).await?;
         }
         Ok(())
@@ -412,13 +433,15 @@ impl Finish<'_> {
         self.add_constraint(&key.name, &definition, true).await
     }
 
-    async fn default(&mut self, default: &TableExtra) -> Result<(), PostgresError> {
+    async fn default(&mut self, source: &TableName, default: &TableExtra) -> Result<(), PostgresError> {
         let query =
             "SELECT atthasdef FROM pg_attribute WHERE attrelid = to_regclass($1) AND attname = $2 AND NOT attisdropped";
         let found = self.session.client.query_opt(query, &[&self.here.quoted(), &default.name]).await;
         let found = found.doing(|| format!("looking for the default of {:?}", default.name))?;
         // A column that is not here comes with its own change.
         if found.is_some_and(|row| !row.get::<_, bool>(0)) {
+            // Before it is there: a note without a default says nothing, a default without a note that the column is a person's.
+            columns::put_filled(&self.session.client, self.task, source, &[&default.name]).await?;
             let (column, table) = (quote_identifier(&default.name), self.here.quoted());
             let statement = format!("ALTER TABLE {table} ALTER COLUMN {column} SET DEFAULT {}", default.definition);
             self.run(&format!("the default of column {:?}", default.name), &statement).await?;

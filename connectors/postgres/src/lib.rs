@@ -22,6 +22,7 @@ mod assemble;
 mod catalog;
 mod checkpoint;
 mod collapse;
+mod columns;
 mod config;
 mod encode;
 mod error;

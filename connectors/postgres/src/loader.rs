@@ -19,14 +19,14 @@ use wallaby_connector_api::{ChunkLoad, ChunkLoader, ChunkParts, Loaded, SinkErro
 use wallaby_model::run::TableStage;
 use wallaby_model::{ChunkId, Op, Position, SegmentBody, TableChanges, TableName, TableSchema, TaskId, TaskKind};
 
-use crate::catalog::fit;
+use crate::catalog::{Fitting, Of};
 use crate::checkpoint;
 use crate::collapse::Chunk;
 use crate::config::PostgresSinkConfig;
 use crate::error::{Doing, PostgresError};
 use crate::marks::{self, Locking};
 use crate::metrics::{CHUNK_SECONDS, CHUNKS, LOADED_ROWS};
-use crate::schema::{Extra, Target};
+use crate::schema::Target;
 use crate::session::{Session, connect_as};
 use crate::write::{Targets, Writer};
 
@@ -249,9 +249,9 @@ impl PostgresLoader {
             return Ok(Arc::clone(target));
         }
         let here = self.config.target_table(&shape.table);
-        // A chunk of a later snapshot may lack a column that was dropped meanwhile: the log will say so in its place.
-        let target = fit(&session.client, shape, &here, Position::ZERO, &self.name, Extra::Any).await?;
-        let target = Arc::new(target);
+        let lookup = self.lookup.lookup.as_ref();
+        let fitting = Fitting { session, task: &self.task, lookup, sink: &self.name };
+        let target = Arc::new(fitting.fit(shape, &here, Position::ZERO, Of::Chunk).await?);
         targets.insert(Arc::clone(shape), Arc::clone(&target));
         Ok(target)
     }

@@ -9,14 +9,13 @@ use wallaby_connector_api::{Batch, Portions, SinkError, TableExtras, TableLoads,
 use wallaby_model::run::TableStage;
 use wallaby_model::{ChunkId, Position, RunId, TableName, TableSchema};
 
-use crate::catalog::{DDL_LOCK_TIMEOUT, fit, lock_timeout, read_existing};
+use crate::catalog::{DDL_LOCK_TIMEOUT, Fitting, Of, lock_timeout, read_existing};
 use crate::checkpoint;
 use crate::error::{Doing, PostgresError};
 use crate::extras;
 use crate::large::{narrowed, only};
 use crate::marks::{self, Kept, Locking};
 use crate::metrics::LOG_ROWS;
-use crate::schema::Extra;
 use crate::session::not_open;
 use crate::sink::PostgresSink;
 use crate::transaction::{Moves, Open};
@@ -116,7 +115,9 @@ impl PostgresSink {
         let client = &open.session.client;
         let here = self.config.target_table(table);
         let is_new = read_existing(client, &here).await?.is_none();
-        fit(client, shape, &here, Position::ZERO, &self.name, Extra::Refused).await?;
+        let lookup = self.task.lookup.as_ref();
+        let fitting = Fitting { session: &open.session, task, lookup, sink: &self.name };
+        fitting.fit(shape, &here, Position::ZERO, Of::Prepared).await?;
         let made_here = is_new || kept.is_some_and(|kept| kept.made_here);
         let mut owed = Vec::new();
         if !is_new {

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use wallaby_model::schema::quote_identifier;
+use wallaby_model::schema::{quote_identifier, quote_literal};
 use wallaby_model::{ColumnType, ReplicaIdentity, TableName, TableSchema};
 
 use crate::encode::Wire;
@@ -47,6 +47,18 @@ pub(crate) struct Wanted {
     pub sql: String,
     /// The sink does not have the type.
     pub as_text: bool,
+    /// What rows have in the column that are older than it, as text; NULL when there is none.
+    pub filled: Option<String>,
+}
+
+impl Wanted {
+    /// The column's type, and what rows have in it that are here already: not NULL when the source says so.
+    fn addition(&self) -> String {
+        match &self.filled {
+            None => self.sql.clone(),
+            Some(value) => format!("{} DEFAULT {}", self.sql, quote_literal(value)),
+        }
+    }
 }
 
 /// A column of a table at the sink.
@@ -59,7 +71,7 @@ pub(crate) struct ExistingColumn {
     pub cast: String,
     pub is_enum: bool,
     pub not_null: bool,
-    /// It has a value without being written: a default, an identity, a generation expression.
+    /// It has a value without being written, and not by us: a default, an identity, a generation expression.
     pub fills_itself: bool,
     /// GENERATED ALWAYS AS (…): cannot be written.
     pub generated: bool,
@@ -74,7 +86,7 @@ pub(crate) struct Existing {
 }
 
 impl Existing {
-    fn column(&self, name: &str) -> Option<&ExistingColumn> {
+    pub(crate) fn column(&self, name: &str) -> Option<&ExistingColumn> {
         self.columns.iter().find(|column| column.name == name)
     }
 }
@@ -160,18 +172,15 @@ pub(crate) struct Misfit {
 /// Which columns of a table here may stay although the shape does not have them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Extra<'a> {
-    /// None but those that fill themselves.
-    Refused,
-    /// All of them: the shape is an older one than the table's, or a person will be asked later.
+    /// All of them: a person will be asked later, if need be.
     Any,
-    /// These.
+    /// These, beside those that fill themselves.
     These(&'a HashSet<String>),
 }
 
 impl Extra<'_> {
     fn may_stay(self, name: &str) -> bool {
         match self {
-            Extra::Refused => false,
             Extra::Any => true,
             Extra::These(names) => names.contains(name),
         }
@@ -196,7 +205,7 @@ pub(crate) fn plan(
     for (column, wanted) in schema.columns.iter().zip(wanted) {
         let name = quote_identifier(&column.name);
         let Some(found) = existing.column(&column.name) else {
-            additions.push((&column.name, format!("{alter} ADD COLUMN {name} {}", wanted.sql)));
+            additions.push((&column.name, format!("{alter} ADD COLUMN {name} {}", wanted.addition())));
             continue;
         };
         if !fits(wanted, found) {
@@ -397,7 +406,7 @@ mod tests {
     }
 
     fn wanted(count: usize) -> Vec<Wanted> {
-        vec![Wanted { oid: INT4, modifier: -1, sql: "integer".to_owned(), as_text: false }; count]
+        vec![Wanted { oid: INT4, modifier: -1, sql: "integer".to_owned(), as_text: false, filled: None }; count]
     }
 
     fn column(name: &str) -> ExistingColumn {
@@ -419,7 +428,7 @@ mod tests {
 
     fn planned(columns: &[(&str, bool)], existing: Option<&Existing>) -> Result<Vec<String>, Misfit> {
         let schema = schema(columns);
-        plan(&schema, &schema.table.clone(), &wanted(columns.len()), existing, Extra::Refused)
+        plan(&schema, &schema.table.clone(), &wanted(columns.len()), existing, Extra::These(&HashSet::new()))
     }
 
     #[test]

@@ -39,10 +39,12 @@ pub fn capabilities() -> Capabilities {
             "An unchanged TOAST value is left as it is. When such a change meets no row, the row is read again from the \
              source by its key (`wallaby_sink_rows_read_again_total`); it may then be ahead of its neighbours until the \
              log catches up.",
-            "Missing tables are made with columns, types, NOT NULL and primary key. New columns are added as nullable; \
-             rows that exist keep NULL in them even when the source's column has a default. Anything else stops this \
+            "Missing tables are made with columns, types, NOT NULL and primary key. New columns are added as nullable, \
+             with the value that older rows have in them at the source as their default (`ADD COLUMN … DEFAULT`). A default that gives \
+             each row another value, as `random()` does, rewrites the table at the source, which no change says: rows that exist keep \
+             NULL until the table is loaded anew (`wallaby snapshot start`). Anything else stops this \
              sink alone and names the statement to run here before `wallaby resume`. A column of your own may stay if \
-             it has a default. Types that do not exist here are kept as text \
+             you gave it a default. Types that do not exist here are kept as text \
              (`wallaby_sink_columns_as_text_total`).",
             "A table without a key is appended to, with the position of the change in `_wallaby_position`. Its updates \
              and deletes need REPLICA IDENTITY FULL at the source and take away one row that is equal in all columns, \

@@ -14,7 +14,7 @@ use wallaby_model::schema::quote_literal;
 use wallaby_model::{Epoch, Position, TableName, TableSchema, TaskId};
 
 use crate::assemble::{TableRuns, positions, slice, tables};
-use crate::catalog::{Leniency, fit, fit_superseded};
+use crate::catalog::{Fitting, Leniency, Of, fit_superseded};
 use crate::checkpoint::{self, ADVANCE, LOCK_EPOCH, as_bigint};
 use crate::config::PostgresSinkConfig;
 use crate::error::{Doing, PostgresError};
@@ -282,14 +282,17 @@ impl Transaction<'_> {
             let here = self.config.target_table(&table.table);
             self.open.claim(self.config, &self.task.task, &table.table).await?;
             let Some(((last, first), earlier)) = table.shapes.split_last() else { continue };
-            let client = &self.open.session.client;
             let target = match self.open.targets.get(last) {
                 Some(target) if earlier.is_empty() => Arc::clone(target),
-                _ => Arc::new(fit(client, last, &here, *first, self.name, leniency.of(last)).await?),
+                _ => {
+                    let (task, lookup) = (&self.task.task, self.task.lookup.as_ref());
+                    let fitting = Fitting { session: &self.open.session, task, lookup, sink: self.name };
+                    Arc::new(fitting.fit(last, &here, *first, Of::Log(leniency)).await?)
+                }
             };
             for (shape, first) in earlier {
                 if shape != last && !targets.contains_key(shape) {
-                    let superseded = fit_superseded(client, shape, &here, *first).await?;
+                    let superseded = fit_superseded(&self.open.session.client, shape, &here, *first).await?;
                     targets.insert(Arc::clone(shape), Arc::new(superseded));
                 }
             }

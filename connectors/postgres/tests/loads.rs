@@ -17,8 +17,8 @@ use wallaby_connector_api::conformance::{
 };
 use wallaby_connector_api::{
     Applied, Batch, BatchPart, ChunkLoad, ChunkParts, CommitFault, Faults, ForeignKey, HangPoint, KeyValues, Loaded,
-    Portion, Portions, Sink, SinkError, SinkFactory, SinkTask, SourceLookup, SourceRow, TableExtra, TableExtras,
-    TableFilter, TableIndex,
+    Portion, Portions, Sink, SinkError, SinkFactory, SinkTask, SourceColumn, SourceLookup, SourceRow, TableExtra,
+    TableExtras, TableFilter, TableIndex,
 };
 use wallaby_model::run::TableStage;
 use wallaby_model::{ChunkId, ColumnType, Epoch, RunId, SegmentBody, TableName, TableSchema};
@@ -376,6 +376,116 @@ async fn extras_are_added_once_and_foreign_keys_come_back_after_another_load() {
     target.sql("INSERT INTO parents VALUES (1)").await;
     assert!(beside.loads().unwrap().finish(&parents.table).await.unwrap().is_empty());
     assert_eq!(query(&target.database, foreign_keys).await, rows(&[&["items_parent"]]));
+}
+
+/// A default that the source's table has is on the column at the sink too, which does not make the column a person's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_column_with_a_default_of_ours_is_missed_when_the_source_has_it_no_more() {
+    let renamed = Shape::new("items").key("id", ColumnType::Int4).column("m", ColumnType::Int4);
+    let renamed = renamed.column("big", ColumnType::Text).build();
+    let dropped = Shape::new("items").key("id", ColumnType::Int4).column("big", ColumnType::Text).build();
+    for (shape, row, statement) in [
+        (renamed, item(2, 2, "b"), r#"RENAME COLUMN "n" TO "m""#),
+        (dropped, vec![2.into(), "b".into()], r#"DROP COLUMN "n""#),
+    ] {
+        let target = Target::fresh("defaults").await;
+        let (mut log, items) = (Log::new(), items());
+        let mut sink = target.make(Faults::default(), Arc::new(WithExtras));
+        sink.open(Epoch(1)).await.unwrap();
+        let tables = std::slice::from_ref(&items.table);
+        sink.loads().unwrap().prepare(RUN, 0, &items).await.unwrap();
+        sink.loads().unwrap().mark(tables, TableStage::Ready, log.start()).await.unwrap();
+        sink.start_at(log.start(), Epoch(1)).await.unwrap();
+        sink.loads().unwrap().finish(&items.table).await.unwrap();
+        target.sql("ALTER TABLE items ADD COLUMN loaded_at timestamptz DEFAULT now()").await;
+        log.transaction([Change::insert(&items, item(1, 1, "a"))]);
+        apply(&mut sink, &log.batch()).await;
+        log.transaction([Change::insert(&shape, row)]);
+        let Err(SinkError::Configuration { reason, remedy }) = try_apply(&mut sink, &log.batch()).await else {
+            panic!("the column stays, and its rows are wrong: {statement}")
+        };
+        assert!(remedy.contains(statement) && !reason.contains("loaded_at"), "{reason}: {remedy}");
+    }
+}
+
+/// The source has these columns now.
+struct Ahead(Vec<&'static str>);
+
+#[async_trait]
+impl SourceLookup for Ahead {
+    async fn row_by_key(&self, _: &Arc<TableSchema>, _: &KeyValues) -> Result<SourceRow, SinkError> {
+        Ok(None)
+    }
+
+    async fn columns(&self, _: &TableName) -> Result<Vec<SourceColumn>, SinkError> {
+        Ok(self.0.iter().map(|&name| SourceColumn { name: name.to_owned(), filled: None }).collect())
+    }
+}
+
+/// A column comes while a table is loaded: it is at the sink before the log, which is replayed from the snapshot on, has it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_column_may_be_at_the_sink_before_the_log_has_it() {
+    // Who brings it: the table as it was before, the first chunk, a later one.
+    for who in ["the main stream", "the first chunk", "a later chunk"] {
+        let target = Target::fresh("early").await;
+        let mut log = Log::new();
+        let shape = || Shape::new("items").key("id", ColumnType::Int4).column("n", ColumnType::Int4);
+        let (old, new) = (shape().build(), shape().column("late", ColumnType::Int4).build());
+        let mut sink = target.opened_with(&log, Arc::new(Ahead(vec!["id", "n", "late"]))).await;
+        if who == "the main stream" {
+            target.sql("CREATE TABLE items (id int PRIMARY KEY, n int, late int)").await;
+        }
+        let (start, tables) = (log.start(), [old.table.clone()]);
+        let first = if who == "the first chunk" { &new } else { &old };
+        sink.loads().unwrap().prepare(RUN, 0, first).await.unwrap();
+        for (number, shape) in [(0, first), (1, if who == "a later chunk" { &new } else { first })] {
+            let mut row = vec![Value::Int(number), Value::Int(0)];
+            row.extend((shape.columns.len() == 3).then_some(Value::Int(5)));
+            let mut part = PartFeed::new([chunk_part(shape, start.commit, [row])]);
+            load(&target, &chunk(shape, u32::try_from(number).unwrap(), 0, true), &mut part).await.unwrap();
+        }
+        sink.loads().unwrap().mark(&tables, TableStage::CatchingUp, start).await.unwrap();
+        log.transaction([Change::update(&old, [1.into(), 1.into()])]);
+        let before = log.batch();
+        log.transaction([Change::update(&old, [1.into(), 2.into()])]);
+        let at = log.batch();
+        log.transaction([Change::update(&new, [1.into(), 3.into(), 6.into()])]);
+        let after = log.batch();
+        log.transaction([Change::update(&old, [1.into(), 4.into()])]);
+        let gone = log.batch();
+        // The main stream has none of these tables' rows until it has the table.
+        sink.loads().unwrap().replay(&tables, &before).await.unwrap();
+        let filter =
+            Arc::new(TableFilter { others: true, left_out: tables.iter().cloned().collect(), ..Default::default() });
+        let parts = before.parts.iter().map(|part| BatchPart { tables: Some(Arc::clone(&filter)), ..part.clone() });
+        apply(&mut sink, &Batch { parts: parts.collect(), ..before.clone() }).await;
+        sink.loads().unwrap().mark(&tables, TableStage::Ready, before.to).await.unwrap();
+        // A new owner knows as much.
+        sink.close().await;
+        sink.open(Epoch(2)).await.unwrap();
+        for batch in [&at, &after] {
+            apply(&mut sink, batch).await;
+        }
+        let found = query(&target.database, "SELECT n, late FROM items WHERE id = 1").await;
+        assert_eq!(found, rows(&[&["3", "6"]]), "{who}");
+        // The log has had it: it was dropped.
+        let Err(SinkError::Configuration { remedy, .. }) = try_apply(&mut sink, &gone).await else {
+            panic!("{who}: the column stays")
+        };
+        assert!(remedy.contains(r#"DROP COLUMN "late""#), "{who}: {remedy}");
+    }
+}
+
+/// What nobody knows of is named before hours are spent on a load.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_with_a_column_that_the_source_never_had_is_not_loaded() {
+    let target = Target::fresh("strange").await;
+    target.sql("CREATE TABLE items (id int PRIMARY KEY, n int, big text, strange int)").await;
+    let mut sink = target.make(Faults::default(), Arc::new(Ahead(vec!["id", "n", "big"])));
+    sink.open(Epoch(1)).await.unwrap();
+    let prepared = sink.loads().unwrap().prepare(RUN, 0, &items()).await;
+    let Err(SinkError::Configuration { remedy, .. }) = prepared else { panic!("{prepared:?}") };
+    assert!(remedy.contains(r#"DROP COLUMN "strange""#), "{remedy}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -838,6 +948,27 @@ async fn a_unique_constraint_that_rows_violate_leaves_nothing_that_refuses_rows(
         target.sql("DELETE FROM items WHERE id > 1").await;
         assert_eq!(finish(&target, definition, &items).await.unwrap().unwrap(), [""; 0], "{definition}");
         assert_eq!(query(&target.database, CONSTRAINT).await, rows(&[&[definition]]));
+    }
+}
+
+/// Nothing is made of it, and nothing becomes of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_persons_index_that_has_a_constraints_name_is_left_alone() {
+    for theirs in [
+        "INDEX items_u ON items (n)",
+        "UNIQUE INDEX items_u ON items (big)",
+        "UNIQUE INDEX items_u ON items (n) WHERE n > 1",
+    ] {
+        let target = Target::fresh("persons").await;
+        let (log, items) = (Log::new(), items());
+        let _sink = live(&target, &log, &items, [item(1, 1, "a"), item(2, 2, "b")]).await;
+        target.sql(&format!("CREATE {theirs}")).await;
+        let before = query(&target.database, "SELECT indexdef FROM pg_indexes WHERE indexname = 'items_u'").await;
+        let sentences = finish(&target, "UNIQUE (n)", &items).await.unwrap().unwrap();
+        assert!(sentences.len() == 1 && sentences[0].contains("another index has its name"), "{theirs}: {sentences:?}");
+        assert!(query(&target.database, CONSTRAINT).await.is_empty(), "{theirs}");
+        let after = query(&target.database, "SELECT indexdef FROM pg_indexes WHERE indexname = 'items_u'").await;
+        assert!(before.len() == 1 && before == after, "{theirs}: {after:?}");
     }
 }
 

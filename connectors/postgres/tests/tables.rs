@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use target::{Target, apply, query, rows, try_apply};
 use wallaby_connector_api::conformance::{Change, Log, PortionFeed, Shape, SinkUnderTest, Value, chunk_part};
-use wallaby_connector_api::{KeyValues, SinkError, SourceLookup, SourceRow};
-use wallaby_model::{ColumnType, Epoch, SegmentBody, TableSchema};
+use wallaby_connector_api::{KeyValues, SinkError, SourceColumn, SourceLookup, SourceRow};
+use wallaby_model::{ColumnType, Epoch, SegmentBody, TableName, TableSchema};
 
 fn misfit<T: std::fmt::Debug>(outcome: Result<T, SinkError>) -> (String, String) {
     match outcome {
@@ -118,6 +118,51 @@ async fn a_changed_column_stops_the_sink_until_the_statement_was_run() {
     sink.open(Epoch(1)).await.unwrap();
     apply(&mut sink, &rest).await;
     assert_eq!(target.rows(&before.table).await, rows(&[&["1", "2"], &["2", "2"]]));
+}
+
+/// The source's columns, with what older rows have in them.
+struct Columns(Vec<(&'static str, Option<&'static str>)>);
+
+#[async_trait]
+impl SourceLookup for Columns {
+    async fn row_by_key(&self, _: &Arc<TableSchema>, _: &KeyValues) -> Result<SourceRow, SinkError> {
+        Ok(None)
+    }
+
+    async fn columns(&self, _: &TableName) -> Result<Vec<SourceColumn>, SinkError> {
+        let column = |&(name, filled): &(&str, Option<&str>)| SourceColumn {
+            name: name.to_owned(),
+            filled: filled.map(str::to_owned),
+        };
+        Ok(self.0.iter().map(column).collect())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_are_older_than_a_column_have_in_it_what_they_have_at_the_source() {
+    let target = Target::fresh("filled").await;
+    let mut log = Log::new();
+    let before = Shape::new("t").key("id", ColumnType::Int4).build();
+    let shape = Shape::new("t").key("id", ColumnType::Int4).column("note", ColumnType::Text);
+    let after = shape.column("n", ColumnType::Int4).column("bare", ColumnType::Int4).build();
+    let columns = Columns(vec![("id", None), ("note", Some("it's")), ("n", Some("7")), ("bare", None)]);
+    let mut sink = target.opened_with(&log, Arc::new(columns)).await;
+    log.transaction([Change::insert(&before, [1.into()])]);
+    apply(&mut sink, &log.batch()).await;
+    log.transaction([Change::insert(&before, [2.into()])]);
+    log.transaction([
+        Change::insert(&after, [3.into(), Value::Null, 8.into(), 8.into()]),
+        Change::update(&after, [1.into(), "new".into(), 9.into(), Value::Null]),
+    ]);
+    apply(&mut sink, &log.batch()).await;
+    let expected = rows(&[&["1", "new", "9", "~"], &["2", "it's", "7", "~"], &["3", "~", "8", "8"]]);
+    assert_eq!(target.rows(&after.table).await, expected);
+    // It has a default now, and is the source's all the same: what the source renames or drops is not passed over.
+    let shape = Shape::new("t").key("id", ColumnType::Int4).column("remark", ColumnType::Text);
+    let renamed = shape.column("n", ColumnType::Int4).column("bare", ColumnType::Int4).build();
+    log.transaction([Change::insert(&renamed, [4.into(), Value::Null, 8.into(), 8.into()])]);
+    let (_, remedy) = misfit(try_apply(&mut sink, &log.batch()).await);
+    assert!(remedy.contains("RENAME COLUMN \"note\" TO \"remark\""), "{remedy}");
 }
 
 /// Both shapes in one transaction: there is no place to stop in between, and the old rows must not bring the column back.

@@ -7,6 +7,7 @@ use wallaby_model::condition::TaskPhase;
 use wallaby_model::run::RunState;
 use wallaby_model::{ChunkId, RunId, TaskId};
 
+use crate::runs::ask;
 use crate::scene::*;
 use crate::{ALL, fill, fill_dense};
 
@@ -71,6 +72,48 @@ async fn h01_cluster_turns_the_rows_round() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h01_another_type_reads_as_empty_under_the_snapshot() {
     rewritten("retyped", "ALTER TABLE t ALTER n TYPE bigint", Some("ALTER TABLE t ALTER n TYPE bigint")).await;
+}
+
+/// A column comes while a table is read: some chunks do not have it, the log has it later than the first chunk that does, and rows that
+/// are older than the column have its default, which no change says.
+async fn widened(name: &str, is_live: bool) {
+    let scene = Arc::new(Scene::new(name).await);
+    fill(&scene, 20_000).await;
+    scene.offer_chunks(if is_live { u32::MAX } else { 2 });
+    scene.coordination.create_flow(scene.in_chunks("initial")).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    let run = if is_live {
+        scene.run_is(1, RunState::Done).await;
+        scene.offer_chunks(2);
+        ask(&scene).await;
+        2
+    } else {
+        1
+    };
+    scene.chunks_read(run, 2).await;
+    let chunks = scene.plan(run).await.unwrap().relations[0].chunks();
+    assert!(chunks >= 5, "{chunks} chunks");
+    scene.source.batch_execute("UPDATE t SET n = n - 1 WHERE id % 501 = 0").await.unwrap();
+    let add = "ALTER TABLE t ADD late int DEFAULT 7, ADD bare text, ADD note text DEFAULT 'it''s'";
+    scene.source.batch_execute(add).await.unwrap();
+    let after = "UPDATE t SET n = n - 1, late = 8 WHERE id % 503 = 0; INSERT INTO t (id, pad) VALUES (30000, 'new')";
+    scene.source.batch_execute(after).await.unwrap();
+    scene.offer_chunks(u32::MAX);
+    scene.run_is(run, RunState::Done).await;
+    scene.equal("SELECT (id, n, pad, late, bare, note)::text FROM t ORDER BY id").await;
+    let extra = "SELECT count(*)::text FROM t WHERE late = 7 AND note = 'it''s' AND bare IS NULL";
+    scene.equal(extra).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_column_is_added_in_the_middle_of_a_first_load() {
+    widened("widened", false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_column_is_added_in_the_middle_of_a_repair() {
+    widened("widened_live", true).await;
 }
 
 /// What was read before a table started again makes room in a side store that has none for all of it: nobody wants it.

@@ -36,7 +36,7 @@ async fn wish(scene: &Scene, wish: RunWish) {
 }
 
 /// Asks for a run of everything.
-async fn ask(scene: &Scene) {
+pub(crate) async fn ask(scene: &Scene) {
     let seen = scene.coordination.flow(&scene.flow).await.unwrap();
     let spec = RunSpec {
         reason: RunReason::Asked,

@@ -37,3 +37,49 @@ async fn extras_name_no_table_and_keep_quoted_names() {
     let gone = lookup.extras(&TableName::new("public", "nosuch")).await.unwrap();
     assert_eq!(gone, Default::default());
 }
+
+#[tokio::test]
+async fn columns_say_what_rows_have_in_them_that_are_older() {
+    let db = Database::create("columns").await;
+    db.batch_execute(
+        "CREATE TABLE captured (id int PRIMARY KEY, g int GENERATED ALWAYS AS (id + 1) STORED);
+         INSERT INTO captured VALUES (1);
+         CREATE TABLE parts (id int PRIMARY KEY) PARTITION BY RANGE (id);
+         CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (10);
+         CREATE TABLE parts_2 PARTITION OF parts FOR VALUES FROM (10) TO (20);
+         INSERT INTO parts VALUES (1), (11);
+         ALTER TABLE captured ADD a int DEFAULT 3, ADD b text DEFAULT 'it''s \"', ADD c int[] DEFAULT '{1,NULL}', ADD d date,
+             ADD e timestamptz DEFAULT '2020-01-01 00:00:00+00';
+         ALTER TABLE captured ALTER a SET DEFAULT 4;
+         ALTER TABLE parts ADD a int DEFAULT 3;
+         CREATE TABLE parts_3 PARTITION OF parts FOR VALUES FROM (20) TO (30)",
+    )
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let lookup = Lookup::new(flow.config.clone(), &flow.name);
+    let columns = async |table: &str| {
+        let columns = lookup.columns(&TableName::new("public", table)).await.unwrap();
+        columns.into_iter().map(|column| (column.name, column.filled)).collect::<Vec<_>>()
+    };
+    let column = |name: &str, filled: Option<&str>| (name.to_owned(), filled.map(str::to_owned));
+    let expected = [
+        column("id", None),
+        column("a", Some("3")),
+        column("b", Some("it's \"")),
+        column("c", Some("{1,NULL}")),
+        column("d", None),
+    ];
+    let mut found = columns("captured").await;
+    let (name, at) = found.pop().unwrap();
+    assert_eq!(found, expected);
+    let read = format!("SELECT 1 WHERE '{}'::timestamptz = '2020-01-01 00:00:00+00'", at.unwrap());
+    let read = db.query(&read, &[]).await;
+    assert_eq!((name.as_str(), read.unwrap().len()), ("e", 1));
+    assert_eq!(columns("parts").await, [column("id", None), column("a", Some("3"))]);
+    assert_eq!(columns("nosuch").await, []);
+    // A value for each row: it is in the row.
+    db.batch_execute("ALTER TABLE captured ADD f uuid DEFAULT gen_random_uuid()").await.unwrap();
+    let rewritten = columns("captured").await;
+    assert!(rewritten.len() == 7 && rewritten.iter().all(|(_, filled)| filled.is_none()), "{rewritten:?}");
+}
