@@ -74,6 +74,10 @@ pub enum ApplyError {
         /// The part.
         number: u32,
     },
+    /// A replay was ended because its run is over. What it sent last may still be done: only a new opening waits for that, and then knows
+    /// which tables are the main stream's.
+    #[error("{0} is over, and tables that caught up in it may just have been handed over: the sink is opened again")]
+    ReplayGivenUp(RunId),
     /// The lease may have run out.
     #[error("this worker's lease may have run out: nothing more is written")]
     Invalid,
@@ -88,6 +92,7 @@ impl ApplyError {
         let again = Directive::Retry(Duration::from_secs(1));
         match self {
             ApplyError::Sink(error) => error.directive(),
+            ApplyError::ReplayGivenUp(_) => Directive::Retry(Duration::ZERO),
             ApplyError::Staging(error) if error.is_fenced() => Directive::GiveUp,
             // A gap, a foreign message, a purged position: going on would lose changes.
             ApplyError::Staging(
@@ -126,6 +131,7 @@ impl ApplyError {
             ApplyError::ChunkPart { .. } => "ChunkLost",
             ApplyError::Invalid => "LeaseInvalid",
             ApplyError::Silent(_) => "SinkSilent",
+            ApplyError::ReplayGivenUp(_) => "ReplayGivenUp",
         }
     }
 }

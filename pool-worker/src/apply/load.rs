@@ -14,6 +14,7 @@ use wallaby_staging::{SideKey, SideStore};
 
 use super::ApplyError;
 use super::tables::{self, AtSink, Next, Replay};
+use crate::runs::RunView;
 use crate::task::TaskContext;
 
 /// The state of the sink's tables, as this owner left it.
@@ -241,7 +242,11 @@ impl Loads {
         run: RunId,
         state: SinkRun,
     ) -> Result<Stepped, ApplyError> {
-        context.lock.clear_detached(&self.sink, run).await?;
+        // One that loads a few tables brings the sink to life, but not back: the others are as old as when it was cut off.
+        let is_of_all = |view: &RunView| view.spec.as_ref().is_some_and(|spec| spec.tables.is_empty());
+        if context.runs.run(&context.task.flow, run, is_of_all).unwrap_or(false) {
+            context.lock.clear_detached(&self.sink, run).await?;
+        }
         loads(sink)?.forget(run).await?;
         self.loaded.remove(&run);
         let state = SinkRun { is_done: true, ..state };

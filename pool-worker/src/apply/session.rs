@@ -267,10 +267,9 @@ impl Run<'_> {
                 () = tokio::time::sleep_until(due.into()), if !is_busy => {}
                 ended = replayed(replay) => match ended {
                     // Its run was cancelled: the log keeps nothing for it any more.
-                    Err(error) if self.gives_replay_up() => {
-                        tracing::debug!(task = %context.task, %error, "a replay whose run is over ended");
-                    }
-                    ended => if ended? { self.handed_over().await? },
+                    Err(error) => return Err(self.void_replay().map_or(error, ApplyError::ReplayGivenUp)),
+                    Ok(true) => self.handed_over().await?,
+                    Ok(false) => {}
                 },
                 read = self.stream.read(), if !is_busy && !is_held => read?,
                 () = std::future::ready(()), if is_busy => {}
@@ -408,24 +407,21 @@ impl Run<'_> {
         self.checkpoints.note(mark);
     }
 
-    /// Drops a replay whose run wants nothing of this sink any more. Says whether there was one.
-    fn gives_replay_up(&mut self) -> bool {
+    /// The run of a replay, if it wants nothing of this sink any more.
+    fn void_replay(&self) -> Option<RunId> {
         let (context, sink) = (self.context, &self.demand.sink.name);
-        let is_void = self.replay.as_ref().is_some_and(|replay| {
-            let run = replay.run();
-            context
-                .runs
-                .of(&context.task.flow, |runs| !runs.runs.get(&run).is_some_and(|view| runs.awaits(run, view, sink)))
-        });
-        if is_void {
-            self.replay = None;
-        }
-        is_void
+        let run = self.replay.as_ref()?.run();
+        let is_void = context
+            .runs
+            .of(&context.task.flow, |runs| !runs.runs.get(&run).is_some_and(|view| runs.awaits(run, view, sink)));
+        is_void.then_some(run)
     }
 
     /// Does what is to be done in the runs of this sink.
     async fn look(&mut self) -> Result<(), ApplyError> {
-        self.gives_replay_up();
+        if let Some(run) = self.void_replay() {
+            return Err(ApplyError::ReplayGivenUp(run));
+        }
         for _ in 0..STEPS_MAX {
             let at = self.stream.assembler.at();
             match self.loads.step(self.context, self.sink, Some(at)).await? {

@@ -466,8 +466,8 @@ pub const GROUPS: &[(&str, &[Reason])] = &[
             reason(
                 "Detached",
                 &[Delivering],
-                "The log had no room for what the sink still needed, and it was cut off.",
-                "nothing: a run loads it anew; to keep it from happening again: a faster sink, a larger log, or `onOverrun: backpressure`",
+                "The log, or the side store, had no room for what the sink still needed, and it was cut off.",
+                "nothing, unless the message names `wallaby snapshot start`: a run loads it anew; to keep it from happening again: a faster sink, a larger log (`log.maxBytes`) or side store (`chunksMax`), or `onOverrun: backpressure`",
             ),
             reason("WithinLag", &[CaughtUp], "The last change came within 10 s.", "nothing"),
             reason(
@@ -492,6 +492,12 @@ pub const GROUPS: &[(&str, &[Reason])] = &[
             ),
             reason("SinkData", &[Delivering], "It cannot keep a row: the message names constraint and keys.", RESUME),
             reason("SinkMoved", &[Delivering], "The sink stands elsewhere than expected.", "nothing: it is read again"),
+            reason(
+                "ReplayGivenUp",
+                &[Delivering],
+                "A run was cancelled while its tables caught up: the sink is opened again, to see which of them it has.",
+                "nothing",
+            ),
         ],
     ),
     (
