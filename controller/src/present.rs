@@ -87,7 +87,13 @@ fn delivering(view: &View, entry: &FlowEntry, spec: &SinkSpec, told: &Told) -> C
         return told.condition(ConditionType::Delivering);
     };
     let then = match detached.run {
-        Some(run) => format!("run {run} loads it anew"),
+        Some(run) => match view.run(&entry.flow, run) {
+            Some(known) if known.is_wanted() => format!("run {run} loads it anew"),
+            _ => format!(
+                "run {run}, which was to load it anew, was cancelled: `wallaby snapshot start {}` loads it",
+                entry.flow
+            ),
+        },
         None => {
             let at = reattached_at(view.runs(&entry.flow).map(|(_, run)| run), &spec.name, detached.at);
             let seconds = at.0.saturating_sub(detached.at.0) / 1000;
@@ -274,7 +280,7 @@ impl<'a> Told<'a> {
     /// What the log does for a paused sink.
     fn paused_sinks_log(&self, sink: &SinkId) -> &'static str {
         if self.view.detached(&self.entry.flow, sink).is_some() {
-            return "It was cut off from the log, which had no room for what it needs, and is loaded anew then";
+            return "It was cut off, because there was no room for what it needs, and is loaded anew then";
         }
         let waits = |spec: &SinkSpec| spec.name == *sink && spec.on_overrun == OnOverrun::Backpressure;
         match self.entry.record.document.spec.sinks.iter().any(waits) {

@@ -463,6 +463,24 @@ mod of_runs {
         assert_eq!(condition(&never.shown(), "SnapshotComplete").reason, "NotWanted");
     }
 
+    /// A run of one table that is done says nothing of what an earlier one left out.
+    #[test]
+    fn rows_that_a_cancelled_run_left_out_are_missing_until_a_run_loads_them() {
+        let cancelled = RunPlan { state: RunState::Cancelled, ..RunPlan::default() };
+        let done = RunPlan { state: RunState::Done, ..RunPlan::default() };
+        let reason = |first: &[&str], second: &[&str]| {
+            let of = |tables: &[&str]| spec(|spec| spec.tables = tables.iter().map(ToString::to_string).collect());
+            let world = World::running().run(RUN, &of(first), Some(&cancelled));
+            let shown = world.run(RunId(2), &of(second), Some(&done)).shown();
+            condition(&shown, "SnapshotComplete").reason.clone()
+        };
+        assert_eq!(reason(&[], &["public.a"]), "Cancelled");
+        assert_eq!(reason(&["public.a", "public.b"], &["public.a"]), "Cancelled");
+        assert_eq!(reason(&["public.a"], &["public.*"]), "Loaded");
+        assert_eq!(reason(&["public.a"], &[]), "Loaded");
+        assert_eq!(reason(&[], &[]), "Loaded");
+    }
+
     #[test]
     fn a_sink_that_was_cut_off_says_so_and_rests_until_its_run_is_made() {
         let detached = |run| {
@@ -478,11 +496,20 @@ mod of_runs {
         assert!(delivering.message.contains("made 10 s after that"), "{}", delivering.message);
         assert_eq!(detached(None).wanted(), ["capture"]);
         assert_eq!(detached(Some(RUN)).wanted(), ["capture", "apply.warehouse"]);
+        let back = |wish, plan: Option<&RunPlan>| {
+            let spec = spec(|spec| (spec.reason, spec.wish) = (RunReason::SinkAnew, wish));
+            condition(&detached(Some(RUN)).run(RUN, &spec, plan).shown(), "Delivering").message.clone()
+        };
+        assert!(back(RunWish::Go, None).ends_with("run 1 loads it anew"), "{}", back(RunWish::Go, None));
+        let over = RunPlan { state: RunState::Cancelled, ..RunPlan::default() };
+        for cancelled in [back(RunWish::Cancel, None), back(RunWish::Cancel, Some(&over))] {
+            assert!(cancelled.contains("was cancelled: `wallaby snapshot start shop`"), "{cancelled}");
+        }
         let mut paused = detached(None);
         paused.record.document.spec.sinks[0].paused = true;
         let flow = paused.shown();
         let delivering = condition(&flow, "Delivering");
         assert_eq!(delivering.reason, "Paused");
-        assert!(delivering.message.contains("It was cut off from the log"), "{}", delivering.message);
+        assert!(delivering.message.contains("It was cut off, because"), "{}", delivering.message);
     }
 }

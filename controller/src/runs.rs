@@ -82,6 +82,11 @@ impl RunView {
         self.spec.is_some() && !self.is_over()
     }
 
+    /// Whether something more comes of it.
+    pub fn is_wanted(&self) -> bool {
+        self.is_open() && self.spec().is_some_and(|spec| spec.wish != RunWish::Cancel)
+    }
+
     /// Whether nothing more comes of it.
     pub fn is_over(&self) -> bool {
         self.plan.as_ref().is_some_and(|plan| plan.state.is_over())

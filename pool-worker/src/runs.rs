@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 use wallaby_coordination::{Change, Detached, Entry, Key, WatchEvent};
-use wallaby_model::run::{ChunkDone, RunPlan, RunSpec, RunWish, SinkRun};
-use wallaby_model::{ChunkId, FlowId, RunId, SinkId};
+use wallaby_model::run::{ChunkDone, RunPlan, RunSpec, RunWish, SinkRun, TableStage};
+use wallaby_model::{ChunkId, FlowId, RunId, SinkId, TableName};
 
 /// One run.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -34,12 +34,30 @@ impl RunView {
             && !self.plan.as_ref().is_some_and(|plan| plan.state.is_over())
     }
 
+    /// Whether every chunk of its plan is read.
+    pub fn is_read(&self) -> bool {
+        self.plan.as_ref().is_some_and(|plan| plan.chunks().all(|chunk| self.chunks.contains_key(&chunk)))
+    }
+
     /// How many of the chunks that are read a sink is not known to have.
     pub fn lacks(&self, sink: &SinkId) -> usize {
-        let Some(plan) = &self.plan else { return 0 };
-        let loaded = self.loaded.get(sink);
-        let is_lacking = |chunk: &&ChunkId| !loaded.is_some_and(|loaded| loaded.contains(chunk)) && plan.has(**chunk);
-        self.chunks.keys().filter(is_lacking).count()
+        self.lacking(sink).count()
+    }
+
+    /// Whether a sink lacks chunks of tables that it has prepared: load tasks bring it those.
+    pub fn awaits_loads(&self, sink: &SinkId) -> bool {
+        let (Some(plan), Some(state)) = (&self.plan, self.sinks.get(sink)) else { return false };
+        let prepared = |table: &TableName| state.tables.get(&table.to_string()) == Some(&TableStage::Copying);
+        let relation = |chunk: ChunkId| plan.relations.get(chunk.table as usize);
+        self.lacking(sink).filter_map(relation).any(|relation| prepared(&relation.table))
+    }
+
+    fn lacking(&self, sink: &SinkId) -> impl Iterator<Item = ChunkId> {
+        let (plan, loaded) = (self.plan.as_ref(), self.loaded.get(sink));
+        let is_lacking = move |chunk: &ChunkId| {
+            !loaded.is_some_and(|loaded| loaded.contains(chunk)) && plan.is_some_and(|plan| plan.has(*chunk))
+        };
+        self.chunks.keys().copied().filter(is_lacking)
     }
 }
 
@@ -56,6 +74,11 @@ impl FlowRuns {
     /// Whether a sink is out of a run because it was cut off from the log.
     pub fn is_out_of(&self, run: RunId, sink: &SinkId) -> bool {
         self.detached.get(sink).is_some_and(|detached| detached.is_out_of(run))
+    }
+
+    /// How many runs have chunks to read, also when they are paused or wait.
+    pub fn reading(&self) -> usize {
+        self.runs.values().filter(|view| view.is_open() && !view.is_read()).count()
     }
 
     /// Whether an open run still waits for a sink.

@@ -7,7 +7,7 @@ use wallaby_coordination::{FlowEntry, wall_clock_now};
 use wallaby_model::condition::{Condition, ConditionStatus, ConditionType, TaskPhase, Timestamp};
 use wallaby_model::flow::SnapshotMode;
 use wallaby_model::run::{
-    Generation, PlannedRelation, RelationState, RunPlan, RunReason, RunSpec, RunState, RunWish, TableStage,
+    Generation, PlannedRelation, RelationState, RunPlan, RunReason, RunSpec, RunState, RunWish, TableStage, covers,
 };
 use wallaby_model::{FlowId, RunId, SinkId, TaskId, TaskKind, api};
 use wallaby_proto::v1;
@@ -218,6 +218,14 @@ fn sinks(entry: &FlowEntry, spec: &RunSpec, known: &RunView) -> Vec<v1::Snapshot
     of_run.map(shown).collect()
 }
 
+/// Whether a run loads whatever an earlier one was to load, wherever.
+fn makes_up_for(spec: &RunSpec, earlier: &RunSpec) -> bool {
+    let has = |table: &String| spec.tables.iter().any(|pattern| covers(pattern, table));
+    let is_wide = spec.tables.is_empty() || (!earlier.tables.is_empty() && earlier.tables.iter().all(has));
+    let is_left_out = |table: &String| earlier.exclude.iter().any(|pattern| covers(pattern, table));
+    is_wide && spec.exclude.iter().all(is_left_out) && earlier.sinks.iter().all(|sink| spec.loads_into(sink))
+}
+
 /// Whether existing rows are where they should be: in the whole flow, or at one sink.
 pub fn complete(view: &View, entry: &FlowEntry, sink: Option<&SinkId>) -> Condition {
     let of_sink = |spec: &RunSpec| sink.is_none_or(|sink| spec.loads_into(sink));
@@ -230,7 +238,11 @@ pub fn complete(view: &View, entry: &FlowEntry, sink: Option<&SinkId>) -> Condit
     for (run, known) in view.runs(&entry.flow) {
         let Some(spec) = known.spec().filter(|spec| of_sink(spec)) else { continue };
         if known.is_over() || is_done_here(known) {
-            last_over = Some((run, spec, known.plan()));
+            // What a run that was cancelled left out is still missing after one that loads something else.
+            let is_cancelled = |plan: Option<&RunPlan>| plan.is_some_and(|plan| plan.state == RunState::Cancelled);
+            if !last_over.is_some_and(|(_, before, plan)| is_cancelled(plan) && !makes_up_for(spec, before)) {
+                last_over = Some((run, spec, known.plan()));
+            }
             continue;
         }
         let none = RunPlan::default();

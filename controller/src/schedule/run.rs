@@ -227,14 +227,10 @@ impl House {
         }
     }
 
-    /// A sink that was cut off again while it was loaded anew needs nothing of that run any more.
-    async fn cancel_older_loads(&self, entry: &FlowEntry, sink: &SinkId) {
-        let is_of_sink = |spec: &RunSpec| spec.reason == RunReason::SinkAnew && spec.sinks == [sink.clone()];
-        let older: Vec<RunId> = self.etcd.view.with(|view| {
-            let open = view.runs(&entry.flow).filter(|(_, run)| run.is_open());
-            open.filter(|(_, run)| run.spec().is_some_and(is_of_sink)).map(|(run, _)| run).collect()
-        });
-        for run in older {
+    /// A sink that was cut off again while it was loaded anew needs nothing of that run any more. `with` is the run that brings it back,
+    /// which this, or another controller, made: what is seen here of the flow may be older, and newer, than that.
+    async fn cancel_older_loads(&self, entry: &FlowEntry, sink: &SinkId, with: RunId) {
+        for run in self.etcd.view.with(|view| older_loads(view, entry, sink, with)) {
             if let Err(error) = self.etcd.coordination.set_run_wish(&entry.flow, run, RunWish::Cancel).await {
                 tracing::debug!(flow = %entry.flow, %run, %error, "the older run was not cancelled");
             }
@@ -258,9 +254,11 @@ impl House {
                     continue;
                 }
             };
-            self.cancel_older_loads(&entry, &sink).await;
             match coordination.reattach_sink(&entry, &sink, start).await {
-                Ok(run) => tracing::info!(%flow, %sink, %run, "the sink was detached and loads everything anew"),
+                Ok(run) => {
+                    tracing::info!(%flow, %sink, %run, "the sink was detached and loads everything anew");
+                    self.cancel_older_loads(&entry, &sink, run).await;
+                }
                 Err(error) => tracing::debug!(%flow, %sink, %error, "not reattached; it is tried again"),
             }
         }
@@ -276,6 +274,16 @@ struct Chores {
     cut_off: Vec<(FlowEntry, SinkId)>,
 }
 
+/// The open runs before `with` that load a sink anew.
+fn older_loads(view: &View, entry: &FlowEntry, sink: &SinkId, with: RunId) -> Vec<RunId> {
+    let is_of_sink = |spec: &RunSpec| spec.reason == RunReason::SinkAnew && spec.sinks == [sink.clone()];
+    let open = view.runs(&entry.flow).filter(|(run, known)| *run < with && known.is_open());
+    open.filter(|(_, known)| known.spec().is_some_and(is_of_sink)).map(|(run, _)| run).collect()
+}
+
+/// How far another machine's clock may be ahead of ours.
+const AHEAD_MAX_MS: u64 = 60_000;
+
 fn chores(view: &View, now: Timestamp) -> Chores {
     let Chores { mut leftovers, mut cut_off } = Chores::default();
     for entry in view.flows().filter(|entry| entry.record.deleting_since.is_none()) {
@@ -288,9 +296,10 @@ fn chores(view: &View, now: Timestamp) -> Chores {
             continue;
         }
         for sink in entry.record.document.spec.sinks.iter().filter(|sink| !sink.paused) {
-            // Another machine's clock said when. One that was ahead of ours must not make the sink rest until its time comes.
-            let rests = |since| {
-                since <= now && now < reattached_at(view.runs(&entry.flow).map(|(_, run)| run), &sink.name, since)
+            // Another machine's clock said when. One that was far ahead of ours must not make the sink rest until its time comes.
+            let rests = |since: Timestamp| {
+                since.0 <= now.0.saturating_add(AHEAD_MAX_MS)
+                    && now < reattached_at(view.runs(&entry.flow).map(|(_, run)| run), &sink.name, since)
             };
             let detached = view.detached(&entry.flow, &sink.name);
             if detached.is_some_and(|detached| detached.run.is_none() && !rests(detached.at)) {
@@ -364,12 +373,12 @@ pub(crate) fn goners(view: &View) -> Vec<FlowEntry> {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
     use wallaby_coordination::{Detached, Entry, FlowRecord, Key, Revision, WatchEvent};
-    use wallaby_model::flow::{page::EXAMPLE, parse};
+    use wallaby_model::flow::{change::sink_anew, page::EXAMPLE, parse};
 
     use super::*;
 
-    /// Whether a sink that was cut off then is loaded anew now.
-    fn is_loaded_anew(at: u64, now: u64) -> bool {
+    /// A flow's entries, as the store has them, with the name of its first sink.
+    fn flow_entries() -> (FlowId, SinkId, Vec<Entry>) {
         let flow = FlowId::new("shop").unwrap();
         let record = FlowRecord {
             document: parse(EXAMPLE, "-").unwrap(),
@@ -380,18 +389,41 @@ mod tests {
             sinks_since: BTreeMap::new(),
         };
         let sink = record.document.spec.sinks[0].name.clone();
-        let detached = Detached { at: Timestamp(at), position: None, reason: "it slept".to_owned(), run: None };
-        let entry = |key, value| {
-            let (create_revision, mod_revision) = (Revision(7), Revision(7));
-            Entry { key, value, create_revision, mod_revision, lease: 0 }
-        };
-        let entries = vec![
-            entry(Key::FlowSpec(flow.clone()), serde_json::to_vec(&record).unwrap()),
-            entry(Key::SinkDetached(flow, sink), serde_json::to_vec(&detached).unwrap()),
-        ];
+        let spec = entry(Key::FlowSpec(flow.clone()), &record);
+        (flow, sink, vec![spec])
+    }
+
+    fn entry(key: Key, value: &impl serde::Serialize) -> Entry {
+        let (create_revision, mod_revision) = (Revision(7), Revision(7));
+        Entry { key, value: serde_json::to_vec(value).unwrap(), create_revision, mod_revision, lease: 0 }
+    }
+
+    fn view_of(entries: Vec<Entry>) -> View {
         let mut view = View::default();
         view.take(WatchEvent::Snapshot { entries, revision: Revision(7) });
-        !chores(&view, Timestamp(now)).cut_off.is_empty()
+        view
+    }
+
+    /// Whether a sink that was cut off then is loaded anew now.
+    fn is_loaded_anew(at: u64, now: u64) -> bool {
+        let (flow, sink, mut entries) = flow_entries();
+        let detached = Detached { at: Timestamp(at), position: None, reason: "it slept".to_owned(), run: None };
+        entries.push(entry(Key::SinkDetached(flow, sink), &detached));
+        !chores(&view_of(entries), Timestamp(now)).cut_off.is_empty()
+    }
+
+    /// What is seen may be newer than the reason to look: the run that brings the sink back is in it.
+    #[test]
+    fn the_run_that_brings_a_sink_back_is_not_taken_for_an_older_one() {
+        let (flow, sink, mut entries) = flow_entries();
+        for run in [3, 5, 7] {
+            let spec = sink_anew(&sink, Timestamp(1));
+            entries.push(entry(Key::RunSpec(flow.clone(), RunId(run)), &spec));
+        }
+        let view = view_of(entries);
+        let flow = view.flows().next().unwrap().clone();
+        assert_eq!(older_loads(&view, &flow, &sink, RunId(7)), [RunId(3), RunId(5)]);
+        assert_eq!(older_loads(&view, &flow, &sink, RunId(3)), []);
     }
 
     #[test]
@@ -399,6 +431,7 @@ mod tests {
         let at = 1_000_000;
         assert!(!is_loaded_anew(at, at) && !is_loaded_anew(at, at + 9_999));
         assert!(is_loaded_anew(at, at + 10_000));
+        assert!(!is_loaded_anew(at + 5_000, at) && is_loaded_anew(at + 5_000, at + 15_000), "a clock that is ahead");
         let years = 10 * 365 * 86_400_000;
         assert!(is_loaded_anew(at + years, at), "it would rest for years");
     }

@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use wallaby_model::SinkId;
 use wallaby_model::flow::{OnOverrun, SinkSpec};
 use wallaby_model::run::{RunSpec, TableStage};
+use wallaby_model::{SinkId, TaskKind};
 
 use crate::apply::tables::{OpenRun, open_runs};
 use crate::runs::FlowRuns;
@@ -21,6 +21,20 @@ pub struct Keeper {
     pub sink: SinkId,
     /// How far it is.
     pub progress: Progress,
+    /// It lacks what load tasks bring it; only its apply task can go on otherwise.
+    pub awaits_loads: bool,
+}
+
+impl Keeper {
+    /// Whether somebody works for it, given the tasks that have owners: that nobody does, because no controller offers its tasks or no
+    /// worker has room for them, is not the sink's fault.
+    pub fn is_worked_for<'a>(&self, mut owned: impl Iterator<Item = &'a TaskKind>) -> bool {
+        owned.any(|kind| match kind {
+            TaskKind::Load(sink, ..) => self.awaits_loads && *sink == self.sink,
+            TaskKind::Apply(sink) => !self.awaits_loads && *sink == self.sink,
+            _ => false,
+        })
+    }
 }
 
 /// What the owner of a run sees while its chunks find the side store full.
@@ -39,7 +53,7 @@ pub struct Crowd {
 pub fn keepers(runs: &FlowRuns, sinks: &[SinkSpec]) -> Vec<Keeper> {
     let may_go = sinks.iter().filter(|spec| spec.on_overrun == OnOverrun::Detach);
     let of = |sink: &SinkId| {
-        let (mut lacks, mut progress) = (0, Progress::default());
+        let (mut lacks, mut awaits_loads, mut progress) = (0, false, Progress::default());
         let mut earlier: Vec<&RunSpec> = Vec::new();
         for OpenRun { view, spec, .. } in open_runs(runs, sink) {
             let state = view.sinks.get(sink);
@@ -48,20 +62,25 @@ pub fn keepers(runs: &FlowRuns, sinks: &[SinkSpec]) -> Vec<Keeper> {
             }
             if !earlier.iter().any(|earlier| spec.waits_for(earlier)) {
                 lacks += view.lacks(sink);
+                awaits_loads |= view.awaits_loads(sink);
             }
             earlier.push(spec);
             progress.0 += view.loaded.get(sink).map_or(0, |loaded| loaded.len());
             progress.1 += state.map_or(0, |state| state.tables.len());
         }
-        (lacks > 0).then(|| Keeper { sink: sink.clone(), progress })
+        (lacks > 0).then(|| Keeper { sink: sink.clone(), progress, awaits_loads })
     };
     may_go.filter_map(|spec| of(&spec.name)).collect()
 }
+
+/// Looks that are further apart than this say nothing of the time between them.
+const LOOKS_APART_MAX: Duration = Duration::from_secs(30);
 
 /// Since when sinks take nothing although others wait for it.
 #[derive(Debug, Default)]
 pub struct Crowding {
     read: usize,
+    looked: Option<Instant>,
     since: BTreeMap<SinkId, (Progress, Instant)>,
 }
 
@@ -73,7 +92,9 @@ impl Crowding {
 
     /// Takes what is seen; the sinks that took nothing for as long as they may.
     pub fn ripe(&mut self, crowd: &Crowd, now: Instant, patience: Duration) -> Vec<SinkId> {
-        if !crowd.is_waited_for || crowd.read != self.read {
+        let before = self.looked.replace(now);
+        let is_gap = before.is_some_and(|before| now.saturating_duration_since(before) > LOOKS_APART_MAX);
+        if !crowd.is_waited_for || crowd.read != self.read || is_gap {
             self.read = crowd.read;
             self.is_over();
         }
@@ -104,8 +125,11 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(30);
 
     fn crowd(read: usize, is_waited_for: bool, keepers: &[(&str, Progress)]) -> Crowd {
-        let keeper =
-            |(sink, progress): &(&str, Progress)| Keeper { sink: SinkId::new(*sink).unwrap(), progress: *progress };
+        let keeper = |(sink, progress): &(&str, Progress)| Keeper {
+            sink: SinkId::new(*sink).unwrap(),
+            progress: *progress,
+            awaits_loads: false,
+        };
         Crowd { read, is_waited_for, keepers: keepers.iter().map(keeper).collect() }
     }
 
@@ -149,6 +173,30 @@ mod tests {
         let state = SinkRun { tables: [("public.a".to_owned(), TableStage::CatchingUp)].into(), ..SinkRun::default() };
         let catches_up = RunView { sinks: [(sink(), state)].into(), ..first.clone() };
         assert_eq!(of(&catches_up, OnOverrun::Detach), 0);
+    }
+
+    #[test]
+    fn who_was_not_looked_at_is_not_cut_off() {
+        let (mut crowding, begun) = (Crowding::default(), Instant::now());
+        let stuck = crowd(4, true, &[("dead", (0, 0))]);
+        let mut at = |seconds| crowding.ripe(&stuck, begun + Duration::from_secs(seconds), PATIENCE).len();
+        assert_eq!([at(0), at(20), at(600), at(625)], [0, 0, 0, 0]);
+        assert_eq!(at(631), 1);
+    }
+
+    #[test]
+    fn a_sink_whose_tasks_nobody_has_is_not_to_blame() {
+        let here = |awaits_loads| Keeper { sink: sink(), progress: (0, 0), awaits_loads };
+        let elsewhere = SinkId::new("elsewhere").unwrap();
+        let chunk = wallaby_model::ChunkId { table: 0, restart: 0, number: 0 };
+        let (apply, load) = (TaskKind::Apply(sink()), TaskKind::Load(sink(), RunId(1), chunk));
+        let others =
+            [TaskKind::Capture, TaskKind::Apply(elsewhere.clone()), TaskKind::Load(elsewhere, RunId(1), chunk)];
+        for awaits_loads in [false, true] {
+            assert!(!here(awaits_loads).is_worked_for(others.iter()));
+            assert_eq!(here(awaits_loads).is_worked_for([&apply].into_iter()), !awaits_loads);
+            assert_eq!(here(awaits_loads).is_worked_for([&load].into_iter()), awaits_loads);
+        }
     }
 
     #[test]

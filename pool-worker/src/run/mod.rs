@@ -324,14 +324,20 @@ impl Owner<'_> {
         let rows = chunks.values().map(|done| done.rows).sum();
         let bytes = chunks.values().map(|done| done.bytes).sum();
         context.status.progress(|progress| (progress.rows, progress.bytes) = (rows, bytes));
-        if let Ok(usage) = self.side.usage(Shelf::Chunks).await {
-            metrics::side_store(&context.task.flow, "chunks", usage.bytes);
-            if usage.bytes > usage.bytes_max / 2 {
-                self.make_room(&chunks).await;
-                self.cut_off_keepers().await;
-            } else {
-                self.crowding.is_over();
+        match self.side.usage(Shelf::Chunks).await {
+            Ok(usage) => {
+                metrics::side_store(&context.task.flow, "chunks", usage.bytes);
+                // Runs that have chunks to read share it, so one of several never fills it.
+                let reading = context.runs.of(&context.task.flow, FlowRuns::reading).max(1) as u64;
+                if usage.bytes > usage.bytes_max / (2 * reading) {
+                    self.make_room(&chunks).await;
+                    self.cut_off_keepers().await;
+                } else {
+                    self.crowding.is_over();
+                }
             }
+            // Nor can a sink get its chunks.
+            Err(_) => self.crowding.is_over(),
         }
         if self.demand.is_captured {
             move_hold(context, &self.plan, self.run).await?;
@@ -382,7 +388,7 @@ impl Owner<'_> {
         let context = self.context;
         let (flow, sinks) = (&context.task.flow, self.sinks());
         let specs = context.flows.borrow().get(flow).map(|known| known.record.document.spec.sinks.clone());
-        let Some(crowd) = context.runs.of(flow, |runs| {
+        let Some(mut crowd) = context.runs.of(flow, |runs| {
             let view = runs.runs.get(&self.run)?;
             let is_read = self.plan.chunks().all(|chunk| view.chunks.contains_key(&chunk));
             let has_all = sinks.iter().any(|sink| view.lacks(sink) == 0);
@@ -391,6 +397,14 @@ impl Owner<'_> {
         }) else {
             return;
         };
+        if crowd.is_waited_for && !crowd.keepers.is_empty() {
+            match context.shared.coordination.locks(flow).await {
+                Ok(locks) => {
+                    crowd.keepers.retain(|keeper| keeper.is_worked_for(locks.iter().map(|lock| &lock.task.kind)))
+                }
+                Err(_) => return self.crowding.is_over(),
+            }
+        }
         let patience = context.shared.options.sink_patience.0;
         let ripe = self.crowding.ripe(&crowd, Instant::now(), patience);
         if ripe.is_empty() {

@@ -129,6 +129,10 @@ impl Coordination {
         let Some((first, tables, _)) = open.first() else { return Ok(()) };
         for sink in &spec.sinks {
             let detached = self.detached(flow, sink).await?;
+            if detached.as_ref().is_some_and(|detached| detached.run.is_none()) {
+                // It is out of this one as well: the run that brings it back comes later.
+                continue;
+            }
             let is_loaded_by = |other: &RunEntry, done: &BTreeMap<SinkId, SinkRun>| {
                 let is_out = detached.as_ref().is_some_and(|detached| detached.is_out_of(other.run));
                 other.spec.loads_into(sink) && !is_out && !done.get(sink).is_some_and(|state| state.is_done)

@@ -429,11 +429,15 @@ async fn a_run_over_the_same_tables_is_refused_only_when_every_sink_is_about_to_
     assert_eq!(make(&["public.t"]).await, Ok(RunId(2)));
     assert_eq!(make(&["public.*"]).await, Err(RunId(1)), "now it is about to have them");
     assert_eq!(make(&["other.t"]).await, Ok(RunId(3)));
-    // A sink that is cut off gets nothing from the runs before the one that will bring it back.
+    // A sink that is cut off gets nothing from the runs before the one that will bring it back, of which this would be another.
     let capture = take(&session, &TaskId::capture(&flow.flow), flow.revision).await;
     let hold = coordination.holds(&flow.flow).await.unwrap()[&Reader::Sink(sink_id("b"))];
     assert_eq!(capture.detach_sink(&sink_id("b"), hold, "it slept").await.unwrap(), DetachOutcome::Detached);
-    assert_eq!(make(&["public.t"]).await, Ok(RunId(4)));
+    assert_eq!(make(&["public.t"]).await, Err(RunId(1)));
+    let back = coordination.reattach_sink(&flow, &sink_id("b"), None).await.unwrap();
+    assert_eq!(make(&["public.t"]).await, Err(RunId(1)), "{back} loads it into the one, run 2 into the other");
+    coordination.set_run_wish(&flow.flow, back, RunWish::Cancel).await.unwrap();
+    assert_eq!(make(&["public.t"]).await, Ok(RunId(back.0 + 1)));
 }
 
 /// Hazard 10 for a run: its hold is there before the purge, or it is refused; never a hole under it.
