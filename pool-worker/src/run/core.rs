@@ -34,6 +34,8 @@ pub struct Situation<'a> {
     pub session: Option<Session>,
     /// How long a session may hold the snapshot.
     pub age_max: Duration,
+    /// The flow's slot holds back so much WAL that nothing is to be read meanwhile (`safety.onExceeded: pauseSnapshot`).
+    pub waits_for_slot: bool,
     /// Sinks that have not taken everything over.
     pub sinks_open: usize,
     /// Every sink of the run went away, or was cut off from the log: nobody wants it any more.
@@ -45,8 +47,8 @@ pub struct Situation<'a> {
 pub enum Step {
     /// A snapshot is exported, and the plan made over for it. An older session is given up before.
     Export(&'static str),
-    /// The session is given up.
-    GiveUp,
+    /// The session is given up; why.
+    GiveUp(&'static str),
     /// Every chunk is read: the session is given up, the sinks load on.
     BeginLoading,
     /// The run is over, in this state.
@@ -70,12 +72,15 @@ pub fn next(now: Situation<'_>) -> Step {
             _ => Step::BeginLoading,
         };
     }
-    if now.wish == RunWish::Pause {
-        return if now.session.is_some() || now.plan.snapshot().is_some() {
-            Step::GiveUp
-        } else {
-            Step::Wait("a person: the run is paused")
-        };
+    let pauses = match (now.wish, now.waits_for_slot) {
+        (RunWish::Pause, _) => Some(("paused", "a person: the run is paused")),
+        (_, true) => Some(("the flow's slot holds back too much WAL", "the flow's slot to hold back less WAL")),
+        _ => None,
+    };
+    if let Some((why, waits_for)) = pauses {
+        // A snapshot, and the slot that it was exported with, hold back WAL and vacuum themselves.
+        let is_held = now.session.is_some() || now.plan.snapshot().is_some();
+        return if is_held { Step::GiveUp(why) } else { Step::Wait(waits_for) };
     }
     match now.session {
         None => Step::Export("no session holds a snapshot"),
@@ -284,6 +289,7 @@ mod tests {
             lost,
             session: None,
             age_max: Duration::from_secs(60),
+            waits_for_slot: false,
             sinks_open: 1,
             is_unwanted: false,
         }
@@ -308,10 +314,14 @@ mod tests {
         assert!(matches!(next(Situation { session: old, ..reading }), Step::Export(_)));
         let outdated = Some(Session { age: Duration::ZERO, is_outdated: true });
         assert!(matches!(next(Situation { session: outdated, ..reading }), Step::Export(_)));
-        assert_eq!(next(Situation { wish: RunWish::Pause, ..reading }), Step::GiveUp);
+        assert!(matches!(next(Situation { wish: RunWish::Pause, ..reading }), Step::GiveUp(_)));
+        let behind = Situation { waits_for_slot: true, ..reading };
+        assert!(matches!(next(behind), Step::GiveUp(_)));
+        assert!(matches!(next(Situation { session: None, ..behind }), Step::Wait(_)), "and is not exported again");
         assert_eq!(next(Situation { wish: RunWish::Cancel, ..reading }), Step::End(RunState::Cancelled));
         let all = read(&[chunk(0, 0, 0), chunk(0, 0, 1)]);
         assert_eq!(next(Situation { done: &all, ..reading }), Step::BeginLoading);
+        assert_eq!(next(Situation { done: &all, ..behind }), Step::BeginLoading, "nothing is left to be read");
         let loading = RunPlan { state: RunState::Loading, ..plan_.clone() };
         let loaded = Situation { plan: &loading, done: &all, session: None, ..reading };
         assert!(matches!(next(loaded), Step::Wait(_)));

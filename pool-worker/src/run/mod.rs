@@ -14,8 +14,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use wallaby_coordination::{Error as EtcdError, Hold};
-use wallaby_model::condition::{ConditionType, TaskPhase};
+use wallaby_coordination::{Error as EtcdError, Hold, Key};
+use wallaby_model::condition::{ConditionType, TaskPhase, TaskStatus};
+use wallaby_model::flow::OnExceeded;
 use wallaby_model::run::{ChunkDone, RunPlan, RunState, RunWish};
 use wallaby_model::{ChunkId, Position, Reader, RunId, SinkId, TaskId, TaskKind};
 use wallaby_staging::{Shelf, SideGroup, SideStore};
@@ -121,6 +122,7 @@ struct Owner<'a> {
     side: Arc<dyn SideStore>,
     export: Option<Export>,
     is_outdated: bool,
+    waits_for_slot: bool,
     /// Chunks whose parts are removed: every sink has them, or nobody wants them.
     removed: BTreeSet<ChunkId>,
     /// Who keeps the side store full.
@@ -161,9 +163,11 @@ async fn session(
         side,
         export: None,
         is_outdated: false,
+        waits_for_slot: false,
         removed: BTreeSet::new(),
         crowding: Crowding::default(),
     };
+    owner.waits_for_slot = owner.demand.is_captured && owner.slot_holds_too_much().await;
     let end = owner.serve(backoff).await;
     if !matches!(end, Ok(End::Over)) && owner.plan.snapshot().is_some() {
         // Nobody should try to read under a snapshot that goes with this session.
@@ -215,9 +219,9 @@ impl Owner<'_> {
                     backoff.reset();
                     continue;
                 }
-                Step::GiveUp => {
+                Step::GiveUp(why) => {
                     self.export = None;
-                    self.without_snapshot("paused").await?;
+                    self.without_snapshot(why).await?;
                     continue;
                 }
                 Step::BeginLoading => {
@@ -270,6 +274,7 @@ impl Owner<'_> {
                     .as_ref()
                     .map(|export| core::Session { age: export.age(), is_outdated: self.is_outdated }),
                 age_max: age_max(context),
+                waits_for_slot: self.waits_for_slot,
                 sinks_open: sinks.iter().filter(|sink| !is_done(sink)).count(),
                 is_unwanted: sinks.is_empty(),
             })
@@ -341,12 +346,34 @@ impl Owner<'_> {
         }
         if self.demand.is_captured {
             move_hold(context, &self.plan, self.run).await?;
+            self.waits_for_slot = self.slot_holds_too_much().await;
         }
         if let Some(export) = &self.export {
             let open: Vec<_> = core::unfinished(&self.plan, &chunks).map(|(_, relation)| relation).collect();
             self.is_outdated = export.is_outdated(&open).await?;
         }
         Ok(())
+    }
+
+    /// Whether reading has to wait because of the WAL that the flow's slot holds back, by what its capture said last. Once it does, until
+    /// there is some distance to the bound: each export costs the source a look through all of its running transactions.
+    async fn slot_holds_too_much(&self) -> bool {
+        let context = self.context;
+        let flow = &context.task.flow;
+        let bound = context.flows.borrow().get(flow).and_then(|known| {
+            let safety = &known.record.document.spec.source.postgres.safety;
+            (safety.on_exceeded == OnExceeded::PauseSnapshot).then_some(safety.retained_wal_max.0)
+        });
+        let Some(bound) = bound else { return false };
+        let bound = if self.waits_for_slot { bound / 4 * 3 } else { bound };
+        match context.shared.coordination.get(&Key::TaskStatus(TaskId::capture(flow))).await {
+            Ok(said) => {
+                let status = said.and_then(|entry| entry.decode::<TaskStatus>().ok());
+                status.and_then(|status| status.progress.retained_wal_bytes).is_some_and(|retained| retained > bound)
+            }
+            // No reason to change anything.
+            Err(_) => self.waits_for_slot,
+        }
     }
 
     /// Removes parts of chunks that every sink of the run has: a run may be larger than the side store. A sink that turns out not

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_model::condition::{ConditionType, TaskPhase, Timestamp};
+use wallaby_model::flow::{ByteSize, OnExceeded};
 use wallaby_model::run::{ChunkDone, RunReason, RunSpec, RunState, RunWish};
 use wallaby_model::{ChunkId, Reader, RunId, TaskId, TaskKind};
 use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
@@ -102,6 +103,49 @@ async fn h23_a_run_that_is_paused_half_way_gives_its_snapshot_up_and_goes_on_wit
     }
     let plan = scene.plan(1).await.unwrap();
     assert_eq!((plan.relations[0].restart, plan.generations.len()), (0, 2));
+    scene.offer_loads(true);
+    scene.run_is(1, RunState::Done).await;
+    scene.equal(ALL).await;
+}
+
+/// A snapshot holds back WAL, and vacuum, as the slot does that holds back too much of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_gives_its_snapshot_up_while_the_slot_holds_back_too_much_wal() {
+    let (scene, _offers, _worker) = half_read("retained", "initial").await;
+    let bound = async |bytes: u64| {
+        let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+        let mut document = seen.record.document.clone();
+        document.spec.source.postgres.safety.retained_wal_max = ByteSize(bytes);
+        document.spec.source.postgres.safety.on_exceeded = OnExceeded::PauseSnapshot;
+        scene.coordination.update_flow(&seen, document, &BTreeMap::new()).await.unwrap();
+    };
+    let health = async |reason: &str| {
+        let capture = TaskId::capture(&scene.flow);
+        scene
+            .until(&format!("the slot's health is {reason}"), async || {
+                let status = scene.status_of(&capture).await?;
+                let said = status.conditions.iter().find(|said| said.kind == ConditionType::SlotHealthy);
+                match said.map(|said| said.reason.as_str()) {
+                    Some(said) if said == reason => Ok(()),
+                    said => Err(format!("{said:?}")),
+                }
+            })
+            .await;
+    };
+    health("WithinBound").await;
+    bound(1).await;
+    health("RetainedWal").await;
+    no_session_is_left(&scene).await;
+    assert_eq!(scene.plan(1).await.unwrap().snapshot(), None);
+    let read = chunks(&scene).await;
+    scene.offer_loads(false);
+    bound(1 << 40).await;
+    scene.offer_chunks(u32::MAX);
+    scene.run_is(1, RunState::Loading).await;
+    let all = chunks(&scene).await;
+    for (chunk, done) in &read {
+        assert_eq!(all.get(chunk), Some(done), "{chunk} was read again");
+    }
     scene.offer_loads(true);
     scene.run_is(1, RunState::Done).await;
     scene.equal(ALL).await;
