@@ -1,11 +1,12 @@
 //! Snapshot runs: what is asked, what is planned, what is done. These stand in etcd (protocol.md, "etcd", `runs/<N>`), each key with
-//! one writer:
+//! one writer at a time:
 //!
 //! | key | type | written by |
 //! |---|---|---|
-//! | `runs/<N>/spec` | [`RunSpec`] | the controller |
+//! | `runs/<N>/spec` | [`RunSpec`] | the controller, or the apply task that first meets a table which came by a pattern |
 //! | `runs/<N>/plan` | [`RunPlan`] | the run task, guarded by its lock |
 //! | `runs/<N>/chunks/<K>` | [`ChunkDone`] | the chunk task, once, guarded by its lock |
+//! | `runs/<N>/lost/<K>` | `true` | a load or apply task that misses a part of the chunk, guarded by its lock |
 //! | `runs/<N>/loaded/<sink>/<K>` | [`ChunkLoaded`] | the load task: a hint, the truth is in the sink |
 //! | `runs/<N>/sinks/<sink>` | [`SinkRun`] | the apply task, guarded by its lock |
 

@@ -18,12 +18,13 @@ const HELPS: [(&str, &[&str]); 7] = [
 ];
 
 /// Pages about these programs; docs/loadtest.md is about others.
-const PAGES: [&str; 7] = [
+const PAGES: [&str; 8] = [
     "README.md",
     "docs/concepts.md",
     "docs/conditions.md",
     "docs/errors.md",
     "docs/flow-file.md",
+    "docs/metrics.md",
     "docs/operations.md",
     "docs/verify.md",
 ];
