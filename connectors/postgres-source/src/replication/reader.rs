@@ -280,3 +280,48 @@ impl FrameReader {
         self.feedback.received(lsn);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use std::time::Duration;
+
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+    use crate::replication::feedback;
+    use crate::socket::WireSocket;
+    use crate::transport::Closer;
+
+    #[tokio::test]
+    async fn packets_wake_nobody_while_a_flood_gathers_and_the_first_one_does_when_it_is_over() {
+        let (ours, mut theirs) = tokio::net::UnixStream::pair().unwrap();
+        let closer = Closer::of_unix(&ours).unwrap();
+        let socket = WireSocket::new(ours.into_std().unwrap()).unwrap();
+        let arrivals = socket.arrivals();
+        let (read_half, write_half) = tokio::io::split(socket);
+        let feedback = feedback::spawn(write_half, closer, Lsn(0), Duration::from_secs(3600));
+        let reading = (Box::new(read_half) as _, arrivals.clone());
+        let mut reader = FrameReader::new(reading, &[], feedback, "here".to_owned());
+        // Whatever is read, as long as it is much.
+        let flood = vec![0; 100_000];
+        for _ in 0..3 {
+            theirs.write_all(&flood).await.unwrap();
+            let mut read = reader.fill().await.unwrap();
+            while read < flood.len() {
+                assert!(!arrivals.is_watched());
+                read += reader.fill().await.unwrap();
+            }
+            reader.start = reader.end;
+        }
+        assert!(!arrivals.is_watched());
+        while reader.fill_without_waiting().await.unwrap().is_some() {}
+        let (read, ()) = tokio::join!(reader.fill(), async {
+            while !arrivals.is_watched() {
+                tokio::task::yield_now().await;
+            }
+            theirs.write_all(b"quiet").await.unwrap();
+        });
+        assert_eq!(read.unwrap(), 5);
+    }
+}
