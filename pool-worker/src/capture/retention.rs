@@ -10,13 +10,14 @@ use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Coordination, PurgeOutcome, TaskLock};
 use wallaby_model::condition::ConditionType;
 use wallaby_model::{Epoch, Position};
-use wallaby_staging::{Log, LogInfo, RESERVE_BYTES, SideStore, Sweep, log_begins, sweep_transactions};
+use wallaby_staging::{Log, LogInfo, RESERVE_BYTES, Shelf, SideStore, Sweep, log_begins, sweep_transactions};
 
 use super::CaptureError;
 use super::side::Living;
 use super::splices::Unconfirmed;
 use crate::detach::Overrun;
 use crate::failpoint::{Failpoint, Failpoints};
+use crate::metrics;
 use crate::run::sweep::sweep_chunks;
 use crate::status::StatusBoard;
 
@@ -73,6 +74,9 @@ pub fn start(
                 }
             } else {
                 overrun.acquit();
+            }
+            if is_due && let Ok(usage) = sweeper.side.usage(Shelf::Transactions).await {
+                metrics::side_store(log.flow(), "transactions", usage.bytes);
             }
             if look.is_multiple_of(SWEEP_EVERY_LOOKS)
                 && let Err(error) = sweeper.sweep(&log, purged_to).await
