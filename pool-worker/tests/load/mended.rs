@@ -16,7 +16,7 @@ async fn a_table_without_a_key_is_named_and_captured_once_it_has_one() {
     scene.source.batch_execute("CREATE TABLE t (id int NOT NULL, pad text)").await.unwrap();
     scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
     let first = scene.worker("w1");
-    is_refused(&scene).await;
+    is_refused(&scene, "TableWithoutKey", "public.t").await;
     // A new flow, that has nothing yet.
     scene.source.batch_execute("ALTER TABLE t ADD PRIMARY KEY (id); INSERT INTO t VALUES (1, 'loaded')").await.unwrap();
     scene.run_is(1, RunState::Done).await;
@@ -27,19 +27,53 @@ async fn a_table_without_a_key_is_named_and_captured_once_it_has_one() {
     first.end().await;
     scene.source.batch_execute("ALTER TABLE t DROP CONSTRAINT t_pkey").await.unwrap();
     let _second = scene.worker("w2");
-    is_refused(&scene).await;
+    is_refused(&scene, "TableWithoutKey", "public.t").await;
     scene.source.batch_execute("ALTER TABLE t ADD PRIMARY KEY (id)").await.unwrap();
     scene.source.batch_execute("UPDATE t SET pad = 'changed again'; INSERT INTO t VALUES (3, 'new')").await.unwrap();
     scene.equal("SELECT t::text FROM t ORDER BY id").await;
 }
 
-async fn is_refused(scene: &Scene) {
+/// A sink would not find the rows that its updates and deletes mean.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partition_with_less_than_its_root_is_named_and_captured_once_it_has_enough() {
+    let scene = Arc::new(Scene::new("narrow").await);
+    let _offers = scene.offering();
+    let root =
+        "CREATE TABLE t (id int NOT NULL, pad text) PARTITION BY RANGE (id); ALTER TABLE t REPLICA IDENTITY FULL;
+        CREATE TABLE low PARTITION OF t (PRIMARY KEY (id)) FOR VALUES FROM (0) TO (10)";
+    scene.source.batch_execute(root).await.unwrap();
+    scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+    let first = scene.worker("w1");
+    is_refused(&scene, "PartitionIdentity", "public.low").await;
+    // A new flow: its capture waits, and the owner of its first load.
+    let mend = "ALTER TABLE low REPLICA IDENTITY FULL; INSERT INTO t VALUES (1, 'loaded')";
+    scene.source.batch_execute(mend).await.unwrap();
+    scene.run_is(1, RunState::Done).await;
+    // Without the column that the sink adds to a table without a key.
+    let all = "SELECT id || ' ' || pad FROM t ORDER BY id";
+    scene.source.batch_execute("UPDATE t SET pad = 'changed'; INSERT INTO t VALUES (2, 'streamed')").await.unwrap();
+    scene.equal(all).await;
+
+    // One that runs, and to whose table a partition is attached.
+    first.end().await;
+    let attach = "CREATE TABLE high (id int PRIMARY KEY, pad text);
+        ALTER TABLE t ATTACH PARTITION high FOR VALUES FROM (10) TO (20)";
+    scene.source.batch_execute(attach).await.unwrap();
+    let _second = scene.worker("w2");
+    is_refused(&scene, "PartitionIdentity", "public.high").await;
+    let mend = "ALTER TABLE high REPLICA IDENTITY FULL; INSERT INTO t VALUES (11, 'new')";
+    scene.source.batch_execute(mend).await.unwrap();
+    scene.source.batch_execute("UPDATE t SET pad = 'changed again'; DELETE FROM t WHERE id = 2").await.unwrap();
+    scene.equal(all).await;
+}
+
+async fn is_refused(scene: &Scene, reason: &str, table: &str) {
     scene
         .until("the capture names the table", async || {
             let status = scene.status_of(&TaskId::capture(&scene.flow)).await?;
-            let said = status.conditions.iter().find(|said| said.reason == "TableWithoutKey");
+            let said = status.conditions.iter().find(|said| said.reason == reason);
             match said {
-                Some(said) if said.message.contains("public.t") && said.message.contains("REPLICA IDENTITY") => Ok(()),
+                Some(said) if said.message.contains(table) && said.message.contains("REPLICA IDENTITY") => Ok(()),
                 _ => Err(format!("{:?}", status.conditions)),
             }
         })
