@@ -8,7 +8,7 @@ use wallaby_model::{Epoch, Lsn, Nonce};
 use wallaby_staging::{
     LogReader, LogWriter, ReaderOptions, StagingError, Start, SyncPolicy, TailVerdict, Wait, WriterOptions, judge_tail,
 };
-use wallaby_testkit::{NatsCluster, NatsOptions, SyncInterval, eventually};
+use wallaby_testkit::{Held, NatsCluster, NatsOptions, SyncInterval, Wire, eventually};
 
 use crate::counters::counted;
 use crate::support::{Flow, PATIENCE, at, end_of, info, options, owner, read_to, segment};
@@ -209,6 +209,37 @@ async fn is_full(writer: &LogWriter) {
         other => Err(format!("{other:?}")),
     })
     .await;
+}
+
+/// Nothing is on its way that could be overdue: whoever is cut off from its log hears it from nothing but the question for room.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_that_is_cut_off_from_a_full_log_says_so_until_it_is_answered() {
+    let scope = wallaby_testkit::NatsScope::one_node("full").await;
+    let flow = Flow::on(&scope.url(), 1, wallaby_staging::log::MAX_BYTES_LEAST).await;
+    let wire = Wire::to(&scope.url()).await;
+    let cut_off = Flow { log: flow.over(&wire.url()).await, url: wire.url(), cache: Arc::default() };
+    let (writer, filling) = full(&cut_off, SyncPolicy::Always).await;
+    let (waiting, acked) = (writer.waiting(), writer.acked());
+    eventually(PATIENCE, "all that was sent is acknowledged", async || {
+        let (end, acked) = (flow.log.tail().await.unwrap().end, acked.borrow().position);
+        if end == Some(acked) { Ok(()) } else { Err(format!("{acked:?} of {end:?}")) }
+    })
+    .await;
+    is_full(&writer).await;
+    let full_since = waiting.borrow().unwrap().since;
+    wire.hold(Held::Requests);
+    // Longer than several questions take: it is one wait, and whoever watches it can lose patience.
+    let cut_off_for = Duration::from_secs(6);
+    eventually(PATIENCE, "it says that it is cut off", async || match *waiting.borrow() {
+        Some(waiting) if waiting.what == Wait::Unreachable && waiting.since.elapsed() > cut_off_for => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    wire.hold(Held::Nothing);
+    is_full(&writer).await;
+    assert_eq!(waiting.borrow().unwrap().since, full_since, "it was full all the time");
+    filling.abort();
+    flow.end().await;
 }
 
 /// Postgres keeps its WAL while the log is full: it is told of what is durable all the same.
