@@ -153,3 +153,52 @@ async fn a_sink_that_does_not_answer_falls_behind_for_all_to_see() {
     caught_up(ConditionStatus::True).await;
     scene.equal("SELECT t::text FROM t").await;
 }
+
+/// Nor does a restart of the workers hide it: nobody of the new ones ever reached the sink.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_cannot_be_opened_is_behind_also_for_the_next_worker() {
+    let scene = Arc::new(Scene::new("shut").await);
+    let _offers = scene.offering();
+    scene.source.batch_execute("CREATE TABLE t (id int PRIMARY KEY)").await.unwrap();
+    scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+    let first = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    scene.source.batch_execute("INSERT INTO t VALUES (1)").await.unwrap();
+    scene.equal("SELECT t::text FROM t").await;
+    let apply = TaskId::apply(&scene.flow, &scene.sink);
+    // Who is connected stays: the sink's own sessions are ended.
+    let open = async |is_open: bool| {
+        let sql = format!("ALTER DATABASE {} WITH ALLOW_CONNECTIONS {is_open}", scene.target.name());
+        scene.source.batch_execute(&sql).await.unwrap();
+    };
+    open(false).await;
+    let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+               WHERE datname = current_database() AND starts_with(application_name, $1)";
+    scene.target.query_one(end, &[&apply.session_prefix()]).await.unwrap();
+    scene.source.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
+    scene.staged(scene.wal_end().await).await;
+    scene
+        .until("the sink cannot be opened", async || match scene.status_of(&apply).await? {
+            status if status.last_error.is_some() => Ok(()),
+            status => Err(format!("{status:?}")),
+        })
+        .await;
+    first.end().await;
+    let _second = scene.worker("w2");
+    let said = scene
+        .until("the next worker says that the sink is behind", async || {
+            let status = scene.status_of(&apply).await?;
+            let is_next = status.worker.as_ref().is_some_and(|worker| worker.as_str() == "w2");
+            let caught_up = status.conditions.iter().find(|said| said.kind == ConditionType::CaughtUp);
+            match caught_up {
+                Some(said) if is_next && said.status == ConditionStatus::False => Ok(status.progress),
+                _ => Err(format!("{status:?}")),
+            }
+        })
+        .await;
+    assert!(said.lag_ms > Some(10_000) && said.lag_bytes > Some(0), "{said:?}");
+    open(true).await;
+    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+    scene.coordination.resume_flow(&seen).await.unwrap();
+    scene.equal("SELECT t::text FROM t ORDER BY id").await;
+}
