@@ -183,7 +183,8 @@ async fn a_sink_that_cannot_be_opened_is_behind_also_for_the_next_worker() {
             .until(&format!("{worker} says how far the sink is"), async || {
                 let status = scene.status_of(&apply).await?;
                 let said = status.conditions.iter().find(|said| said.kind == ConditionType::CaughtUp);
-                let is_wanted = said.is_some_and(|said| wanted.is_none_or(|wanted| said.status == wanted));
+                let is_wanted = status.progress.lag_ms.is_some()
+                    && said.is_some_and(|said| wanted.is_none_or(|wanted| said.status == wanted));
                 match said {
                     Some(said) if is_wanted && status.worker.as_ref().is_some_and(|by| by.as_str() == worker) => {
                         Ok((said.status, status.progress))
