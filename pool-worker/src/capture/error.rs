@@ -220,7 +220,8 @@ fn is_mended_elsewhere(error: &SourceError) -> bool {
         SourceError::WalLevel { .. }
         | SourceError::SlotInUse { .. }
         | SourceError::TableMissing { .. }
-        | SourceError::TableWithoutKey { .. } => true,
+        | SourceError::TableWithoutKey { .. }
+        | SourceError::PartitionIdentity { .. } => true,
         // Also the server's own refusals.
         error => matches!(error.reason(), "AuthenticationFailed" | "PrivilegeMissing"),
     }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use tokio_util::task::AbortOnDropHandle;
 use wallaby_model::condition::TaskPhase;
 use wallaby_model::flow::{ByteSize, OnOverrun};
 use wallaby_model::run::RunState;
@@ -14,17 +15,17 @@ use crate::lost::blockable;
 use crate::scene::*;
 use crate::{ALL, fill};
 
-/// The capture is asked to end, because its flow changed, while the log takes nothing: only its successor makes the room.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_log_that_is_enlarged_goes_on_although_its_sink_is_blocked() {
-    let (scene, _offers) = ledger_in(blockable("enlarged").await, "1GB", |document| {
+/// A flow with a log that is soon full, and a sink that is then waited for.
+async fn small_ledger(name: &str) -> (Arc<Scene>, AbortOnDropHandle<()>) {
+    ledger_in(blockable(name).await, "1GB", |document| {
         document.spec.log.max_bytes = ByteSize(32 << 20);
         document.spec.sinks[0].on_overrun = OnOverrun::Backpressure;
     })
-    .await;
-    let _worker = scene.worker("w1");
-    scene.run_is(1, RunState::Done).await;
-    let blocked = scene.target.connect().await;
+    .await
+}
+
+/// Blocks the sink, and stages until the log is full.
+async fn fill_log(scene: &Scene, blocked: &tokio_postgres::Client) {
     blocked.batch_execute("BEGIN; LOCK TABLE ledger").await.unwrap();
     for from in (100_000..).step_by(2000) {
         scene.source.batch_execute(&rows(from, from + 1999)).await.unwrap();
@@ -33,6 +34,16 @@ async fn a_full_log_that_is_enlarged_goes_on_although_its_sink_is_blocked() {
             break;
         }
     }
+}
+
+/// The capture is asked to end, because its flow changed, while the log takes nothing: only its successor makes the room.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_log_that_is_enlarged_goes_on_although_its_sink_is_blocked() {
+    let (scene, _offers) = small_ledger("enlarged").await;
+    let _worker = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    let blocked = scene.target.connect().await;
+    fill_log(&scene, &blocked).await;
     scene.source.batch_execute(&rows(1, 2000)).await.unwrap();
     let end = scene.wal_end().await;
     let seen = scene.coordination.flow(&scene.flow).await.unwrap();
@@ -125,6 +136,32 @@ async fn a_capture_that_is_cut_off_between_two_streams_is_given_up() {
     drop(first);
     scene.source.batch_execute("UPDATE t SET n = 1").await.unwrap();
     scene.equal(ALL).await;
+}
+
+/// The log is full and all that was sent is acknowledged: no answer is overdue, and nobody else makes room.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_capture_that_is_cut_off_from_a_full_log_is_given_up() {
+    let (scene, _offers) = small_ledger("full").await;
+    let wire = Wire::to(&scene.nats.url()).await;
+    let first = scene.impatient_worker_at("w1", Failpoints::default(), &wire.url());
+    scene.run_is(1, RunState::Done).await;
+    let blocked = scene.target.connect().await;
+    fill_log(&scene, &blocked).await;
+    let capture = TaskId::capture(&scene.flow);
+    scene
+        .until("it waits for room, with nothing on its way", async || {
+            let (end, status) = (scene.log_end().await?, scene.status_of(&capture).await?);
+            let is_full = status.conditions.iter().any(|said| said.message.contains("room in the log"));
+            let staged = status.progress.staged;
+            if is_full && staged == Some(end) { Ok(()) } else { Err(format!("{is_full}, {staged:?} of {end}")) }
+        })
+        .await;
+    wire.hold(Held::Requests);
+    let _second = scene.worker("w2");
+    captured_by(&scene, "w2").await;
+    drop(first);
+    blocked.batch_execute("ROLLBACK").await.unwrap();
+    scene.equal(LEDGER).await;
 }
 
 /// The same wait ends at once when the capture is not wanted any more.

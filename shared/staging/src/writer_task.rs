@@ -247,7 +247,7 @@ impl WriterTask {
         let now = Instant::now();
         self.shared.acked.send_if_modified(|acked| std::mem::replace(acked, self.acked) != self.acked);
         // With an interval the leader is asked first whether it still has everything.
-        if self.durability.age().is_zero() {
+        if !self.durability.takes_time() {
             self.confirm(now);
         }
         if self.chain.pending() == 0 {
@@ -291,7 +291,6 @@ impl WriterTask {
                 return Ok(());
             }
             self.full_since.get_or_insert(now);
-            self.shared.waiting.set(Some(Wait::Full), now);
         }
         // A full log does not end this: it is what Postgres keeps its WAL for.
         let confirms = self.durability.due_at().is_some_and(|due| due <= now);
@@ -311,10 +310,14 @@ impl WriterTask {
 
     /// Asks the leader whether it is the same and has what was acknowledged. Returns whether it says so.
     async fn check_tail(&mut self) -> bool {
-        self.tail_checked_at = Instant::now();
-        self.room_checked_at = self.tail_checked_at;
-        let Ok(info) = self.log.info().await else {
-            return false;
+        let asked_at = Instant::now();
+        (self.tail_checked_at, self.room_checked_at) = (asked_at, asked_at);
+        let info = match self.log.info().await {
+            Ok(info) => info,
+            Err(error) => {
+                self.unanswered(&error, asked_at);
+                return false;
+            }
         };
         // With nothing on its way, a sequence that is not ours means that somebody fenced: an idle owner hears of it here.
         let is_foreign = self.chain.pending() == 0 && info.last_sequence != self.chain.predicted();
@@ -323,7 +326,23 @@ impl WriterTask {
             return false;
         }
         self.chain.set_room(room(&info).saturating_sub(self.chain.in_flight_bytes()));
+        if self.chain.is_full() {
+            self.shared.waiting.set(Some(Wait::Full), self.full_since.unwrap_or(asked_at));
+        }
         true
+    }
+
+    /// The leader did not say how it stands. An open log finds that out with its next append; a full one sends none, and its owner may
+    /// be the one who is cut off, or the log may be gone.
+    fn unanswered(&mut self, error: &StagingError, asked_at: Instant) {
+        if !self.chain.is_full() {
+            return;
+        }
+        if error.is_transient() {
+            self.shared.waiting.set(Some(Wait::Unreachable), asked_at);
+        } else {
+            self.chain.break_off();
+        }
     }
 
     /// Settles, reads the log, and mends the chain. Returns an error only when this owner must end.
@@ -331,8 +350,8 @@ impl WriterTask {
         self.metrics.resync();
         self.durability.hold();
         let started = Instant::now();
-        let wait = if self.full_since.is_some() { Wait::Full } else { Wait::Resync };
-        self.shared.waiting.set(Some(wait), started);
+        let (wait, since) = self.full_since.map_or((Wait::Resync, started), |since| (Wait::Full, since));
+        self.shared.waiting.set(Some(wait), since);
         self.settle().await;
         let (mut lost_since, mut missing_since) = (None::<Instant>, None::<Instant>);
         let mut delay = BACKOFF_FIRST;
@@ -344,9 +363,13 @@ impl WriterTask {
             match self.read_log().await {
                 Ok((tail, info)) => {
                     missing_since = None;
+                    let are_others = self.connects != connects || self.leader != info.leader;
                     match self.mend(&tail, &info) {
                         Ok(()) => {
                             self.connects = connects;
+                            if are_others {
+                                self.shared.moves.send_modify(|count| *count += 1);
+                            }
                             break;
                         }
                         Err(Lost) if !info.has_quorum => lost_since = None,
@@ -374,7 +397,7 @@ impl WriterTask {
             delay = (delay * 2).min(BACKOFF_MAX);
         }
         self.durability.release();
-        self.shared.waiting.set(Some(wait), started);
+        self.shared.waiting.set(Some(wait), since);
         let backoff = match self.failures {
             0 => Duration::ZERO,
             failures => (BACKOFF_FIRST * 2u32.pow(failures.min(8))).min(BACKOFF_MAX),

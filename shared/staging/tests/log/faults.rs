@@ -8,7 +8,7 @@ use wallaby_model::{Epoch, Lsn, Nonce};
 use wallaby_staging::{
     LogReader, LogWriter, ReaderOptions, StagingError, Start, SyncPolicy, TailVerdict, Wait, WriterOptions, judge_tail,
 };
-use wallaby_testkit::{NatsCluster, NatsOptions, SyncInterval, eventually};
+use wallaby_testkit::{Held, NatsCluster, NatsOptions, SyncInterval, Wire, eventually};
 
 use crate::counters::counted;
 use crate::support::{Flow, PATIENCE, at, end_of, info, options, owner, read_to, segment};
@@ -40,7 +40,7 @@ async fn leaders_killed_in_a_loop_leave_no_gap_and_no_duplicate() {
     let cluster = own_cluster().await;
     let flow = Flow::on_own(&cluster, 512 << 20).await;
     let writer = flow.owner(5).await.unwrap();
-    let acked = writer.acked();
+    let (acked, moves) = (writer.acked(), writer.moves());
     let stop = Arc::new(AtomicBool::new(false));
     let appending = pipeline(writer, Arc::clone(&stop), 10_000);
     // One reader is there all the time, through every fault.
@@ -63,7 +63,7 @@ async fn leaders_killed_in_a_loop_leave_no_gap_and_no_duplicate() {
         }
     });
     for round in 0..4 {
-        let before = acked.borrow().position;
+        let (before, moved_before) = (acked.borrow().position, *moves.borrow());
         let leader = cluster.leader_of_stream(flow.log.stream()).await.unwrap();
         cluster.node(leader).unwrap().kill9().await.unwrap();
         eventually(PATIENCE, "appends go on without the old leader", async || {
@@ -71,6 +71,7 @@ async fn leaders_killed_in_a_loop_leave_no_gap_and_no_duplicate() {
             if now.commit.0 > before.commit.0 + 20 { Ok(()) } else { Err(format!("round {round}: {before:?} {now:?}")) }
         })
         .await;
+        assert!(*moves.borrow() > moved_before, "it has another leader, and nobody is told");
         cluster.start_node(leader).await.unwrap();
         eventually(PATIENCE, "three copies", async || {
             let info = flow.log.info().await.map_err(|error| error.to_string())?;
@@ -209,6 +210,37 @@ async fn is_full(writer: &LogWriter) {
         other => Err(format!("{other:?}")),
     })
     .await;
+}
+
+/// Nothing is on its way that could be overdue: whoever is cut off from its log hears it from nothing but the question for room.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_that_is_cut_off_from_a_full_log_says_so_until_it_is_answered() {
+    let scope = wallaby_testkit::NatsScope::one_node("full").await;
+    let flow = Flow::on(&scope.url(), 1, wallaby_staging::log::MAX_BYTES_LEAST).await;
+    let wire = Wire::to(&scope.url()).await;
+    let cut_off = Flow { log: flow.over(&wire.url()).await, url: wire.url(), cache: Arc::default() };
+    let (writer, filling) = full(&cut_off, SyncPolicy::Always).await;
+    let (waiting, acked) = (writer.waiting(), writer.acked());
+    eventually(PATIENCE, "all that was sent is acknowledged", async || {
+        let (end, acked) = (flow.log.tail().await.unwrap().end, acked.borrow().position);
+        if end == Some(acked) { Ok(()) } else { Err(format!("{acked:?} of {end:?}")) }
+    })
+    .await;
+    is_full(&writer).await;
+    let full_since = waiting.borrow().unwrap().since;
+    wire.hold(Held::Requests);
+    // Longer than several questions take: it is one wait, and whoever watches it can lose patience.
+    let cut_off_for = Duration::from_secs(6);
+    eventually(PATIENCE, "it says that it is cut off", async || match *waiting.borrow() {
+        Some(waiting) if waiting.what == Wait::Unreachable && waiting.since.elapsed() > cut_off_for => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    wire.hold(Held::Nothing);
+    is_full(&writer).await;
+    assert_eq!(waiting.borrow().unwrap().since, full_since, "it was full all the time");
+    filling.abort();
+    flow.end().await;
 }
 
 /// Postgres keeps its WAL while the log is full: it is told of what is durable all the same.
@@ -424,6 +456,24 @@ async fn h09_confirmation_waits_for_the_sync_interval_and_for_no_open_resync() {
     let mut durable = writer.durable();
     tokio::time::timeout(PATIENCE, durable.wait_for(|lsn| lsn.0 == 50)).await.unwrap().unwrap();
     assert!(began.elapsed() >= 2 * interval + wallaby_staging::durability::MARGIN);
+    flow.end().await;
+}
+
+/// The servers are started anew, and sync every write: not what they acknowledged before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h09_what_waits_for_a_long_sync_interval_is_not_confirmed_when_the_interval_becomes_short() {
+    let flow = Flow::on_three().await;
+    let long = SyncPolicy::Interval(Duration::from_secs(3600));
+    let options = wallaby_staging::WriterOptions { sync: long, ..options() };
+    let takeover = LogWriter::take_over(&flow.log, Epoch(5), wallaby_model::Nonce::random(), options).await.unwrap();
+    let writer = takeover.resume(at(1), info(false)).await.unwrap();
+    writer.append(segment(1, 50, 100)).await.unwrap();
+    writer.settled().await.unwrap();
+    writer.sync().send_replace(SyncPolicy::Always);
+    writer.append(segment(50, 60, 100)).await.unwrap();
+    // What is durable is said before this.
+    writer.settled().await.unwrap();
+    assert_eq!(*writer.durable().borrow(), Lsn::ZERO);
     flow.end().await;
 }
 
