@@ -85,13 +85,11 @@ impl CatchUp {
         });
     }
 
-    /// Whether the main stream has to stop where it stands; it is told that it did.
+    /// Whether the main stream has to stop where it stands; the replay is told that it did, or that it goes on.
     pub fn holds(&self) -> bool {
-        if !*self.asks.borrow() {
-            return false;
-        }
-        self.main.send_if_modified(|main| !std::mem::replace(&mut main.is_held, true));
-        true
+        let asks = *self.asks.borrow();
+        self.main.send_if_modified(|main| std::mem::replace(&mut main.is_held, asks) != asks);
+        asks
     }
 
     /// Returns when the tables are ready (`true`), or when the main stream has to stop and does not know it yet. Cancel-safe.
@@ -150,6 +148,8 @@ async fn run(
         log.fill(capabilities.batch_bytes_max, capabilities.batch_rows_max)?;
         if at < stands.at && log.assembler.is_large_next(large) {
             check(context)?;
+            // The main stream had it since it was asked, or is at it just now: it is not to wait as long again.
+            asks.send_if_modified(|asks| std::mem::replace(asks, false));
             let pulse = Pulse::default();
             let span = spans::replay(context, at, log.assembler.piece_made_in().into_iter());
             let (side, filter) = (Arc::clone(&side), Some(Arc::clone(&filter)));
@@ -237,6 +237,26 @@ impl Behind {
 mod tests {
     use super::*;
     use wallaby_model::Lsn;
+
+    #[tokio::test]
+    async fn the_main_stream_goes_on_when_the_replay_does_not_ask_any_more() {
+        let position = |lsn| Position::before(Lsn(lsn));
+        let (main, followed) = watch::channel(Main { at: position(10), is_held: false });
+        let (asking, asks) = watch::channel(false);
+        let task = AbortOnDropHandle::new(tokio::spawn(std::future::pending()));
+        let mut replay = CatchUp { run: RunId(1), main, asks, task };
+        assert!(!replay.holds());
+        for at in [20, 30] {
+            asking.send_replace(true);
+            assert!(!replay.ended_or_asks().await.is_ok_and(|is_done| is_done), "it asks");
+            assert!(replay.holds());
+            assert_eq!(*followed.borrow(), Main { at: position(at - 10), is_held: true });
+            asking.send_replace(false);
+            assert!(!replay.holds());
+            replay.follow(position(at));
+            assert_eq!(*followed.borrow(), Main { at: position(at), is_held: false });
+        }
+    }
 
     #[test]
     fn a_replay_asks_once_it_stands_where_the_main_stream_stood_a_second_ago() {
