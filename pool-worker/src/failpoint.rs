@@ -27,6 +27,8 @@ pub enum Failpoint {
     /// The capture loop keeps the next segment at hand from SIGUSR1 to SIGUSR2, with nothing else on its way to the log, and
     /// the log's writer does not look for a younger owner by itself: a zombie appends for certain, and the chain must refuse it.
     HoldAppend,
+    /// The capture loop stands still, once, when the log has acknowledged a segment that ends inside of a transaction.
+    StopInsideTransaction,
     /// The capture loop stands still, once, after it sent off a part of a large transaction.
     StopAfterPart,
     /// The capture loop stands still, once, when a large transaction's parts and manifest are acknowledged and its splice is not sent.
@@ -71,7 +73,7 @@ impl Failpoint {
         Failpoint::ALL.iter().find(|(_, known)| *known == self).map_or("", |(name, _)| name)
     }
 
-    const ALL: [(&'static str, Failpoint); 25] = [
+    const ALL: [(&'static str, Failpoint); 26] = [
         ("no-self-fencing", Failpoint::NoSelfFencing),
         ("keep-older-sessions", Failpoint::KeepOlderSessions),
         ("hang-capture", Failpoint::HangCapture),
@@ -79,6 +81,7 @@ impl Failpoint {
         ("panic-apply", Failpoint::PanicApply),
         ("give-up-apply", Failpoint::GiveUpApply),
         ("hold-append", Failpoint::HoldAppend),
+        ("stop-inside-transaction", Failpoint::StopInsideTransaction),
         ("stop-after-part", Failpoint::StopAfterPart),
         ("stop-after-manifest", Failpoint::StopAfterManifest),
         ("stop-before-chunk-part", Failpoint::StopBeforeChunkPart),

@@ -1,5 +1,7 @@
 //! A disk of its own that can lose its power: ext4 on a loop device, ended by its shutdown ioctl. What was not synced is gone.
 
+use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -45,6 +47,29 @@ impl Disk {
         run("sync", &["-f", &text(&self.mounted_at)])
     }
 
+    /// Puts everything written so far on the disk, but for what stands below folders of this name: a power cut takes that.
+    ///
+    /// # Errors
+    /// When the disk is gone.
+    pub fn sync_all_but(&self, name: &str) -> std::io::Result<()> {
+        let of_others = files(&self.mounted_at, &|folder| folder.file_name().is_none_or(|found| found != name))?;
+        of_others.iter().try_for_each(|file| match File::open(file).and_then(|file| file.sync_all()) {
+            // Gone meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            synced => synced,
+        })
+    }
+
+    /// The bytes of the files below folders of this name.
+    ///
+    /// # Errors
+    /// When the disk is gone.
+    pub fn bytes_below(&self, name: &str) -> std::io::Result<u64> {
+        let all = files(&self.mounted_at, &|_| true)?;
+        let below = all.iter().filter(|file| file.iter().any(|part| part == name));
+        Ok(below.filter_map(|file| file.metadata().ok()).map(|found| found.len()).sum())
+    }
+
     /// Cuts the power: nothing that was not synced reaches the disk any more, every write fails.
     ///
     /// # Errors
@@ -73,6 +98,20 @@ impl Drop for Disk {
             eprintln!("a test's disk stays mounted: {error}");
         }
     }
+}
+
+/// The files below a folder and those of its folders that are to be looked into.
+fn files(folder: &Path, looks_into: &dyn Fn(&Path) -> bool) -> std::io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let (path, kind) = entry.and_then(|entry| Ok((entry.path(), entry.file_type()?)))?;
+        if kind.is_file() {
+            found.push(path);
+        } else if kind.is_dir() && looks_into(&path) {
+            found.extend(files(&path, looks_into)?);
+        }
+    }
+    Ok(found)
 }
 
 fn text(path: &Path) -> String {

@@ -189,7 +189,7 @@ pub enum SourceError {
     PublicationMissing {
         /// Its name.
         publication: String,
-        /// `in the database`, or `at the slot's position in the WAL`.
+        /// `in the database`, `in the database any more`, or `at the slot's position in the WAL`.
         when: &'static str,
     },
     /// A publication that would be changed against the user's will, or is not what the flow needs.
@@ -434,10 +434,11 @@ impl SourceError {
                 format!("Stop the other reader (SELECT pg_terminate_backend({pid})), or give the flow a slot of its own in spec.source.postgres.slot.name")
             }
             SourceError::PublicationMissing { publication, when } => {
-                if *when == PUBLICATION_AT_SLOT {
-                    format!("The publication was made, renamed or made again after the slot's position. Delete the flow and create it again: WALlaby makes publication {publication} first and the slot after it")
-                } else {
-                    format!("CREATE PUBLICATION {} FOR TABLE ...; or set spec.source.postgres.publication.create: true", wallaby_model::schema::quote_identifier(publication))
+                let quoted = wallaby_model::schema::quote_identifier(publication);
+                match *when {
+                    PUBLICATION_AT_SLOT => format!("It was dropped, renamed or made again after the slot's position, and rows were changed while it was away: nobody can decode these. Delete the flow and create it again: WALlaby makes publication {publication} first and the slot after it"),
+                    PUBLICATION_GONE => format!("It was dropped or renamed while the flow ran. ALTER PUBLICATION ... RENAME TO {quoted}; or make it again with the tables that it had; then `wallaby resume`. The flow goes on where it was when no row of this database was changed while it was away, else it stops and says so: then delete the flow and create it again"),
+                    _ => format!("CREATE PUBLICATION {quoted} FOR TABLE ...; or set spec.source.postgres.publication.create: true"),
                 }
             }
             SourceError::PublicationUnfit { .. } => "Change the publication, or spec.source.postgres.publication, so that they agree".into(),
@@ -476,6 +477,17 @@ impl SourceError {
         Some(text)
     }
 
+    /// The same of a flow that has begun: what is missing now was there, and to make it is not the whole remedy.
+    #[must_use]
+    pub fn of_begun(self) -> SourceError {
+        match self {
+            SourceError::PublicationMissing { publication, .. } => {
+                SourceError::PublicationMissing { publication, when: PUBLICATION_GONE }
+            }
+            other => other,
+        }
+    }
+
     /// Wraps an error of the control connection.
     pub(crate) fn from_client(during: impl Into<String>, error: &tokio_postgres::Error) -> SourceError {
         let during = during.into();
@@ -499,6 +511,8 @@ impl SourceError {
 pub(crate) const PUBLICATION_AT_SLOT: &str = "at the slot's position in the WAL";
 /// [`SourceError::PublicationMissing`]'s `when` for a publication that does not exist.
 pub(crate) const PUBLICATION_NOW: &str = "in the database";
+/// [`SourceError::PublicationMissing`]'s `when` for a publication that existed as the flow began.
+pub(crate) const PUBLICATION_GONE: &str = "in the database any more";
 
 /// Whether a SQLSTATE says that the server goes down or is not up yet.
 pub(crate) fn is_shutdown(sqlstate: &str) -> bool {

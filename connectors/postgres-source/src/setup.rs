@@ -15,7 +15,7 @@ use wallaby_model::schema::quote_identifier;
 
 use crate::config::ConnectConfig;
 use crate::control::{Control, connect_control};
-use crate::error::{PUBLICATION_NOW, ServerError, SourceError};
+use crate::error::{PUBLICATION_GONE, PUBLICATION_NOW, ServerError, SourceError};
 use crate::prepare::setting;
 use crate::sessions::{self, SessionOwner};
 use crate::slot::{self, SlotState};
@@ -61,10 +61,11 @@ pub async fn ensure_publication(control: &Control, wanted: &PublicationWanted) -
 }
 
 /// As [`ensure_publication`], but leaves in what is not wanted: for whoever looks again and again, and may have been overtaken by an owner
-/// that wants more. Nothing that is captured falls out because of it.
+/// that wants more. Nothing that is captured falls out because of it. A publication that went missing is not made again: the WAL before
+/// it could not be decoded, and whoever renamed it could not rename it back (hazard 20).
 ///
 /// # Errors
-/// As [`ensure_publication`].
+/// As [`ensure_publication`]; `PublicationMissing` whoever has to make it.
 pub async fn widen_publication(control: &Control, wanted: &PublicationWanted) -> Result<(), SourceError> {
     settle_publication(control, wanted, Surplus::Kept).await
 }
@@ -114,6 +115,9 @@ async fn alter_publication(
     check_keys(&chosen, existing.as_ref().is_none_or(|existing| existing.via_root))?;
     let names: BTreeSet<TableName> = chosen.into_iter().map(|table| table.name).collect();
     let publication = quote_identifier(&wanted.name);
+    if existing.is_none() && then == Surplus::Kept {
+        return Err(SourceError::PublicationMissing { publication: wanted.name.clone(), when: PUBLICATION_GONE });
+    }
     let Some(existing) = existing else {
         let sql = format!(
             "CREATE PUBLICATION {publication} FOR TABLE {} WITH (publish_via_partition_root = true)",

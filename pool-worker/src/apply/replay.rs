@@ -244,11 +244,10 @@ mod tests {
         let (main, followed) = watch::channel(Main { at: position(10), is_held: false });
         let (asking, asks) = watch::channel(false);
         let task = AbortOnDropHandle::new(tokio::spawn(std::future::pending()));
-        let mut replay = CatchUp { run: RunId(1), main, asks, task };
+        let replay = CatchUp { run: RunId(1), main, asks, task };
         assert!(!replay.holds());
         for at in [20, 30] {
             asking.send_replace(true);
-            assert!(!replay.ended_or_asks().await.is_ok_and(|is_done| is_done), "it asks");
             assert!(replay.holds());
             assert_eq!(*followed.borrow(), Main { at: position(at - 10), is_held: true });
             asking.send_replace(false);

@@ -203,7 +203,7 @@ impl CaptureError {
             StagingError::Fenced { .. } | StagingError::EpochTaken { .. } => "Fenced",
             StagingError::NotContinuing { .. } | StagingError::Closed { .. } => "LogInterrupted",
             StagingError::SideFull { .. } | StagingError::SideNoRoom { .. } => "SideStoreFull",
-            StagingError::SideMissing { .. } => "SideStoreLost",
+            StagingError::SideMissing { .. } | StagingError::SideTailLost { .. } => "SideStoreLost",
             StagingError::NotASide { .. } | StagingError::SidePlace { .. } => "SideStoreInvalid",
             StagingError::NotAManifest { .. } => "ManifestRefused",
             StagingError::TooLarge { .. } => "RowTooLarge",

@@ -335,7 +335,8 @@ async fn set_up_source(
     let wanted = publication_of(demand);
     if !is_first {
         // What went missing is not made again: the WAL before it could not be decoded (hazard 20).
-        ensure_publication(&control, &PublicationWanted { create: false, ..wanted.clone() }).await?;
+        let found = ensure_publication(&control, &PublicationWanted { create: false, ..wanted.clone() }).await;
+        found.map_err(SourceError::of_begun)?;
     }
     ensure_publication(&control, &wanted).await?;
     context.stop_at(Failpoint::StopAfterPublicationMade).await;

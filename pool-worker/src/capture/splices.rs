@@ -2,7 +2,8 @@
 //!
 //! The log and the side store are two streams: a power cut can take parts that were acknowledged and leave the splice that needs them.
 //! Before replication starts, every part of each splice above what Postgres was told is read. And before Postgres is told that a splice
-//! is flushed, its manifest and its youngest parts are looked for: an acknowledged tail of a stream is lost from its end.
+//! is flushed, its manifest and its youngest parts are looked for: an acknowledged tail of a stream is lost from its end. One that is lost
+//! while a transaction is still being put is found out by the side store, which then takes nothing more of this connection.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use wallaby_coordination::{Mark, PacedWriter};
-use wallaby_model::Lsn;
 use wallaby_model::condition::{ConditionType, TaskPhase};
+use wallaby_model::{Lsn, Position};
 use wallaby_postgres_source::{
     Capture, CaptureEvent, Control, Feedback, PartDraft, SegmentDraft, SourceStatus, ended_before,
 };
@@ -135,6 +135,7 @@ async fn stream(
                     // Before the source can end this task too: the log's answer is what the test is about.
                     writer.settled().await?;
                 }
+                stop_inside(context, writer, draft.to).await?;
             }
             CaptureEvent::Heartbeat { to } => {
                 context.pulse.wait("the log");
@@ -239,6 +240,15 @@ async fn hold_append(context: &TaskContext, writer: &LogWriter) -> Result<bool, 
     failpoints.released().await;
     context.status.waiting(None);
     Ok(true)
+}
+
+/// A failpoint: stands still when the log has half a transaction.
+async fn stop_inside(context: &TaskContext, writer: &LogWriter, to: Position) -> Result<(), CaptureError> {
+    if !to.is_between_transactions() && context.shared.failpoints.is_on(Failpoint::StopInsideTransaction) {
+        writer.settled().await?;
+        context.stop_at(Failpoint::StopInsideTransaction).await;
+    }
+    Ok(())
 }
 
 fn pack(

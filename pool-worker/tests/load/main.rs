@@ -4,6 +4,7 @@
 
 mod comings;
 mod failures;
+mod halves;
 mod kills;
 mod large;
 mod lost;

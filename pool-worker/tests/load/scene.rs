@@ -15,12 +15,15 @@ use wallaby_model::condition::{TaskPhase, TaskStatus};
 use wallaby_model::flow::{FlowDocument, SnapshotMode};
 use wallaby_model::offer::{OFFER_CONSUMER, Offer, offer_stream, offer_subject, offer_subjects};
 use wallaby_model::run::{RunPlan, RunState, RunWish, TableStage};
-use wallaby_model::{Attempt, ChunkId, FlowId, Lsn, PoolId, Position, RunId, SinkId, TaskId, TaskKind, WorkerId};
+use wallaby_model::{
+    Attempt, ChunkId, FlowId, Lsn, Manifest, PoolId, Position, RunId, SinkId, TaskId, TaskKind, WorkerId,
+};
 use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
 use wallaby_pool_worker::options::Options;
 use wallaby_pool_worker::worker::{self, Start};
-use wallaby_staging::{Connections, Log, NatsTarget, Shelf, SideGroup, open_side};
+use wallaby_staging::{Connections, Log, NatsTarget, Shelf, SideGroup, SideKey, open_side};
 use wallaby_testkit::*;
+use wallaby_wire::splice::decode_manifest;
 
 /// How long a load of a few rows may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(40);
@@ -310,6 +313,21 @@ spec:
     pub async fn attempts(&self) -> Result<BTreeSet<Attempt>, String> {
         let attempt = |group| if let SideGroup::Attempt(attempt) = group { Some(attempt) } else { None };
         Ok(self.on_shelf(Shelf::Transactions).await?.into_iter().filter_map(attempt).collect())
+    }
+
+    /// The manifests of the large transactions that are kept, in the order of their commits.
+    pub async fn manifests(&self) -> Vec<Manifest> {
+        let flow = self.coordination.flow(&self.flow).await.unwrap();
+        let connections = self.connections().await.unwrap();
+        let side = open_side(&self.flow, &flow.record.document.spec.log, &connections).unwrap();
+        let mut manifests = Vec::new();
+        for group in side.list(Shelf::Transactions).await.unwrap() {
+            let SideGroup::Manifest(commit) = group else { continue };
+            let body = side.get(SideKey::Manifest { commit }).await.unwrap().expect("it is listed");
+            manifests.push(decode_manifest(commit, &body).unwrap());
+        }
+        manifests.sort_by_key(|manifest| manifest.transaction.commit);
+        manifests
     }
 
     /// Takes away a part of a large transaction, as a power cut does: the last one, or the first one.

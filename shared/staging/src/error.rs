@@ -56,6 +56,12 @@ pub enum StagingError {
         /// The stream or folder.
         shelf: String,
     },
+    /// Acknowledged objects are gone from a shelf. Final for who put there: whatever it put is not known to be there.
+    #[error("the NATS servers lost the tail of {shelf}, which they had acknowledged: what was put there is put again")]
+    SideTailLost {
+        /// The stream.
+        shelf: String,
+    },
     /// A stream of a shelf's name is there, and it is none of ours.
     #[error(
         "stream {stream} exists, but it cannot serve as a side store: {what}; delete the stream, or give the flow another name"

@@ -130,6 +130,64 @@ async fn a_slot_that_was_moved_or_lost_while_the_log_was_idle_is_described_as_th
     describes(&system, "slot lost", &["SlotLost", &slot, "max_slot_wal_keep_size", remedy]).await;
 }
 
+/// The publication by its name, as the source has it.
+async fn rename_publication(source: &tokio_postgres::Client, from: &str, to: &str) {
+    source.batch_execute(&format!("ALTER PUBLICATION {from} RENAME TO {to}")).await.unwrap();
+}
+
+/// It goes on by itself while nobody wrote, after `wallaby resume` once it was described, and loaded anew where no one can decode what
+/// was written.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h20_a_publication_that_goes_missing_while_the_flow_runs_is_described_and_nothing_is_lost() {
+    let _alone = alone().await;
+    let flow = FlowFile { snapshot: "initial", ..small().flow };
+    let mut system = System::start(Plan { flow, ..small() }).await;
+    system.apply_flow().await;
+    system.row_passes().await;
+    let source = system.source().await;
+    let published = "SELECT pubname::text, string_agg(format('%I.%I', schemaname, tablename), ', ') \
+        FROM pg_publication_tables GROUP BY 1";
+    let row = source.query_one(published, &[]).await.unwrap();
+    let (name, tables): (String, String) = (row.get(0), row.get(1));
+    source.batch_execute(&format!("DROP PUBLICATION {name}")).await.unwrap();
+    let make = format!("CREATE PUBLICATION {name} FOR TABLE {tables} WITH (publish_via_partition_root = true)");
+    source.batch_execute(&make).await.unwrap();
+    system.row_passes().await;
+
+    rename_publication(&source, &name, "elsewhere").await;
+    pause(&system).await;
+    resume(&system).await;
+    let remedy = ["PublicationMissing", &name, "any more", "dropped or renamed while the flow ran", "wallaby resume"];
+    describes(&system, "publication renamed", &remedy).await;
+    rename_publication(&source, "elsewhere", &name).await;
+    resume(&system).await;
+    system.row_passes().await;
+
+    rename_publication(&source, &name, "elsewhere").await;
+    source.batch_execute("INSERT INTO ledger VALUES (1, 1, 1, 'written while it was away')").await.unwrap();
+    let remedy = ["PublicationMissing", &name, "at the slot's position", "Delete the flow and create it again"];
+    describes(&system, "publication renamed and rows written", &remedy).await;
+    rename_publication(&source, "elsewhere", &name).await;
+    // Now it does exist: that is not enough, and nothing is skipped.
+    source.batch_execute("INSERT INTO ledger VALUES (2, 2, 1, 'written when it was back')").await.unwrap();
+    let stops = || system.workers[0].process().log_tail(2000).to_string().matches("waits for a person").count();
+    let before = stops();
+    resume(&system).await;
+    eventually(PATIENCE, "the capture stops again", async || if stops() > before { Ok(()) } else { Err(stops()) })
+        .await;
+    describes(&system, "publication renamed back", &remedy).await;
+    let found = "SELECT count(*) FROM ledger WHERE id IN (1, 2)";
+    let rows: i64 = system.target().await.query_one(found, &[]).await.unwrap().get(0);
+    assert_eq!(rows, 0, "what follows the rows that nobody can decode is at the sink");
+    let said = system.cli(&["delete", "shop", "--wait"]).await;
+    assert_eq!(said.code, 0, "{}", said.text);
+    system.apply_flow().await;
+    system.row_passes().await;
+    system.is_equal_at("warehouse").await;
+    let rows: i64 = system.target().await.query_one(found, &[]).await.unwrap().get(0);
+    assert_eq!(rows, 2);
+}
+
 /// Two workers of one name: the second says so and waits, and is taken in once the first is gone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_whose_name_is_taken_says_so_and_waits_for_it() {

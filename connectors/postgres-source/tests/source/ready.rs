@@ -227,6 +227,14 @@ async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
     assert_eq!(tables().await, ["C.\"x", "b"]);
     let now: u32 = db.query_one("SELECT oid FROM pg_publication WHERE pubname = $1", &[&name]).await.unwrap().get(0);
     assert_eq!(made, now, "it was altered, not made again");
+    // Who looks again and again does not make what went missing (hazard 20).
+    let away = format!("{name} away");
+    db.batch_execute(&format!("ALTER PUBLICATION \"{name}\" RENAME TO \"{away}\"")).await.unwrap();
+    let missing = widen_publication(&control, &wanted).await.unwrap_err();
+    assert_eq!(missing.reason(), "PublicationMissing");
+    assert!(missing.remedy().unwrap().contains("was dropped or renamed while the flow ran"), "{:?}", missing.remedy());
+    db.batch_execute(&format!("ALTER PUBLICATION \"{away}\" RENAME TO \"{name}\"")).await.unwrap();
+    widen_publication(&control, &wanted).await.unwrap();
     for (suffix, failover, wanted) in [("auto", Failover::Auto, true), ("off", Failover::Off, false)] {
         let slot = SlotWanted { failover, ..slot(&format!("{}_{suffix}", db.name())) };
         ensure_slot(&config, &control, &slot).await.unwrap();

@@ -6,8 +6,14 @@
 //!
 //! An object that any copy returns with its checksum is the object. That it is not there only the leader says: a follower
 //! may not have applied an acknowledged put yet.
+//!
+//! Servers that lose what they acknowledged lose a stream's tail, and give its sequences out again: a put that lands at or below one
+//! that was acknowledged before it was sent stands behind a hole (hazard 9). From then on this value puts nothing: what was
+//! put through it is not known to be there.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_nats::client::Request;
@@ -55,6 +61,18 @@ pub struct JetStreamSide {
     publish: jetstream::Context,
     /// For reads.
     pull: jetstream::Context,
+    /// What was acknowledged.
+    transactions: Arc<Acked>,
+    chunks: Arc<Acked>,
+}
+
+/// What the servers acknowledged on a shelf.
+#[derive(Debug, Default)]
+struct Acked {
+    /// The highest sequence.
+    sequence: AtomicU64,
+    /// Whether some of it is lost.
+    lost: AtomicBool,
 }
 
 /// What is at a name.
@@ -82,7 +100,15 @@ impl JetStreamSide {
             context
         };
         let (publish, pull) = (context(&connections.publish), context(&connections.pull));
-        JetStreamSide { log: Log::new(flow, connections), replicas, quotas, publish, pull }
+        let (transactions, chunks) = (Arc::default(), Arc::default());
+        JetStreamSide { log: Log::new(flow, connections), replicas, quotas, publish, pull, transactions, chunks }
+    }
+
+    fn acked(&self, shelf: Shelf) -> &Acked {
+        match shelf {
+            Shelf::Transactions => &self.transactions,
+            Shelf::Chunks => &self.chunks,
+        }
     }
 
     /// The stream that a shelf stands in.
@@ -296,7 +322,12 @@ impl JetStreamSide {
     /// Sends one message until it is acknowledged.
     async fn publish(&self, shelf: Shelf, subject: &str, envelope: Envelope, body: Bytes) -> Result<()> {
         let mut patience = Patience::new();
+        let acked = self.acked(shelf);
         loop {
+            if acked.lost.load(Ordering::Acquire) {
+                return Err(StagingError::SideTailLost { shelf: self.stream(shelf) });
+            }
+            let before = acked.sequence.load(Ordering::Acquire);
             let request = Request::new().headers(envelope.headers()).payload(body.clone()).timeout(Some(ACK_TIMEOUT));
             let what = || format!("a put into {}", self.stream(shelf));
             let put = async {
@@ -304,7 +335,20 @@ impl JetStreamSide {
                 answered.map_err(|error| StagingError::unavailable(what(), error))
             };
             let error = match bounded(ACK_TIMEOUT, what, put).await.map(|message| answer_of(&message)) {
-                Ok(Ok(_)) => return Ok(()),
+                Ok(Ok(sequence)) if sequence <= before => {
+                    tracing::error!(
+                        stream = self.stream(shelf),
+                        sequence,
+                        acked = before,
+                        "the servers lost what they acknowledged"
+                    );
+                    acked.lost.store(true, Ordering::Release);
+                    continue;
+                }
+                Ok(Ok(sequence)) => {
+                    acked.sequence.fetch_max(sequence, Ordering::AcqRel);
+                    return Ok(());
+                }
                 Ok(Err((Refusal::Full, _))) => return self.full(shelf, subject, envelope, body.len()).await,
                 Ok(Err((_, reason))) => StagingError::unavailable(what(), reason),
                 Err(error) => error,
@@ -555,7 +599,12 @@ impl SideStore for JetStreamSide {
     }
 
     async fn remove_shelf(&self, shelf: Shelf) -> Result<()> {
-        retried(|| self.remove_once(shelf)).await
+        retried(|| self.remove_once(shelf)).await?;
+        // Another stream begins at its own first sequence.
+        let acked = self.acked(shelf);
+        acked.sequence.store(0, Ordering::Release);
+        acked.lost.store(false, Ordering::Release);
+        Ok(())
     }
 }
 

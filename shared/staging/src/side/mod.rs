@@ -144,8 +144,8 @@ pub trait SideStore: Send + Sync + fmt::Debug {
     /// that was fenced never hides its successor's.
     ///
     /// # Errors
-    /// `SideFull` when the shelf's quota is used up; `SideMissing` when the shelf was not made; `NotAManifest`; `Unavailable` when
-    /// it does not answer. After an error the object may be there or not.
+    /// `SideFull` when the shelf's quota is used up; `SideMissing` when the shelf was not made; `SideTailLost` when what was put before
+    /// is gone in part; `NotAManifest`; `Unavailable` when it does not answer. After an error the object may be there or not.
     async fn put(&self, key: SideKey, body: Bytes) -> Result<()>;
 
     /// An object; `None` when it is not there, or not whole.

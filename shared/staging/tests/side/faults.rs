@@ -1,5 +1,6 @@
 //! Servers that die, puts that are cut short, bytes that rot.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use async_nats::jetstream;
 use bytes::Bytes;
 use wallaby_model::flow::Replicas;
-use wallaby_staging::{JetStreamSide, Shelf, SideGroup, SideStore};
+use wallaby_staging::{JetStreamSide, Shelf, SideGroup, SideStore, StagingError};
 use wallaby_testkit::{NatsCluster, NatsOptions, NatsScope, SyncInterval, eventually};
 
 use crate::support::{
@@ -113,6 +114,53 @@ async fn a_server_that_is_started_again_has_everything() {
     assert!(side.get(part(attempt(5, 1), 0)).await.unwrap() == Some(body(1, large)));
     assert_eq!(side.list(Shelf::Transactions).await.unwrap(), listed);
     side.put(part(attempt(5, 1), 1), body(2, 10)).await.unwrap();
+}
+
+/// A copy of a folder in the place of another one.
+fn copy(from: &Path, to: &Path) {
+    if to.exists() {
+        std::fs::remove_dir_all(to).unwrap();
+    }
+    let copied = std::process::Command::new("cp").arg("-a").args([from, to]).status().unwrap();
+    assert!(copied.success());
+}
+
+/// A power cut takes what was acknowledged last, in the middle of a transaction. What comes behind it would hide the hole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h09_after_the_servers_lost_what_they_acknowledged_nothing_is_put_behind_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, synced) = (folder.path().join("store"), folder.path().join("synced"));
+    let sync_interval = SyncInterval::Every(Duration::from_secs(60));
+    let options = NatsOptions { sync_interval, store_folders: vec![store.clone()], ..NatsOptions::default() };
+    let cluster = NatsCluster::start(options).await.unwrap();
+    let node = cluster.node(0).unwrap();
+    let id = flow("lost");
+    let side = made(jetstream_side(&cluster.client_url(), 1, &id, QUOTAS).await).await;
+    let one = attempt(5, 1);
+    for number in 0..3 {
+        side.put(part(one, number), body(number, BODY_BYTES)).await.unwrap();
+    }
+    node.kill9().await.unwrap();
+    copy(&store, &synced);
+    cluster.start_node(0).await.unwrap();
+    for number in 3..9 {
+        side.put(part(one, number), body(number, BODY_BYTES)).await.unwrap();
+    }
+    node.kill9().await.unwrap();
+    copy(&synced, &store);
+    cluster.start_node(0).await.unwrap();
+    // More than was lost: the sequences grow beyond what was acknowledged.
+    for number in 9..20 {
+        let put = side.put(part(one, number), body(number, BODY_BYTES)).await;
+        assert!(matches!(put, Err(StagingError::SideTailLost { .. })), "part {number}: {put:?}");
+    }
+    let put = side.put(manifest_key(9), manifest(9, one, 3)).await;
+    assert!(matches!(put, Err(StagingError::SideTailLost { .. })), "{put:?}");
+    assert_eq!(side.get(part(one, 3)).await.unwrap(), None, "nothing was lost: the test is void");
+    // Who begins anew relies on nothing that was there.
+    let anew = jetstream_side(&cluster.client_url(), 1, &id, QUOTAS).await;
+    anew.put(part(attempt(5, 2), 0), body(1, BODY_BYTES)).await.unwrap();
+    assert!(anew.get(part(attempt(5, 2), 0)).await.unwrap() == Some(body(1, BODY_BYTES)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
