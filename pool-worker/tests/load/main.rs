@@ -2,12 +2,15 @@
 //! happens when somebody dies in the middle.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
+mod changes;
 mod comings;
 mod failures;
 mod kills;
 mod large;
 mod lost;
 mod mended;
+mod objects;
+mod replays;
 mod rewrites;
 mod runs;
 mod scene;
