@@ -33,8 +33,7 @@ async fn stage(scene: &Scene) -> Result<Option<TableStage>, String> {
 
 /// Sessions of the sink that stand in the trigger.
 async fn sleeping(scene: &Scene) -> Result<Vec<String>, String> {
-    let sql =
-        "SELECT application_name FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'";
+    let sql = "SELECT pid::text FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'";
     rows(&scene.target, sql).await
 }
 
@@ -77,9 +76,9 @@ async fn a_run_that_is_cancelled_in_the_middle_of_its_replay_stops_no_sink() {
         CREATE TRIGGER slow BEFORE INSERT ON t FOR EACH STATEMENT EXECUTE FUNCTION slow()";
     scene.target.batch_execute(slow).await.unwrap();
     scene.offer_loads(true);
-    scene
+    let replaying = scene
         .until("the table catches up", async || match (stage(&scene).await?, sleeping(&scene).await?) {
-            (Some(TableStage::CatchingUp), sleeping) if !sleeping.is_empty() => Ok(()),
+            (Some(TableStage::CatchingUp), sleeping) if !sleeping.is_empty() => Ok(sleeping.join(", ")),
             other => Err(format!("{other:?}")),
         })
         .await;
@@ -89,9 +88,10 @@ async fn a_run_that_is_cancelled_in_the_middle_of_its_replay_stops_no_sink() {
     scene.coordination.set_run_wish(&scene.flow, RunId(2), RunWish::Cancel).await.unwrap();
     scene.run_is(2, RunState::Cancelled).await;
     scene
-        .until("nobody replays any more", async || {
-            let sleeping = sleeping(&scene).await?;
-            if sleeping.is_empty() { Ok(()) } else { Err(format!("{sleeping:?}")) }
+        .until("the session that replays is gone", async || {
+            let sql = format!("SELECT pid::text FROM pg_stat_activity WHERE pid IN ({replaying})");
+            let left = rows(&scene.target, &sql).await?;
+            if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
         })
         .await;
     scene.source.batch_execute("INSERT INTO u SELECT generate_series(1, 100)").await.unwrap();
