@@ -54,6 +54,11 @@ impl Program {
         &self.process
     }
 
+    /// Where it serves its metrics.
+    pub fn metrics_address(&self) -> String {
+        format!("127.0.0.1:{}", self.metrics.port())
+    }
+
     /// Kills it with SIGKILL; it is gone when this returns.
     pub async fn kill9(&self) {
         assert!(self.process.is_alive(), "{} was dead already{}", self.name, self.process.log_tail(20));

@@ -2,6 +2,7 @@
 //! happens when somebody dies in the middle.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
+mod changes;
 mod comings;
 mod failures;
 mod halves;
@@ -9,6 +10,8 @@ mod kills;
 mod large;
 mod lost;
 mod mended;
+mod objects;
+mod replays;
 mod rewrites;
 mod runs;
 mod scene;

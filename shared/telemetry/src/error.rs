@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 pub enum Error {
     /// The metrics address cannot be listened on.
     #[error(
-        "metrics cannot be served on {address}: {cause}. Is port {port} taken by another process (`ss -ltnp 'sport = :{port}'`)? Choose another address for metrics, port 0 for any free one, or turn them off",
+        "metrics cannot be served on {address}: {cause}. Is port {port} taken by another process (`ss -ltnp 'sport = :{port}'`)? Choose another address with --metrics (or the variable WALLABY_METRICS), port 0 for any free one",
         port = address.port()
     )]
     MetricsPort {

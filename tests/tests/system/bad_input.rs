@@ -107,6 +107,16 @@ async fn mistakes_at_the_command_line_say_what_to_do() {
     let said = second.process().log_tail(20).to_string();
     assert_ne!(exit.code, Some(0));
     assert!(said.contains(&listen) && said.contains("--listen"), "{said}");
+    let taken = system.workers[0].metrics_address();
+    let metrics = ["--metrics".to_owned(), taken.clone()];
+    let second = Program::spawn("second-worker", "wallaby-worker", folder.path(), &metrics, &environment);
+    let exit = tokio::time::timeout(PATIENCE, second.process().wait()).await.unwrap();
+    let said = second.process().log_tail(20).to_string();
+    assert_eq!(exit.code, Some(1), "{said}");
+    let (_, port) = taken.rsplit_once(':').unwrap();
+    for part in ["metrics", &taken, &format!("sport = :{port}"), "--metrics"] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
 
     // Nobody is there: etcd and NATS for a worker, the controller for the command line.
     let nowhere = [

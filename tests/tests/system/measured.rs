@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use wallaby_loadtest::first_load::add_table::{self, AddTableOptions};
 use wallaby_loadtest::measure::figures::{Figures, Kind};
+use wallaby_loadtest::measure::report::TO_SINK;
+use wallaby_loadtest::measure::sink::{SinkBench, SinkOptions};
 use wallaby_loadtest::measure::snapshot::{SnapshotBench, SnapshotOptions};
 use wallaby_loadtest::system::Programs;
 use wallaby_stack::Folder;
@@ -51,4 +53,32 @@ async fn m3_the_lag_of_ten_tables_is_watched_while_one_is_added() {
     let during = outcome.samples.iter().filter(|(at, _)| (outcome.added_s..=outcome.done_s).contains(at)).count();
     assert!(during > 0, "the lag was not looked at while the table was added: {:?}", outcome.samples.len());
     assert!(outcome.plot().contains("table added"), "the plot names what happened");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_sink_is_drained_beside_copies_by_hand_and_the_latency_to_it_is_measured() {
+    let _alone = alone().await;
+    let folder = Folder::temporary("sink").unwrap();
+    let rows = if is_full_size() { 500_000 } else { 5_000 };
+    let (per_second, seconds) = if is_full_size() { (1_000, 20) } else { (200, 1) };
+    // Two sinks: the second one is paused again before latencies are measured.
+    let options = SinkOptions { pairs: 2, rows, per_second, latency_for: Duration::from_secs(seconds) };
+    let bench = SinkBench::prepare(options, &programs(), folder.path()).await.unwrap();
+    let mut figures = Figures::default();
+    let measured = async {
+        bench.run_pairs(&mut figures, |run| println!("{}: {:.0} rows/s", run.kind.title(), run.rate())).await?;
+        bench.latency(&mut figures).await
+    };
+    measured.await.unwrap_or_else(|error| panic!("{error:#}{}", bench.last_words()));
+    for kind in [Kind::Drain, Kind::Bulk] {
+        let runs: Vec<_> = figures.of(kind).collect();
+        assert_eq!(runs.iter().map(|run| (run.pair, run.rows)).collect::<Vec<_>>(), [(0, rows), (1, rows)], "{kind:?}");
+        assert!(runs.iter().all(|run| run.seconds > 0.0 && run.rate().is_finite()), "{kind:?}: {runs:?}");
+    }
+    assert!(figures.of(Kind::Drain).all(|run| run.cpu_micros_per_row.contains_key("worker")), "what the worker cost");
+    assert_eq!(figures.ratios(Kind::Drain, Kind::Bulk).len(), 2);
+    let [latency] = figures.latencies.as_slice() else { panic!("{:?}", figures.latencies) };
+    assert_eq!((latency.path.as_str(), latency.per_second), (TO_SINK, per_second));
+    assert_eq!(latency.count, u64::from(per_second) * seconds, "what came to warm up is not counted");
+    assert!(latency.p50 > 0 && latency.p50 <= latency.p99 && latency.p99 <= latency.max, "{latency:?}");
 }

@@ -6,7 +6,8 @@ use wallaby_model::condition::{Condition, ConditionStatus, ConditionType, TaskPh
 use wallaby_testkit::Shutdown;
 use wallaby_tests::flow::FlowFile;
 use wallaby_tests::system::{Plan, System};
-use wallaby_tests::{alone, is_full_size};
+use wallaby_tests::traffic::Traffic;
+use wallaby_tests::{alone, is_full_size, rounds};
 
 /// Each row is about 1 KB that hardly compresses.
 const FILL: &str = "\
@@ -17,6 +18,11 @@ fn small_log() -> FlowFile {
     FlowFile { max_bytes: "32Mi".to_owned(), large_transaction_bytes: "4Mi".to_owned(), ..FlowFile::default() }
 }
 
+/// What one round puts into the table begins here.
+fn base(round: usize) -> i64 {
+    i64::try_from(round).unwrap() * 10_000_000
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_blocked_sink_fills_the_log_and_both_go_on() {
     let _alone = alone().await;
@@ -25,17 +31,33 @@ async fn a_blocked_sink_fills_the_log_and_both_go_on() {
     let source = system.source().await;
     source.batch_execute("CREATE TABLE bulk (id bigint PRIMARY KEY, filler text)").await.unwrap();
     system.apply_flow().await;
-    let traffic = wallaby_tests::traffic::Traffic::start(system.source_dsn(), system.target_dsn(), 7, 200).await;
+    let traffic = Traffic::start(system.source_dsn(), system.target_dsn(), 7, 200).await;
     source.execute(FILL, &[&1_i64, &10_i64]).await.unwrap();
+    drop(source);
     system.row_passes().await;
+    for round in 0..rounds(3) {
+        full_log(&mut system, &traffic, base(round)).await;
+        too_large(&mut system, base(round)).await;
+        fast_shutdown(&mut system, base(round)).await;
+    }
+    system.all_is_equal(traffic).await;
+    let tables = ["public.bulk"];
+    let comparison = wallaby_loadtest::compare(&system.source_dsn(), &system.target_dsn(), &tables).await.unwrap();
+    assert!(comparison.is_equal(), "{comparison}");
+}
 
-    // The sink is blocked: somebody holds its table.
+/// The sink is blocked, because somebody holds its table, for as long as it takes to fill the log, and then for a while.
+async fn full_log(system: &mut System, traffic: &Traffic, base: i64) {
+    const WAITS: &str = "wallaby_log_full_wait_seconds_count";
+    let source = system.source().await;
+    let owner = system.owner(&system.capture()).await;
+    let waited = system.worker(&owner).metric(WAITS, &[]).await.unwrap();
     let mut blocker = system.target().await;
     let lock = blocker.transaction().await.unwrap();
     lock.batch_execute("LOCK TABLE bulk IN ACCESS EXCLUSIVE MODE").await.unwrap();
     let at = Instant::now();
     for n in 1..=20_i64 {
-        source.execute(FILL, &[&(n * 2000), &(n * 2000 + 1799)]).await.unwrap();
+        source.execute(FILL, &[&(base + n * 2000), &(base + n * 2000 + 1799)]).await.unwrap();
     }
     let full = system
         .until_status(&system.capture(), "capture waits for room in the log", |status| {
@@ -57,40 +79,33 @@ async fn a_blocked_sink_fills_the_log_and_both_go_on() {
     assert!(shortened.message.contains("not for the 3600 s"), "{}", shortened.message);
     let blocked_for = Duration::from_secs(if is_full_size() { 60 } else { 10 });
     tokio::time::sleep(blocked_for.saturating_sub(at.elapsed())).await;
-    let owner = system.owner(&system.capture()).await;
     lock.rollback().await.unwrap();
     let at = Instant::now();
-    system.recovers("the sink was blocked and the log full", at, &traffic).await;
-    let waits = system.worker(&owner).metric("wallaby_log_full_wait_seconds_count", &[]).await.unwrap();
-    assert!(waits >= 1.0, "the capture did not wait for room in the log");
+    system.recovers("the sink was blocked and the log full", at, traffic).await;
+    let waits = system.worker(&owner).metric(WAITS, &[]).await.unwrap();
+    assert!(waits > waited, "the capture did not wait for room in the log");
     assert_eq!(system.owner(&system.capture()).await, owner, "a full log is no reason to move the task");
-
-    too_large(&mut system).await;
-    fast_shutdown(&mut system).await;
-    system.all_is_equal(traffic).await;
-    let tables = ["public.bulk"];
-    let comparison = wallaby_loadtest::compare(&system.source_dsn(), &system.target_dsn(), &tables).await.unwrap();
-    assert!(comparison.is_equal(), "{comparison}");
 }
 
 /// A transaction above the bound goes through the side store and arrives whole.
-async fn too_large(system: &mut System) {
+async fn too_large(system: &mut System, base: i64) {
     let source = system.source().await;
-    source.execute(FILL, &[&1_000_000_i64, &1_006_000_i64]).await.unwrap();
+    source.execute(FILL, &[&(base + 1_000_000), &(base + 1_006_000)]).await.unwrap();
     let at = Instant::now();
     system.row_passes().await;
     println!("a row behind a large transaction passes after {:.1} s", at.elapsed().as_secs_f64());
-    let seen = system.target().await.query_one("SELECT count(*) FROM bulk WHERE id >= 1000000", &[]).await.unwrap();
+    let sql = "SELECT count(*) FROM bulk WHERE id BETWEEN $1 AND $1 + 6000";
+    let seen = system.target().await.query_one(sql, &[&(base + 1_000_000)]).await.unwrap();
     assert_eq!(seen.get::<_, i64>(0), 6001);
 }
 
 /// The log's servers stand still, so the flush lags; Postgres is shut down fast and must not wait for us (hazard 15).
-async fn fast_shutdown(system: &mut System) {
+async fn fast_shutdown(system: &mut System, base: i64) {
     for node in system.nats.nodes() {
         node.pause().await.unwrap();
     }
     let source = system.source().await;
-    source.execute(FILL, &[&2_000_000_i64, &2_001_000_i64]).await.unwrap();
+    source.execute(FILL, &[&(base + 2_000_000), &(base + 2_001_000)]).await.unwrap();
     let sql = "SELECT pg_current_wal_lsn() > confirmed_flush_lsn FROM pg_replication_slots WHERE active";
     let lags: bool = source.query_one(sql, &[]).await.unwrap().get(0);
     assert!(lags, "the flush does not lag: nothing is shown");
