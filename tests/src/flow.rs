@@ -7,6 +7,8 @@ use std::fmt;
 pub struct FlowFile {
     /// The source's connection string as it stands in the file.
     pub source: String,
+    /// `publication.create`: when somebody else made the publication, its tables are what that says.
+    pub create: bool,
     /// `publication.tables`.
     pub tables: String,
     /// Further lines below `source.postgres`, each with its own indentation of six.
@@ -25,6 +27,8 @@ pub struct FlowFile {
     pub on_overrun: &'static str,
     /// `log.replicas`.
     pub replicas: u8,
+    /// The connection string of `warehouse` as it stands in the file.
+    pub sink: String,
     /// Sinks beside `warehouse`: each a database of that name, its connection string in [`FlowFile::variable`].
     pub more_sinks: Vec<String>,
 }
@@ -40,6 +44,7 @@ impl Default for FlowFile {
     fn default() -> Self {
         FlowFile {
             source: "{ env: SHOP_DSN }".to_owned(),
+            create: true,
             tables: "[public.*]".to_owned(),
             source_lines: Vec::new(),
             max_bytes: "512Mi".to_owned(),
@@ -49,6 +54,7 @@ impl Default for FlowFile {
             snapshot: "never",
             on_overrun: "backpressure",
             replicas: 3,
+            sink: format!("{{ env: {} }}", FlowFile::variable("warehouse")),
             more_sinks: Vec::new(),
         }
     }
@@ -57,12 +63,15 @@ impl Default for FlowFile {
 impl fmt::Display for FlowFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let FlowFile { source, tables, source_lines, max_bytes, large_transaction_bytes, .. } = self;
-        let FlowFile { snapshot, on_overrun, replicas, side_store, more_sinks, replay_window, .. } = self;
+        let FlowFile { snapshot, on_overrun, replicas, side_store, more_sinks, replay_window, create, sink, .. } = self;
         writeln!(f, "apiVersion: wallaby/v1\nkind: Flow\nmetadata: {{ name: shop }}\nspec:\n  source:\n    postgres:")?;
         writeln!(f, "      dsn: {source}")?;
         // What is not taken in by a pattern cannot be left out.
         let exclude = if tables.contains('*') { ", exclude: [public.audit_log]" } else { "" };
-        writeln!(f, "      publication: {{ create: true, tables: {tables}{exclude} }}")?;
+        match create {
+            true => writeln!(f, "      publication: {{ create: true, tables: {tables}{exclude} }}")?,
+            false => writeln!(f, "      publication: {{ create: false }}")?,
+        }
         writeln!(f, "      snapshot: {snapshot}\n      largeTransactionBytes: {large_transaction_bytes}")?;
         for line in source_lines {
             writeln!(f, "      {line}")?;
@@ -72,9 +81,9 @@ impl fmt::Display for FlowFile {
             "  log: {{ replicas: {replicas}, maxBytes: {max_bytes}, replayWindow: {replay_window}, sideStore: {side_store} }}"
         )?;
         writeln!(f, "  sinks:")?;
-        for sink in std::iter::once("warehouse").chain(more_sinks.iter().map(String::as_str)) {
-            let variable = FlowFile::variable(sink);
-            writeln!(f, "    - name: {sink}\n      postgres: {{ dsn: {{ env: {variable} }} }}")?;
+        let more = more_sinks.iter().map(|sink| (sink.as_str(), format!("{{ env: {} }}", FlowFile::variable(sink))));
+        for (sink, dsn) in std::iter::once(("warehouse", sink.clone())).chain(more) {
+            writeln!(f, "    - name: {sink}\n      postgres: {{ dsn: {dsn} }}")?;
             writeln!(f, "      onOverrun: {on_overrun}")?;
         }
         Ok(())
@@ -89,7 +98,9 @@ mod tests {
     #[test]
     fn the_file_is_a_flow() {
         let file = FlowFile { more_sinks: vec!["second".to_owned()], ..FlowFile::default() };
-        let parsed = wallaby_model::flow::parse(&file.to_string(), "flow.yaml").unwrap();
-        assert_eq!(parsed.problems(), vec![]);
+        for file in [file, FlowFile { create: false, ..FlowFile::default() }] {
+            let parsed = wallaby_model::flow::parse(&file.to_string(), "flow.yaml").unwrap();
+            assert_eq!(parsed.problems(), vec![]);
+        }
     }
 }

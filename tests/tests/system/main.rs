@@ -14,6 +14,7 @@ mod pauses;
 mod power;
 mod pressure;
 mod recreated;
+mod roles;
 mod s3;
 mod sharing;
 mod traces;
