@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio_util::task::AbortOnDropHandle;
+use wallaby_coordination::Checkpoint;
 use wallaby_model::condition::ConditionType;
 use wallaby_model::{Position, TaskId};
 
@@ -31,6 +32,13 @@ pub struct Stands {
 }
 
 impl Stands {
+    /// Where an earlier owner left the sink, which was given nothing since. `None` when it never stood anywhere.
+    fn left(checkpoint: &Checkpoint, now_ms: u64, now: Instant) -> Option<Stands> {
+        let at = checkpoint.position?;
+        let since = Duration::from_millis(now_ms.saturating_sub(checkpoint.at.0));
+        Some(Stands { at, end: at, oldest_micros: None, lost_since: Some(now.checked_sub(since).unwrap_or(now)) })
+    }
+
     /// Bytes of WAL and milliseconds that it is behind. `staged`: the log's end, as far as it is known. Of a sink for which nothing is
     /// read it is only known that it is behind at all, and since when that can be so.
     fn lag(&self, staged: Position, now_ms: u64, now: Instant) -> (u64, u64) {
@@ -47,6 +55,8 @@ impl Stands {
 /// The running loop; ends when dropped.
 pub struct Lag {
     stands: Arc<Mutex<Option<Stands>>>,
+    /// What is told when the sink cannot even be opened.
+    left: Option<Stands>,
     task: TaskId,
     _telling: AbortOnDropHandle<()>,
 }
@@ -55,8 +65,10 @@ impl Lag {
     /// Begins to tell once it is known where the sink stands.
     pub fn start(context: &Arc<TaskContext>) -> Lag {
         let stands = Arc::new(Mutex::new(None));
+        let found = context.lock.found_checkpoint();
+        let left = found.and_then(|found| Stands::left(found, status::now().0, Instant::now()));
         let telling = tokio::spawn(tell(Arc::clone(context), Arc::clone(&stands)));
-        Lag { stands, task: context.task.clone(), _telling: AbortOnDropHandle::new(telling) }
+        Lag { stands, left, task: context.task.clone(), _telling: AbortOnDropHandle::new(telling) }
     }
 
     /// Says where the sink stands.
@@ -64,9 +76,11 @@ impl Lag {
         *self.stands.lock().unwrap_or_else(PoisonError::into_inner) = Some(stands);
     }
 
-    /// Nothing is read for the sink from now on.
+    /// Nothing is read for the sink from now on. One that was never open here stands where its last owner left it.
     pub fn is_lost(&self) {
-        if let Some(stands) = self.stands.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        let mut stands = self.stands.lock().unwrap_or_else(PoisonError::into_inner);
+        *stands = stands.or(self.left);
+        if let Some(stands) = stands.as_mut() {
             stands.lost_since.get_or_insert_with(Instant::now);
         }
     }
@@ -111,8 +125,10 @@ async fn tell(context: Arc<TaskContext>, stands: Arc<Mutex<Option<Stands>>>) {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
     use super::*;
-    use wallaby_model::Lsn;
+    use wallaby_model::condition::Timestamp;
+    use wallaby_model::{Epoch, Lsn};
 
     #[test]
     fn a_sink_is_behind_by_the_oldest_change_that_it_lacks_and_by_all_that_is_staged() {
@@ -128,5 +144,17 @@ mod tests {
         assert_eq!(lag(lost, 900), (800, 30_000), "how old it is nobody knows");
         assert_eq!(lag(lost, 100), (50, 0), "there is nothing");
         assert_eq!(lag(Stands { oldest_micros: Some(10_000_000), ..lost }, 900), (800, 50_000));
+        let left = Checkpoint {
+            epoch: Epoch(1),
+            position: None,
+            stream: None,
+            seq_hint: None,
+            source: None,
+            at: Timestamp(40_000),
+        };
+        assert_eq!(Stands::left(&left, 60_000, later), None, "it never stood anywhere");
+        let left = Stands::left(&Checkpoint { position: Some(at(100)), ..left }, 60_000, later).unwrap();
+        assert_eq!(lag(left, 900), (800, 20_000), "its last owner ended that long ago");
+        assert_eq!(lag(left, 100), (0, 0));
     }
 }

@@ -153,3 +153,55 @@ async fn a_sink_that_does_not_answer_falls_behind_for_all_to_see() {
     caught_up(ConditionStatus::True).await;
     scene.equal("SELECT t::text FROM t").await;
 }
+
+/// Nor does a restart of the workers hide it: nobody of the new ones ever reached the sink.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_cannot_be_opened_is_behind_also_for_the_next_worker() {
+    let scene = Arc::new(Scene::new("shut").await);
+    let _offers = scene.offering();
+    scene.source.batch_execute("CREATE TABLE t (id int PRIMARY KEY)").await.unwrap();
+    scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+    let first = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    scene.source.batch_execute("INSERT INTO t VALUES (1)").await.unwrap();
+    scene.equal("SELECT t::text FROM t").await;
+    let apply = TaskId::apply(&scene.flow, &scene.sink);
+    // Who is connected stays: the sink's own sessions are ended.
+    let open = async |is_open: bool| {
+        let sql = format!("ALTER DATABASE {} WITH ALLOW_CONNECTIONS {is_open}", scene.target.name());
+        scene.source.batch_execute(&sql).await.unwrap();
+    };
+    open(false).await;
+    let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+               WHERE datname = current_database() AND starts_with(application_name, $1)";
+    scene.target.query_one(end, &[&apply.session_prefix()]).await.unwrap();
+    scene.source.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
+    scene.staged(scene.wal_end().await).await;
+    // What the next one says first: an alert must not clear itself meanwhile.
+    let says = async |worker: &str, wanted: Option<ConditionStatus>| {
+        scene
+            .until(&format!("{worker} says how far the sink is"), async || {
+                let status = scene.status_of(&apply).await?;
+                let said = status.conditions.iter().find(|said| said.kind == ConditionType::CaughtUp);
+                let is_wanted = status.progress.lag_ms.is_some()
+                    && said.is_some_and(|said| wanted.is_none_or(|wanted| said.status == wanted));
+                match said {
+                    Some(said) if is_wanted && status.worker.as_ref().is_some_and(|by| by.as_str() == worker) => {
+                        Ok((said.status, status.progress))
+                    }
+                    _ => Err(format!("{status:?}")),
+                }
+            })
+            .await
+    };
+    says("w1", Some(ConditionStatus::False)).await;
+    first.end().await;
+    let _second = scene.worker("w2");
+    let (caught_up, progress) = says("w2", None).await;
+    assert_eq!(caught_up, ConditionStatus::False, "{progress:?}");
+    assert!(progress.lag_ms > Some(10_000) && progress.lag_bytes > Some(0), "{progress:?}");
+    open(true).await;
+    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+    scene.coordination.resume_flow(&seen).await.unwrap();
+    scene.equal("SELECT t::text FROM t ORDER BY id").await;
+}
