@@ -1,13 +1,13 @@
 //! One chunk of a run: read under the run's snapshot into the side store, then marked as done in one guarded write.
 //!
 //! One ownership is one attempt: its parts carry the lock's epoch, so two readers of one chunk never mix them (hazard 23). Whatever
-//! goes wrong, the parts of this attempt go and the task is given back; the next owner has another epoch. Whether a
+//! goes wrong before the mark is on its way, the parts of this attempt go and the task is given back; the next owner has another epoch. Whether a
 //! relation was rewritten is for the run's owner to see: it makes the plan over, and this chunk is then no longer of it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tracing::{Instrument, Span};
+use tracing::Instrument;
 use wallaby_coordination::ChunkOutcome;
 use wallaby_model::condition::TaskPhase;
 use wallaby_model::run::{ChunkDone, Generation, PlannedRelation, RelationState, RunPlan, RunSpec, RunWish};
@@ -60,31 +60,45 @@ pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
         Err(Idle::NoSnapshot) => return TaskEnd::Released(None),
     };
     let span = spans::read_chunk(&context.task.flow, *run, *chunk, &work.relation.relation);
-    let reading = read(context, demand, *run, *chunk, &work, &span).instrument(span.clone());
-    let outcome = tokio::select! {
-        outcome = reading => outcome,
-        _ = context.ending() => Ok(false),
+    let reading = read(context, demand, *run, *chunk, &work).instrument(span.clone());
+    let read = tokio::select! {
+        read = reading => read.map(Some),
+        _ = context.ending() => Ok(None),
         why = outlived(context, *run, &work.generation) => {
             tracing::info!(task = %context.task, why, "the chunk is given back");
-            Ok(false)
+            Ok(None)
         }
     };
-    if let Err(error) = &outcome {
-        wallaby_telemetry::failed(&span, error);
-    }
-    // What comes now is waiting.
-    drop(span);
-    match outcome {
-        Ok(true) => TaskEnd::Completed,
-        Ok(false) => {
+    let error = match read {
+        // Not cut off: what is on its way to etcd may be done.
+        Ok(Some(done)) => match mark(context, *run, *chunk, &done).instrument(span.clone()).await {
+            Ok(ChunkOutcome::Ours) => {
+                metrics::chunk_read(&context.task.flow, done.rows, done.bytes, Duration::from_millis(done.took_ms));
+                spans::packed(&span, done.rows, done.bytes);
+                tracing::debug!(task = %context.task, rows = done.rows, bytes = done.bytes, parts = done.parts, "chunk read");
+                return TaskEnd::Completed;
+            }
+            Ok(ChunkOutcome::Theirs(_)) => {
+                discard(context, *run, *chunk).await;
+                return TaskEnd::Completed;
+            }
+            // These parts may be the chunk. If they are not, they go with the run.
+            Err(error) => error,
+        },
+        Ok(None) => {
+            drop(span);
             discard(context, *run, *chunk).await;
-            TaskEnd::Released(None)
+            return TaskEnd::Released(None);
         }
         Err(error) => {
             discard(context, *run, *chunk).await;
-            failed(context, *run, &work, &error).await
+            error
         }
-    }
+    };
+    wallaby_telemetry::failed(&span, &error);
+    // What comes now is waiting.
+    drop(span);
+    failed(context, *run, &work, &error).await
 }
 
 /// Looks the chunk up in the plan; waits a little for a snapshot.
@@ -162,15 +176,14 @@ fn work_of(view: &RunView, chunk: ChunkId) -> Result<Work, Idle> {
     }
 }
 
-/// Reads the chunk. `false` when somebody else's attempt is the chunk.
+/// Reads the chunk into the side store; what is to be said of it.
 async fn read(
     context: &Arc<TaskContext>,
     demand: &SourceDemand,
     run: RunId,
     chunk: ChunkId,
     work: &Work,
-    span: &Span,
-) -> Result<bool, CaptureError> {
+) -> Result<ChunkDone, CaptureError> {
     context.pulse.wait("etcd");
     let epoch = context.lock.fix_epoch(None).await?;
     context.status.epoch(epoch);
@@ -217,19 +230,46 @@ async fn read(
     if !context.is_valid_now() {
         return Err(CaptureError::Invalid);
     }
-    context.pulse.wait("etcd");
-    match context.lock.put_chunk_done(run, chunk, &done).await? {
-        ChunkOutcome::Ours => {
-            metrics::chunk_read(&context.task.flow, done.rows, done.bytes, begun.elapsed());
-            spans::packed(span, done.rows, done.bytes);
-            tracing::debug!(task = %context.task, rows = done.rows, bytes = done.bytes, parts = done.parts, "chunk read");
-            Ok(true)
+    Ok(done)
+}
+
+/// Marks the chunk as read. It is tried until etcd says what came of it, also when the task is to end: a mark that nobody heard of may be
+/// done, and what it names must stay. Where etcd stays away, the lease ends this.
+async fn mark(
+    context: &TaskContext,
+    run: RunId,
+    chunk: ChunkId,
+    done: &ChunkDone,
+) -> Result<ChunkOutcome, CaptureError> {
+    let error = loop {
+        context.pulse.wait("etcd");
+        match put_mark(context, run, chunk, done).await {
+            Ok(outcome) => return Ok(outcome),
+            Err(error) if error.is_transient() && context.is_valid_now() => tokio::time::sleep(AGAIN).await,
+            Err(error) => break error,
         }
-        ChunkOutcome::Theirs(_) => {
-            side.delete(SideGroup::ChunkAttempt(run, chunk, epoch)).await?;
-            Ok(true)
-        }
+    };
+    // An earlier try may have been done.
+    match context.shared.coordination.run_chunk(&context.task.flow, run, chunk).await {
+        Ok(Some(stands)) if stands == *done => Ok(ChunkOutcome::Ours),
+        Ok(Some(stands)) => Ok(ChunkOutcome::Theirs(stands)),
+        Ok(None) | Err(_) => Err(error.into()),
     }
+}
+
+async fn put_mark(
+    context: &TaskContext,
+    run: RunId,
+    chunk: ChunkId,
+    done: &ChunkDone,
+) -> Result<ChunkOutcome, wallaby_coordination::Error> {
+    let outcome = context.lock.put_chunk_done(run, chunk, done).await;
+    context.stop_at(Failpoint::StopAfterChunkMarked).await;
+    if context.shared.failpoints.fires_once(Failpoint::LoseChunkMark) {
+        let (endpoints, cause) = (String::new(), "a test wants it".to_owned());
+        return Err(wallaby_coordination::Error::Unreachable { endpoints, doing: "marking a chunk as done", cause });
+    }
+    outcome
 }
 
 /// The parts on their way into the side store.

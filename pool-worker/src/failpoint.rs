@@ -33,6 +33,10 @@ pub enum Failpoint {
     StopAfterManifest,
     /// The reader of a chunk stands still, once, with a part at hand that is not on its way to the side store.
     StopBeforeChunkPart,
+    /// The reader of a chunk stands still, once, when etcd has its mark and it has not heard of that.
+    StopAfterChunkMarked,
+    /// The reader of a chunk is told, once, that etcd did not answer when it marked the chunk. It is marked.
+    LoseChunkMark,
     /// A new flow's capture stands still, once, when the publication is made and the slot is not.
     StopAfterPublicationMade,
     /// A new flow's capture stands still, once, when the slot is made and the log does not say where it begins.
@@ -67,7 +71,7 @@ impl Failpoint {
         Failpoint::ALL.iter().find(|(_, known)| *known == self).map_or("", |(name, _)| name)
     }
 
-    const ALL: [(&'static str, Failpoint); 23] = [
+    const ALL: [(&'static str, Failpoint); 25] = [
         ("no-self-fencing", Failpoint::NoSelfFencing),
         ("keep-older-sessions", Failpoint::KeepOlderSessions),
         ("hang-capture", Failpoint::HangCapture),
@@ -78,6 +82,8 @@ impl Failpoint {
         ("stop-after-part", Failpoint::StopAfterPart),
         ("stop-after-manifest", Failpoint::StopAfterManifest),
         ("stop-before-chunk-part", Failpoint::StopBeforeChunkPart),
+        ("stop-after-chunk-marked", Failpoint::StopAfterChunkMarked),
+        ("lose-chunk-mark", Failpoint::LoseChunkMark),
         ("stop-after-publication-made", Failpoint::StopAfterPublicationMade),
         ("stop-after-slot-made", Failpoint::StopAfterSlotMade),
         ("stop-after-resume", Failpoint::StopAfterResume),

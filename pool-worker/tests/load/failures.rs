@@ -1,11 +1,14 @@
-//! Tasks that fail again and again: they are not taken again at once, for ever.
+//! Tasks that fail again and again: they are not taken again at once, for ever. And one that ends when what it did counts already.
 
 use std::sync::Arc;
 
+use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::wall_clock_now;
-use wallaby_model::TaskId;
 use wallaby_model::condition::TaskPhase;
-use wallaby_pool_worker::failpoint::Failpoints;
+use wallaby_model::run::RunState;
+use wallaby_model::{RunId, TaskId, TaskKind};
+use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
+use wallaby_staging::{Shelf, SideGroup};
 
 use crate::scene::*;
 use crate::{ALL, fill};
@@ -80,4 +83,59 @@ async fn a_task_that_was_given_up_is_left_to_other_workers() {
     scene.equal(ALL).await;
     let owner = scene.coordination.locks(&scene.flow).await.unwrap().into_iter().find(|lock| lock.task == task);
     assert_eq!(owner.unwrap().holder.worker.as_str(), "w2");
+}
+
+/// A load whose one chunk is read by a worker with a failpoint; nobody loads it yet.
+async fn reading(name: &str, failpoint: &str) -> (Arc<Scene>, AbortOnDropHandle<()>, Running, Failpoints) {
+    let (scene, _) = start(name).await;
+    scene.offer_loads(false);
+    let offers = scene.offering();
+    let failpoints = Failpoints::parse(failpoint).unwrap();
+    let worker = scene.worker_with("w1", failpoints.clone());
+    (scene, offers, worker, failpoints)
+}
+
+/// Waits until the chunk is marked and nobody has the tasks of this kind any more.
+async fn nobody_has(scene: &Scene, is_meant: impl Fn(&TaskKind) -> bool) {
+    scene
+        .until("the chunk is marked, and the task has ended", async || {
+            let locks = scene.coordination.locks(&scene.flow).await.map_err(|error| error.to_string())?;
+            let read = scene.coordination.run_chunks(&scene.flow, RunId(1)).await.map_err(|error| error.to_string())?;
+            let owned = locks.iter().any(|lock| is_meant(&lock.task.kind));
+            if !owned && read.len() == 1 { Ok(()) } else { Err(format!("{locks:?}, {read:?}")) }
+        })
+        .await;
+}
+
+/// What the mark names is there, and is loaded.
+async fn is_kept_and_loaded(scene: &Scene) {
+    let read = scene.coordination.run_chunks(&scene.flow, RunId(1)).await.unwrap();
+    let marked: Vec<_> =
+        read.iter().map(|(chunk, done)| SideGroup::ChunkAttempt(RunId(1), *chunk, done.attempt)).collect();
+    assert_eq!(scene.on_shelf(Shelf::Chunks).await.unwrap(), marked, "the parts that the mark names");
+    scene.offer_loads(true);
+    scene.run_is(1, RunState::Done).await;
+    scene.equal(ALL).await;
+    assert_eq!(scene.plan(1).await.unwrap().relations[0].restart, 0, "the table was read again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h23_a_chunk_that_is_marked_keeps_its_parts_when_its_reader_is_to_end() {
+    let (scene, _offers, worker, failpoints) = reading("marked", "stop-after-chunk-marked").await;
+    scene.stands_at(&failpoints, Failpoint::StopAfterChunkMarked).await;
+    let ending = AbortOnDropHandle::new(tokio::spawn(worker.end()));
+    // Who has others of its tasks was asked to end this one too.
+    nobody_has(&scene, |kind| matches!(kind, TaskKind::Capture)).await;
+    failpoints.let_go(Failpoint::StopAfterChunkMarked);
+    ending.await.unwrap();
+    let _next = scene.worker("w2");
+    is_kept_and_loaded(&scene).await;
+}
+
+/// etcd did what it was asked for, and the answer was lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h23_a_chunk_that_may_be_marked_keeps_its_parts() {
+    let (scene, _offers, _worker, _) = reading("unheard", "lose-chunk-mark").await;
+    nobody_has(&scene, |kind| matches!(kind, TaskKind::Chunk(..))).await;
+    is_kept_and_loaded(&scene).await;
 }
