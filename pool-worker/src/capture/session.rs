@@ -167,7 +167,7 @@ pub async fn run(
     let side_writer =
         SideWriter::new(Arc::clone(&side), epoch, owned.connection, demand.log.codec, budget, owned.living.clone());
     let syncing = Arc::new(Syncing::new(log.clone(), Arc::clone(&side), context.shared.sync_source(), writer.sync()));
-    let _syncing = syncing.start();
+    let _syncing = syncing.start(writer.moves());
     let _feedback =
         feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
     let _publication = publication::start(&config, publication_of(demand), context.lock.clone());

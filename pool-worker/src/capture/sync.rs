@@ -1,5 +1,6 @@
-//! What is known of when the servers sync. It is asked at the takeover, when the side store is first needed, and again and again:
-//! servers are started with other settings, those of the log and of the side store change, and one that was silent may say it now.
+//! What is known of when the servers sync. It is asked at the takeover, when the side store is first needed, whenever the log has another
+//! leader or connection, and again and again: servers are started with other settings, those of the log and of the side store change, and
+//! one that was silent may say it now.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,18 +52,23 @@ impl Syncing {
         Ok(())
     }
 
-    /// Asks now and then, until dropped.
-    pub fn start(self: &Arc<Self>) -> AbortOnDropHandle<()> {
+    /// Asks now and then, and when the log has moved ([`wallaby_staging::LogWriter::moves`]), until dropped.
+    pub fn start(self: &Arc<Self>, mut moves: watch::Receiver<u64>) -> AbortOnDropHandle<()> {
         let syncing = Arc::clone(self);
         AbortOnDropHandle::new(tokio::spawn(async move {
             loop {
-                if let Err(error) = syncing.learn().await {
+                moves.mark_unchanged();
+                let learned = syncing.learn().await;
+                if let Err(error) = &learned {
                     tracing::debug!(flow = %syncing.log.flow(), %error, "it was not learned when the log's servers sync");
                 }
                 // Where nobody can be asked, nobody is silent.
-                let is_silent = *syncing.known.borrow() == SyncPolicy::Unknown;
+                let is_silent = learned.is_err() || *syncing.known.borrow() == SyncPolicy::Unknown;
                 let is_asked = !matches!(syncing.source, SyncSource::Unknown);
-                tokio::time::sleep(if is_silent && is_asked { ASK_SILENT_EVERY } else { ASK_EVERY }).await;
+                tokio::select! {
+                    () = tokio::time::sleep(if is_silent && is_asked { ASK_SILENT_EVERY } else { ASK_EVERY }) => {}
+                    Ok(()) = moves.changed() => {}
+                }
             }
         }))
     }
@@ -126,9 +132,9 @@ mod tests {
         let said = ask(&log, side.as_ref(), &source).await.unwrap();
         assert_ne!(said, SyncPolicy::Unknown);
         wire.hold(Held::Answers);
-        let known = watch::Sender::new(said);
+        let (known, moves) = (watch::Sender::new(said), watch::Sender::new(0));
         let syncing = Arc::new(Syncing::new(log, side, source, known.clone()));
-        let _asking = syncing.start();
+        let _asking = syncing.start(moves.subscribe());
         let is = async |wanted| {
             eventually(PATIENCE, "it is learned", async || {
                 let known = *known.borrow();
@@ -138,6 +144,11 @@ mod tests {
         };
         is(SyncPolicy::Unknown).await;
         wire.hold(Held::Nothing);
+        is(said).await;
+        // It is a minute until it is asked by itself.
+        let before = SyncPolicy::Interval(Duration::from_secs(3600));
+        known.send_replace(before);
+        moves.send_replace(1);
         is(said).await;
     }
 }

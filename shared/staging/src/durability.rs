@@ -3,6 +3,9 @@
 //! An acknowledgement of JetStream is not an fsync. A record counts as durable when the servers sync every write, or when
 //! its acknowledgement is older than twice their sync interval: the interval that was running and a whole one after it.
 //! While a resync is open nothing is confirmed: the log may have lost what it acknowledged.
+//!
+//! Servers that are started with another interval promise nothing for what they acknowledged before. What waits keeps the longest age
+//! that was known for it; only what was acknowledged before anything was known is as old as what is learned first.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -22,12 +25,17 @@ struct Acknowledged {
     first_at: Instant,
     last_at: Instant,
     lsn: Lsn,
+    /// How old it must be at least, by what was known since it was acknowledged.
+    age_least: Duration,
 }
 
 /// Acknowledged and not yet durable.
 #[derive(Debug)]
 pub struct Durability {
     policy: SyncPolicy,
+    /// The age by the last policy that was known; none while nothing was. A server that is silent may be one that is started anew.
+    age_known: Duration,
+    /// What was acknowledged earlier never has the smaller `age_least`.
     waiting: VecDeque<Acknowledged>,
     durable: Lsn,
     is_held: bool,
@@ -36,17 +44,41 @@ pub struct Durability {
 impl Durability {
     /// Nothing acknowledged yet.
     pub fn new(policy: SyncPolicy) -> Durability {
-        Durability { policy, waiting: VecDeque::new(), durable: Lsn::ZERO, is_held: false }
+        let mut durability = Durability {
+            policy,
+            age_known: Duration::ZERO,
+            waiting: VecDeque::new(),
+            durable: Lsn::ZERO,
+            is_held: false,
+        };
+        durability.set_policy(policy);
+        durability
     }
 
-    /// How long an acknowledgement must be old.
-    pub fn age(&self) -> Duration {
+    /// How old an acknowledgement of now must be.
+    fn age(&self) -> Duration {
         self.policy.interval().map_or(Duration::ZERO, |interval| interval * 2 + MARGIN)
     }
 
-    /// Another policy, for what is acknowledged and for what will be.
+    /// When this may become durable.
+    fn due(&self, what: &Acknowledged) -> Instant {
+        what.last_at + self.age().max(what.age_least)
+    }
+
+    /// Whether what comes next must grow old: then the log may lose it meanwhile.
+    pub fn takes_time(&self) -> bool {
+        !self.waiting.front().map_or(Duration::ZERO, |first| first.age_least).max(self.age()).is_zero()
+    }
+
+    /// Another policy. A longer one counts for what waits as well; a shorter one only for what is acknowledged from now on.
     pub fn set_policy(&mut self, policy: SyncPolicy) {
         self.policy = policy;
+        if policy != SyncPolicy::Unknown {
+            self.age_known = self.age();
+            for waits in &mut self.waiting {
+                waits.age_least = waits.age_least.max(self.age_known);
+            }
+        }
     }
 
     /// Holds everything while a resync is open.
@@ -68,7 +100,10 @@ impl Durability {
                 last.lsn = lsn;
                 last.last_at = now;
             }
-            _ if lsn > self.durable => self.waiting.push_back(Acknowledged { first_at: now, last_at: now, lsn }),
+            _ if lsn > self.durable => {
+                let age_least = self.age_known;
+                self.waiting.push_back(Acknowledged { first_at: now, last_at: now, lsn, age_least });
+            }
             _ => {}
         }
     }
@@ -78,15 +113,14 @@ impl Durability {
         if self.is_held {
             return None;
         }
-        self.waiting.front().map(|first| first.last_at + self.age())
+        self.waiting.front().map(|first| self.due(first))
     }
 
     /// What is durable now; everything with a commit LSN below it may be confirmed.
     pub fn poll(&mut self, now: Instant) -> Lsn {
-        let age = self.age();
         while !self.is_held
             && let Some(first) = self.waiting.front()
-            && first.last_at + age <= now
+            && self.due(first) <= now
         {
             self.durable = self.durable.max(first.lsn);
             self.waiting.pop_front();
@@ -130,6 +164,56 @@ mod tests {
         durability.acknowledged(Lsn(10), start);
         assert_eq!(durability.poll(start + seconds(240)), Lsn(0));
         assert_eq!(durability.poll(start + seconds(241)), Lsn(10));
+    }
+
+    #[test]
+    fn h09_what_was_acknowledged_under_a_longer_interval_waits_for_that() {
+        let start = Instant::now();
+        for between in [None, Some(SyncPolicy::Unknown)] {
+            for shorter in [SyncPolicy::Always, SyncPolicy::Interval(seconds(1))] {
+                let mut durability = Durability::new(SyncPolicy::Interval(seconds(10)));
+                durability.acknowledged(Lsn(10), start);
+                // One that is started anew does not answer for a while, and others go on.
+                between.into_iter().for_each(|silent| durability.set_policy(silent));
+                durability.acknowledged(Lsn(20), start + seconds(5));
+                durability.set_policy(shorter);
+                durability.acknowledged(Lsn(30), start + seconds(6));
+                assert!(durability.takes_time(), "the log may lose what is not synced");
+                let at = |after| start + seconds(after);
+                assert_eq!(durability.poll(at(20)), Lsn(0), "{between:?}, {shorter:?}");
+                assert_eq!(durability.due_at(), Some(at(21)));
+                assert_eq!(durability.poll(at(21)), Lsn(10));
+                assert_eq!(durability.poll(at(25)), Lsn(10));
+                assert_eq!(durability.poll(at(26)), Lsn(30), "what came later has no longer to wait");
+                assert_eq!(durability.takes_time(), shorter != SyncPolicy::Always);
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_acknowledged_before_anything_was_known_waits_for_what_is_learned_first() {
+        let start = Instant::now();
+        let mut durability = Durability::new(SyncPolicy::Unknown);
+        durability.acknowledged(Lsn(10), start);
+        durability.set_policy(SyncPolicy::Always);
+        assert!(!durability.takes_time(), "it was always so");
+        assert_eq!(durability.poll(start), Lsn(10));
+        let mut durability = Durability::new(SyncPolicy::Unknown);
+        durability.acknowledged(Lsn(10), start);
+        durability.set_policy(SyncPolicy::Interval(seconds(10)));
+        durability.set_policy(SyncPolicy::Always);
+        assert_eq!(durability.poll(start + seconds(20)), Lsn(0));
+        assert_eq!(durability.poll(start + seconds(21)), Lsn(10));
+    }
+
+    #[test]
+    fn a_longer_interval_counts_for_what_waits() {
+        let start = Instant::now();
+        let mut durability = Durability::new(SyncPolicy::Interval(seconds(1)));
+        durability.acknowledged(Lsn(10), start);
+        durability.set_policy(SyncPolicy::Interval(seconds(10)));
+        assert_eq!(durability.poll(start + seconds(20)), Lsn(0));
+        assert_eq!(durability.poll(start + seconds(21)), Lsn(10));
     }
 
     #[test]

@@ -132,6 +132,7 @@ pub(crate) struct Shared {
     pub(crate) acked: watch::Sender<Acked>,
     pub(crate) durable: watch::Sender<Lsn>,
     pub(crate) waiting: WaitSender,
+    pub(crate) moves: watch::Sender<u64>,
     pub(crate) ended: watch::Sender<Option<StagingError>>,
 }
 
@@ -176,6 +177,7 @@ impl LogWriter {
             acked: watch::Sender::new(acked),
             durable: watch::Sender::new(Lsn::ZERO),
             waiting: WaitSender::new(),
+            moves: watch::Sender::new(0),
             ended: watch::Sender::new(None),
         });
         let kind = RecordKind::Resume { position, info };
@@ -284,6 +286,12 @@ impl LogWriter {
     /// What the writer waits for, if it does.
     pub fn waiting(&self) -> watch::Receiver<Option<Waiting>> {
         self.shared.waiting.subscribe()
+    }
+
+    /// How often the log was found under another leader, or over a connection that was made anew: its servers may have been started with
+    /// other settings.
+    pub fn moves(&self) -> watch::Receiver<u64> {
+        self.shared.moves.subscribe()
     }
 
     /// Where to say how the servers sync, whenever it is known better: it counts for what is confirmed from then on. Keeps no writer

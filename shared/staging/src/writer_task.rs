@@ -247,7 +247,7 @@ impl WriterTask {
         let now = Instant::now();
         self.shared.acked.send_if_modified(|acked| std::mem::replace(acked, self.acked) != self.acked);
         // With an interval the leader is asked first whether it still has everything.
-        if self.durability.age().is_zero() {
+        if !self.durability.takes_time() {
             self.confirm(now);
         }
         if self.chain.pending() == 0 {
@@ -363,9 +363,13 @@ impl WriterTask {
             match self.read_log().await {
                 Ok((tail, info)) => {
                     missing_since = None;
+                    let are_others = self.connects != connects || self.leader != info.leader;
                     match self.mend(&tail, &info) {
                         Ok(()) => {
                             self.connects = connects;
+                            if are_others {
+                                self.shared.moves.send_modify(|count| *count += 1);
+                            }
                             break;
                         }
                         Err(Lost) if !info.has_quorum => lost_since = None,

@@ -40,7 +40,7 @@ async fn leaders_killed_in_a_loop_leave_no_gap_and_no_duplicate() {
     let cluster = own_cluster().await;
     let flow = Flow::on_own(&cluster, 512 << 20).await;
     let writer = flow.owner(5).await.unwrap();
-    let acked = writer.acked();
+    let (acked, moves) = (writer.acked(), writer.moves());
     let stop = Arc::new(AtomicBool::new(false));
     let appending = pipeline(writer, Arc::clone(&stop), 10_000);
     // One reader is there all the time, through every fault.
@@ -63,13 +63,21 @@ async fn leaders_killed_in_a_loop_leave_no_gap_and_no_duplicate() {
         }
     });
     for round in 0..4 {
-        let before = acked.borrow().position;
+        let (before, moved_before) = (acked.borrow().position, *moves.borrow());
         let leader = cluster.leader_of_stream(flow.log.stream()).await.unwrap();
         cluster.node(leader).unwrap().kill9().await.unwrap();
-        eventually(PATIENCE, "appends go on without the old leader", async || {
-            let now = acked.borrow().position;
-            if now.commit.0 > before.commit.0 + 20 { Ok(()) } else { Err(format!("round {round}: {before:?} {now:?}")) }
-        })
+        eventually(
+            PATIENCE,
+            "appends go on without the old leader, and it is said that there is another",
+            async || {
+                let (now, moved) = (acked.borrow().position, *moves.borrow() - moved_before);
+                if now.commit.0 > before.commit.0 + 20 && moved > 0 {
+                    Ok(())
+                } else {
+                    Err(format!("round {round}: {before:?} {now:?}, moved {moved} times"))
+                }
+            },
+        )
         .await;
         cluster.start_node(leader).await.unwrap();
         eventually(PATIENCE, "three copies", async || {
@@ -455,6 +463,24 @@ async fn h09_confirmation_waits_for_the_sync_interval_and_for_no_open_resync() {
     let mut durable = writer.durable();
     tokio::time::timeout(PATIENCE, durable.wait_for(|lsn| lsn.0 == 50)).await.unwrap().unwrap();
     assert!(began.elapsed() >= 2 * interval + wallaby_staging::durability::MARGIN);
+    flow.end().await;
+}
+
+/// The servers are started anew, and sync every write: not what they acknowledged before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h09_what_waits_for_a_long_sync_interval_is_not_confirmed_when_the_interval_becomes_short() {
+    let flow = Flow::on_three().await;
+    let long = SyncPolicy::Interval(Duration::from_secs(3600));
+    let options = wallaby_staging::WriterOptions { sync: long, ..options() };
+    let takeover = LogWriter::take_over(&flow.log, Epoch(5), wallaby_model::Nonce::random(), options).await.unwrap();
+    let writer = takeover.resume(at(1), info(false)).await.unwrap();
+    writer.append(segment(1, 50, 100)).await.unwrap();
+    writer.settled().await.unwrap();
+    writer.sync().send_replace(SyncPolicy::Always);
+    writer.append(segment(50, 60, 100)).await.unwrap();
+    // What is durable is said before this.
+    writer.settled().await.unwrap();
+    assert_eq!(*writer.durable().borrow(), Lsn::ZERO);
     flow.end().await;
 }
 
