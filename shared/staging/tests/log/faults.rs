@@ -66,10 +66,18 @@ async fn leaders_killed_in_a_loop_leave_no_gap_and_no_duplicate() {
         let (before, moved_before) = (acked.borrow().position, *moves.borrow());
         let leader = cluster.leader_of_stream(flow.log.stream()).await.unwrap();
         cluster.node(leader).unwrap().kill9().await.unwrap();
-        eventually(PATIENCE, "appends go on without the old leader", async || {
-            let now = acked.borrow().position;
-            if now.commit.0 > before.commit.0 + 20 { Ok(()) } else { Err(format!("round {round}: {before:?} {now:?}")) }
-        })
+        eventually(
+            PATIENCE,
+            "appends go on without the old leader, and it is said that there is another",
+            async || {
+                let (now, moved) = (acked.borrow().position, *moves.borrow() - moved_before);
+                if now.commit.0 > before.commit.0 + 20 && moved > 0 {
+                    Ok(())
+                } else {
+                    Err(format!("round {round}: {before:?} {now:?}, moved {moved} times"))
+                }
+            },
+        )
         .await;
         assert!(*moves.borrow() > moved_before, "it has another leader, and nobody is told");
         cluster.start_node(leader).await.unwrap();
