@@ -117,6 +117,12 @@ async fn a_table_that_is_excluded_before_it_is_loaded_is_out_and_loaded_anew_whe
     excluded("excluded", u32::MAX).await;
 }
 
+/// What is not read yet cannot be read any more: the run must not wait for it under its snapshot.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_is_excluded_while_it_is_read_keeps_no_run_open() {
+    excluded("half-read", 2).await;
+}
+
 /// Who reads the slot, and the sessions of the sink.
 async fn sessions(scene: &Scene) -> Result<(i32, Vec<String>), String> {
     let reader =

@@ -34,6 +34,8 @@ pub struct SnapshotExport {
     consistent_point: Lsn,
     exported_at: Timestamp,
     since: Instant,
+    /// What the planned relations are published by.
+    publication: String,
     /// The columns that the planned relations had, by oid: the highest number, and a digest of all.
     columns: HashMap<u32, (i16, String)>,
 }
@@ -73,6 +75,7 @@ impl SnapshotExport {
             consistent_point,
             exported_at: now(),
             since,
+            publication: String::new(),
             columns: HashMap::new(),
         })
     }
@@ -136,11 +139,12 @@ impl SnapshotExport {
         let oids: Vec<u32> = planned.iter().map(|relation| relation.oid).collect();
         let all = vec![i16::MAX; oids.len()];
         self.columns = columns_of(&control, &oids, &all).await?;
+        self.publication = publication.to_owned();
         Ok(planned)
     }
 
-    /// Whether one of these relations was rewritten, dropped, renamed, or lost a column since it was planned: their chunks cannot be
-    /// read under this snapshot, and another one has to be exported. Added columns do no harm.
+    /// Whether one of these relations was rewritten, dropped, renamed, lost a column, or left the publication since it was planned: their
+    /// chunks cannot be read under this snapshot, and another one has to be exported. Added columns do no harm.
     ///
     /// # Errors
     /// When the server cannot be asked.
@@ -166,6 +170,9 @@ impl SnapshotExport {
         if !relations.iter().all(is_same) {
             return Ok(true);
         }
+        if has_left(&control, &self.publication, relations).await? {
+            return Ok(true);
+        }
         let highest: Vec<i16> =
             oids.iter().map(|oid| self.columns.get(oid).map_or(i16::MAX, |(highest, _)| *highest)).collect();
         let columns = columns_of(&control, &oids, &highest).await?;
@@ -182,6 +189,24 @@ const CURRENT_SQL: &str = "
 SELECT c.oid, coalesce(pg_catalog.pg_relation_filenode(c.oid), 0::oid), n.nspname::text, c.relname::text
 FROM pg_catalog.unnest($1::oid[]) AS asked(oid)
 JOIN pg_catalog.pg_class c ON c.oid = asked.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace";
+
+const LEFT_SQL: &str = "
+SELECT EXISTS (
+  SELECT FROM unnest($2::text[], $3::text[]) AS asked(schema, name)
+  WHERE NOT EXISTS (
+    SELECT FROM pg_catalog.pg_publication_tables p
+    WHERE p.pubname = $1 AND p.schemaname = asked.schema AND p.tablename = asked.name))";
+
+/// Whether one of the relations is published no longer, as the table that it was planned as.
+async fn has_left(control: &Control, publication: &str, relations: &[&PlannedRelation]) -> Result<bool, SourceError> {
+    let (schemas, names): (Vec<&str>, Vec<&str>) =
+        relations.iter().map(|relation| (relation.table.schema.as_str(), relation.table.name.as_str())).unzip();
+    let arguments: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 3] =
+        [(&publication, Type::TEXT), (&schemas, Type::TEXT_ARRAY), (&names, Type::TEXT_ARRAY)];
+    let row = control.query_typed_one(LEFT_SQL, &arguments).await;
+    let row = row.map_err(|error| SourceError::from_client("looking for tables that left the publication", &error))?;
+    Ok(row.get(0))
+}
 
 const COLUMNS_SQL: &str = "
 SELECT a.attrelid, max(a.attnum), pg_catalog.md5(pg_catalog.string_agg(a.attnum || ' ' || a.atttypid || ' ' || a.attname, '/' ORDER BY a.attnum))
