@@ -1,6 +1,7 @@
 //! Which tasks a flow should have: its capture and its sinks, and what its snapshot runs need now.
 
 use wallaby_coordination::FlowEntry;
+use wallaby_model::condition::TaskPhase;
 use wallaby_model::flow::{OnExceeded, SnapshotMode};
 use wallaby_model::run::RunWish;
 use wallaby_model::{ChunkId, FlowId, RunId, SinkId, TaskId, TaskKind};
@@ -92,8 +93,12 @@ impl View {
     /// Whether reading pauses because the slot holds back too much WAL.
     pub fn pauses_for_the_slot(&self, entry: &FlowEntry) -> bool {
         let safety = &entry.record.document.spec.source.postgres.safety;
-        let retained = self.task(&TaskId::capture(&entry.flow)).status.and_then(|s| s.progress.retained_wal_bytes);
+        let capture = self.task(&TaskId::capture(&entry.flow)).status;
+        // What waits for room in the log may wait for the run itself, which holds the log from its beginning on: its owner knows.
+        let waits_for_log = capture.as_ref().is_some_and(|status| status.phase == TaskPhase::Backpressured);
+        let retained = capture.and_then(|status| status.progress.retained_wal_bytes);
         safety.on_exceeded == OnExceeded::PauseSnapshot
+            && !waits_for_log
             && retained.is_some_and(|retained| retained > safety.retained_wal_max.0)
     }
 

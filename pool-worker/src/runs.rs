@@ -76,9 +76,24 @@ impl FlowRuns {
         self.detached.get(sink).is_some_and(|detached| detached.is_out_of(run))
     }
 
-    /// How many runs have chunks to read, also when they are paused or wait.
+    /// How many runs have chunks to read, also when they are paused: those among which the controller shares the side store.
     pub fn reading(&self) -> usize {
-        self.runs.values().filter(|view| view.is_open() && !view.is_read()).count()
+        let reads = |run: RunId, view: &RunView| view.is_open() && !view.is_read() && !self.waits(run, view);
+        self.runs.iter().filter(|(run, view)| reads(**run, view)).count()
+    }
+
+    /// Whether a run has not begun, and each sink that it is for has to be done with another one before.
+    fn waits(&self, run: RunId, view: &RunView) -> bool {
+        let Some(spec) = &view.spec else { return false };
+        if view.plan.as_ref().is_some_and(|plan| !plan.generations.is_empty()) {
+            return false;
+        }
+        let is_before = |sink: &SinkId| {
+            let mut earlier = self.runs.range(..run).filter(|(other, known)| self.awaits(**other, known, sink));
+            earlier.any(|(_, known)| known.spec.as_ref().is_some_and(|earlier| spec.waits_for(earlier)))
+        };
+        let mut sinks = spec.sinks.iter().filter(|sink| self.awaits(run, view, sink)).peekable();
+        sinks.peek().is_some() && sinks.all(is_before)
     }
 
     /// Whether an open run still waits for a sink.

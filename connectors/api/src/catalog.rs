@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use wallaby_model::{SegmentBody, TableChanges, TableName, TableSchema};
+use wallaby_model::{Lsn, SegmentBody, TableChanges, TableName, TableSchema};
 
 use crate::{SinkError, TableExtras};
 
@@ -31,6 +31,15 @@ pub struct SourceColumn {
     /// What rows have in it that are older than the column (`ADD COLUMN … DEFAULT`), as Postgres' text form: no change of the stream says
     /// so. `None` when that is NULL, and when the table was rewritten since, which gave each row a value of its own.
     pub filled: Option<String>,
+}
+
+/// The columns that a table had in the stream at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SourceColumns {
+    /// Where the source's WAL stood then: whatever was committed before may be of another shape, what comes later says so itself.
+    pub at: Lsn,
+    /// The columns; none when the table was gone.
+    pub columns: Vec<SourceColumn>,
 }
 
 /// Reads single rows of the source over a connection that is opened on demand.
@@ -67,13 +76,13 @@ pub trait SourceLookup: Send + Sync {
         Ok(found)
     }
 
-    /// The columns that a table has in the stream now. Empty when the table is gone.
+    /// The columns that a table has in the stream now.
     ///
     /// # Errors
     /// When the source cannot be reached or refuses.
-    async fn columns(&self, table: &TableName) -> Result<Vec<SourceColumn>, SinkError> {
+    async fn columns(&self, table: &TableName) -> Result<SourceColumns, SinkError> {
         let _ = table;
-        Ok(Vec::new())
+        Ok(SourceColumns::default())
     }
 
     /// What a table has at the source beyond columns and primary key, for a sink that made it. Empty when the table is gone.

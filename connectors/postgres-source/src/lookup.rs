@@ -12,11 +12,11 @@ use tokio::sync::Mutex;
 use tokio_postgres::SimpleQueryMessage;
 use tokio_postgres::types::Type;
 use wallaby_connector_api::{
-    ForeignKey, KeyValues, SinkError, SourceColumn, SourceLookup, SourceRow, SourceRows, TableExtra, TableExtras,
-    TableIndex,
+    ForeignKey, KeyValues, SinkError, SourceColumn, SourceColumns, SourceLookup, SourceRow, SourceRows, TableExtra,
+    TableExtras, TableIndex,
 };
 use wallaby_model::schema::{quote_identifier, quote_literal};
-use wallaby_model::{ReplicaIdentity, TableChanges, TableName, TableSchema};
+use wallaby_model::{Lsn, ReplicaIdentity, TableChanges, TableName, TableSchema};
 
 use crate::assemble::{RelationShape, ShapeColumn, single_row};
 use crate::catalog;
@@ -232,22 +232,27 @@ ORDER BY a.attnum";
 /// What rows have in columns that are newer than they. The value is kept in an array of one element, and for each partition by itself:
 /// when they do not agree, nobody can tell.
 const FILLED_SQL: &str = "
-SELECT l.attname::text, min((l.attmissingval::text::text[])[1])
+SELECT l.attname::text, min(array_to_string(l.attmissingval, ''))
 FROM (SELECT $1::oid AS relid UNION SELECT t.relid FROM pg_catalog.pg_partition_tree($1) t) r
 JOIN pg_catalog.pg_attribute l ON l.attrelid = r.relid AND l.atthasmissing AND NOT l.attisdropped
-GROUP BY 1 HAVING count(DISTINCT (l.attmissingval::text::text[])[1]) = 1";
+GROUP BY 1 HAVING count(DISTINCT array_to_string(l.attmissingval, '')) = 1";
 
-async fn columns_over(
-    control: &Control,
-    publication: &str,
-    table: &TableName,
-) -> Result<Vec<SourceColumn>, SourceError> {
-    let Some(current) = current_shape(control, publication, 0, table).await? else { return Ok(Vec::new()) };
+/// Where WAL is written, or replayed on a standby.
+const WAL_SQL: &str = "
+SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END)::text";
+
+async fn columns_over(control: &Control, publication: &str, table: &TableName) -> Result<SourceColumns, SourceError> {
+    let failed = |error| SourceError::from_client(format!("reading the columns of {table}"), &error);
+    // After it: what was committed up to here is in the catalog that is looked at. Before it, the catalog could be the older one.
+    let found = current_shape(control, publication, 0, table).await?;
+    let at = control.query_typed_one(WAL_SQL, &[]).await.map_err(failed)?.get::<_, String>(0);
+    let at = at.parse::<Lsn>().unwrap_or(Lsn::ZERO);
+    let Some(current) = found else { return Ok(SourceColumns { at, columns: Vec::new() }) };
     let rows = control.query_typed(FILLED_SQL, &[(&current.shape.oid, Type::OID)]).await;
-    let rows = rows.map_err(|error| SourceError::from_client(format!("reading the columns of {table}"), &error))?;
+    let rows = rows.map_err(failed)?;
     let mut filled: HashMap<String, String> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-    let columns = current.shape.columns.into_iter();
-    Ok(columns.map(|column| SourceColumn { filled: filled.remove(&column.name), name: column.name }).collect())
+    let column = |column: ShapeColumn| SourceColumn { filled: filled.remove(&column.name), name: column.name };
+    Ok(SourceColumns { at, columns: current.shape.columns.into_iter().map(column).collect() })
 }
 
 async fn extras_over(control: &Control, table: &TableName) -> Result<TableExtras, SourceError> {
@@ -302,7 +307,7 @@ impl SourceLookup for Lookup {
         found.map_err(|error| for_a_sink(&error, "rows"))
     }
 
-    async fn columns(&self, table: &TableName) -> Result<Vec<SourceColumn>, SinkError> {
+    async fn columns(&self, table: &TableName) -> Result<SourceColumns, SinkError> {
         let columns = self.ask(async |control| columns_over(control, &self.publication, table).await).await;
         columns.map_err(|error| for_a_sink(&error, "columns"))
     }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio_postgres::Client;
-use wallaby_connector_api::SourceLookup;
+use wallaby_connector_api::{SinkError, SourceColumns, SourceLookup};
 use wallaby_model::schema::quote_identifier;
 use wallaby_model::{Position, TableName, TableSchema, TaskId};
 
@@ -160,11 +160,8 @@ impl Fitting<'_> {
             make_schema(client, &here.schema).await?;
         }
         let mut wanted = read_wanted(client, schema).await?;
-        let may_stay = match &mut existing {
-            Some(existing) => self.learn(schema, existing, &mut wanted, of).await?,
-            None => HashSet::new(),
-        };
-        let extra = if let Of::Chunk = of { Extra::Any } else { Extra::These(&may_stay) };
+        let learned = self.learn(schema, existing.as_mut(), &mut wanted, first, of).await?;
+        let extra = if let Of::Chunk = of { Extra::Any } else { Extra::These(&learned.may_stay) };
         let statements = plan(schema, here, &wanted, existing.as_ref(), extra).map_err(misfit)?;
         if !statements.is_empty() {
             // A change of a table that waits makes every reader behind it wait too: better to try again.
@@ -177,7 +174,7 @@ impl Fitting<'_> {
         if !statements.is_empty() {
             lock_timeout(client, "0").await?;
         }
-        self.note(schema, existing.as_ref(), &wanted, &may_stay, of).await?;
+        self.note(schema, existing.as_ref(), &wanted, &learned, of).await?;
         let as_text = schema.columns.iter().zip(&wanted).filter(|(_, wanted)| wanted.as_text);
         for (column, _) in as_text {
             tracing::warn!(table = %here, column = column.name, r#type = column.sql_type, "type unknown at the sink: kept as text");
@@ -193,40 +190,62 @@ impl Fitting<'_> {
         target(schema, here, &existing, false).map_err(misfit)
     }
 
-    /// Completes what is known of a table that is here; returns the columns that may stay although the shape does not have them. Asks
-    /// nobody as long as the table has the shape's columns and no others.
+    /// Completes what is known of a table. Nobody is asked as long as rows of the log meet a table that has their columns and no others; for
+    /// a load the source is asked always: its shape may be ahead of the log.
     async fn learn(
         &self,
         schema: &TableSchema,
-        existing: &mut Existing,
+        mut existing: Option<&mut Existing>,
         wanted: &mut [Wanted],
+        first: Position,
         of: Of<'_>,
-    ) -> Result<HashSet<String>, PostgresError> {
+    ) -> Result<Learned, PostgresError> {
         let is_in_shape = |name: &str| schema.columns.iter().any(|column| column.name == name);
-        let has_others = existing.columns.iter().any(|column| !is_in_shape(&column.name));
-        let is_to_add = schema.columns.iter().any(|column| existing.column(&column.name).is_none());
-        let mut may_stay = HashSet::new();
-        if has_others {
+        let here = existing.as_deref();
+        let has_others = here.is_some_and(|here| here.columns.iter().any(|column| !is_in_shape(&column.name)));
+        let is_new = here.is_none();
+        let missing: HashSet<&str> = match here {
+            Some(here) => schema
+                .columns
+                .iter()
+                .map(|column| column.name.as_str())
+                .filter(|name| here.column(name).is_none())
+                .collect(),
+            None => HashSet::new(),
+        };
+        let is_to_add = !missing.is_empty();
+        let mut learned = Learned::default();
+        if let Some(existing) = existing.as_mut().filter(|_| has_others) {
             let known = columns::read(&self.session.client, self.task, &schema.table).await?;
-            for column in existing.columns.iter_mut().filter(|column| known.filled.contains(&column.name)) {
+            for column in existing.columns.iter_mut().filter(|column| known.known.contains(&column.name)) {
                 column.fills_itself = false;
             }
             if let Of::Log(earlier) = of {
-                may_stay.extend(known.early);
-                may_stay.extend(earlier.of(&schema.table).cloned());
+                learned.may_stay.extend(known.early(first));
+                learned.may_stay.extend(earlier.of(&schema.table).cloned());
             }
         }
-        if is_to_add || (has_others && matches!(of, Of::Prepared)) {
-            let source = self.session.wait_for(self.lookup.columns(&schema.table)).await??;
+        let is_asked = match of {
+            Of::Prepared => true,
+            Of::Chunk => is_to_add || is_new,
+            Of::Log(_) => is_to_add,
+        };
+        if is_asked {
+            let source = self.session.wait_for(self.lookup.columns(&schema.table)).await?;
+            let source = source.map_err(|error| without_source(error, schema, is_to_add))?;
             for (column, wanted) in schema.columns.iter().zip(wanted) {
-                let there = source.iter().find(|there| there.name == column.name);
+                let there = source.columns.iter().find(|there| there.name == column.name);
                 wanted.filled = there.and_then(|there| there.filled.clone());
+                if column.not_null && wanted.filled.is_none() && missing.contains(column.name.as_str()) {
+                    tracing::warn!(table = %schema.table, column = column.name, "rows that are here get NULL in a new column that has none at the source, which does not say any more what they have in it: load the table anew (wallaby snapshot start)");
+                }
             }
             if let Of::Prepared = of {
-                may_stay.extend(source.into_iter().map(|column| column.name));
+                learned.may_stay.extend(source.columns.iter().map(|column| column.name.clone()));
             }
+            learned.source = source;
         }
-        Ok(may_stay)
+        Ok(learned)
     }
 
     /// Notes of columns what the next shape is judged by.
@@ -235,30 +254,62 @@ impl Fitting<'_> {
         schema: &TableSchema,
         existing: Option<&Existing>,
         wanted: &[Wanted],
-        may_stay: &HashSet<String>,
+        learned: &Learned,
         of: Of<'_>,
     ) -> Result<(), PostgresError> {
         let (client, table) = (&self.session.client, &schema.table);
+        let names = || schema.columns.iter().map(|column| column.name.as_str());
         let is_new = |name: &str| existing.is_none_or(|existing| existing.column(name).is_none());
-        let added: Vec<&str> =
-            schema.columns.iter().map(|column| column.name.as_str()).filter(|name| is_new(name)).collect();
-        let filled = schema.columns.iter().zip(wanted).filter(|(_, wanted)| wanted.filled.is_some());
-        let filled = filled.map(|(column, _)| column.name.as_str()).filter(|name| added.contains(name));
-        let filled: Vec<&str> = filled.collect();
-        if existing.is_some() && !filled.is_empty() {
-            columns::put_filled(client, self.task, table, &filled).await?;
+        let is_filled =
+            |name: &str| names().zip(wanted).any(|(known, wanted)| known == name && wanted.filled.is_some());
+        let constant: Vec<&str> = names().filter(|name| is_new(name) && is_filled(name)).collect();
+        if !constant.is_empty() {
+            columns::put_constant(client, self.task, table, &constant, true).await?;
         }
-        let names = schema.columns.iter().map(|column| column.name.as_str());
-        match of {
-            Of::Prepared => {
-                let all: Vec<&str> = names.chain(may_stay.iter().map(String::as_str)).collect();
-                let all: HashSet<&str> = all.into_iter().collect();
-                columns::put_early(client, self.task, table, &all.into_iter().collect::<Vec<_>>()).await
-            }
-            Of::Chunk if added.is_empty() => Ok(()),
-            Of::Chunk => columns::put_early(client, self.task, table, &added).await,
-            Of::Log(_) => columns::met(client, self.task, table, &names.collect::<Vec<_>>()).await,
+        let fills =
+            |name: &str| existing.and_then(|existing| existing.column(name)).is_some_and(|here| here.fills_itself);
+        let known: Vec<&str> = names().filter(|name| fills(name)).collect();
+        if !known.is_empty() {
+            columns::put_known(client, self.task, table, &known).await?;
         }
+        let at_source = |name: &&str| learned.source.columns.iter().any(|column| column.name == **name);
+        let early: Vec<&str> = match of {
+            Of::Prepared => learned.source.columns.iter().map(|column| column.name.as_str()).collect(),
+            Of::Chunk => names().filter(|name| is_new(name)).filter(at_source).collect(),
+            Of::Log(_) => return columns::met(client, self.task, table, &names().collect::<Vec<_>>()).await,
+        };
+        if early.is_empty() {
+            return Ok(());
+        }
+        columns::put_early(client, self.task, table, &early, learned.source.at).await
+    }
+}
+
+/// What is known of a table before it is brought into shape.
+#[derive(Default)]
+struct Learned {
+    /// Columns that may stay although the shape does not have them.
+    may_stay: HashSet<String>,
+    /// What the source has, if it was asked.
+    source: SourceColumns,
+}
+
+/// Why a shape is not taken while the source cannot be asked, with the way out.
+fn without_source(error: SinkError, schema: &TableSchema, is_to_add: bool) -> SinkError {
+    if !is_to_add {
+        return error;
+    }
+    let way_out = format!(
+        "a new column of {} waits for the source to say what older rows have in it; without the source, add it by hand at the sink (ALTER \
+         TABLE … ADD COLUMN … DEFAULT …)",
+        schema.table
+    );
+    match error {
+        SinkError::Transient(reason) => SinkError::Transient(format!("{reason}: {way_out}")),
+        SinkError::Configuration { reason, remedy } => {
+            SinkError::Configuration { reason, remedy: format!("{remedy}; {way_out}") }
+        }
+        other => other,
     }
 }
 

@@ -67,12 +67,14 @@ const CREATE: &str = "\
         source_schema text COLLATE \"C\",
         source_table text COLLATE \"C\",
         name text COLLATE \"C\",
-        early boolean NOT NULL DEFAULT false,
-        filled boolean NOT NULL DEFAULT false,
+        early text COLLATE \"C\",
+        known boolean NOT NULL DEFAULT false,
+        constant boolean NOT NULL DEFAULT false,
         PRIMARY KEY (task, source_schema, source_table, name)
     );
     COMMENT ON TABLE wallaby.columns IS
-        'Columns that a WALlaby apply task has here before its log has them (early), or has given a default (filled)'";
+        'Columns that a WALlaby apply task has here before its log, up to a place in the WAL (early); that have a default here and are the \
+source''s (known); whose default is what older rows have in them (constant)'";
 
 /// The guarded move. Parameters: task, epoch, expected position, new position, log epoch.
 pub(crate) const ADVANCE: &str = "\

@@ -438,13 +438,17 @@ impl Finish<'_> {
             "SELECT atthasdef FROM pg_attribute WHERE attrelid = to_regclass($1) AND attname = $2 AND NOT attisdropped";
         let found = self.session.client.query_opt(query, &[&self.here.quoted(), &default.name]).await;
         let found = found.doing(|| format!("looking for the default of {:?}", default.name))?;
+        let client = &self.session.client;
+        let is_constant = columns::read(client, self.task, source).await?.constant.contains(&default.name);
         // A column that is not here comes with its own change.
-        if found.is_some_and(|row| !row.get::<_, bool>(0)) {
+        if found.is_some_and(|row| is_constant || !row.get::<_, bool>(0)) {
             // Before it is there: a note without a default says nothing, a default without a note that the column is a person's.
-            columns::put_filled(&self.session.client, self.task, source, &[&default.name]).await?;
+            columns::put_known(client, self.task, source, &[&default.name]).await?;
             let (column, table) = (quote_identifier(&default.name), self.here.quoted());
             let statement = format!("ALTER TABLE {table} ALTER COLUMN {column} SET DEFAULT {}", default.definition);
-            self.run(&format!("the default of column {:?}", default.name), &statement).await?;
+            if self.run(&format!("the default of column {:?}", default.name), &statement).await? && is_constant {
+                columns::put_constant(&self.session.client, self.task, source, &[&default.name], false).await?;
+            }
         }
         Ok(())
     }

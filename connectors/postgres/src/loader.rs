@@ -82,7 +82,7 @@ impl PostgresLoader {
             _ => connect_as(&self.config, &self.session_name(), IDLE_MAX).await?,
         };
         // Before the sink was opened for the first time nothing is being copied.
-        if !checkpoint::exists(&session.client, "wallaby.chunks").await? {
+        if !checkpoint::exists(&session.client, "wallaby.columns").await? {
             self.session = Some(session);
             return Ok(Loaded::Stale);
         }

@@ -268,7 +268,7 @@ pub(crate) async fn start_anew(client: &Client, task: &TaskId) -> Result<(), Pos
         "UPDATE wallaby.tables SET stage = 'absent', position = NULL, run = 0, restart = 0, updated_at = now() \
          WHERE task = $1",
         "DELETE FROM wallaby.chunks WHERE task = $1",
-        "UPDATE wallaby.columns SET early = false WHERE task = $1 AND early",
+        "UPDATE wallaby.columns SET early = NULL WHERE task = $1 AND early IS NOT NULL",
     ] {
         client.execute(statement, &[&task]).await.doing(doing)?;
     }

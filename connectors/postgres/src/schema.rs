@@ -205,7 +205,7 @@ pub(crate) fn plan(
     for (column, wanted) in schema.columns.iter().zip(wanted) {
         let name = quote_identifier(&column.name);
         let Some(found) = existing.column(&column.name) else {
-            additions.push((&column.name, format!("{alter} ADD COLUMN {name} {}", wanted.addition())));
+            additions.push((&column.name, format!("{alter} ADD COLUMN IF NOT EXISTS {name} {}", wanted.addition())));
             continue;
         };
         if !fits(wanted, found) {
@@ -277,7 +277,7 @@ fn create_statement(schema: &TableSchema, table: &TableName, wanted: &[Wanted]) 
     let mut parts: Vec<String> = Vec::new();
     for (column, wanted) in schema.columns.iter().zip(wanted) {
         let not_null = if column.not_null { " NOT NULL" } else { "" };
-        parts.push(format!("{} {}{not_null}", quote_identifier(&column.name), wanted.sql));
+        parts.push(format!("{} {}{not_null}", quote_identifier(&column.name), wanted.addition()));
     }
     let key = key_of(schema);
     let names = |indexes: &[usize]| list(indexes.iter().map(|&index| schema.columns[index].name.as_str()));
@@ -445,7 +445,7 @@ mod tests {
         let table = existing(vec![column("id"), column("a")]);
         assert!(planned(&[("id", true), ("a", false)], Some(&table)).unwrap().is_empty());
         let added = planned(&[("id", true), ("a", false), ("b", false)], Some(&table)).unwrap();
-        assert_eq!(added, [r#"ALTER TABLE "public"."t" ADD COLUMN "b" integer"#]);
+        assert_eq!(added, [r#"ALTER TABLE "public"."t" ADD COLUMN IF NOT EXISTS "b" integer"#]);
     }
 
     #[test]

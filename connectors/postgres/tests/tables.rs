@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use target::{Target, apply, query, rows, try_apply};
 use wallaby_connector_api::conformance::{Change, Log, PortionFeed, Shape, SinkUnderTest, Value, chunk_part};
-use wallaby_connector_api::{KeyValues, SinkError, SourceColumn, SourceLookup, SourceRow};
-use wallaby_model::{ColumnType, Epoch, SegmentBody, TableName, TableSchema};
+use wallaby_connector_api::{KeyValues, SinkError, SourceColumn, SourceColumns, SourceLookup, SourceRow};
+use wallaby_model::{ColumnType, Epoch, Lsn, SegmentBody, TableName, TableSchema};
 
 fn misfit<T: std::fmt::Debug>(outcome: Result<T, SinkError>) -> (String, String) {
     match outcome {
@@ -129,12 +129,12 @@ impl SourceLookup for Columns {
         Ok(None)
     }
 
-    async fn columns(&self, _: &TableName) -> Result<Vec<SourceColumn>, SinkError> {
+    async fn columns(&self, _: &TableName) -> Result<SourceColumns, SinkError> {
         let column = |&(name, filled): &(&str, Option<&str>)| SourceColumn {
             name: name.to_owned(),
             filled: filled.map(str::to_owned),
         };
-        Ok(self.0.iter().map(column).collect())
+        Ok(SourceColumns { at: Lsn(u64::MAX), columns: self.0.iter().map(column).collect() })
     }
 }
 

@@ -218,12 +218,19 @@ fn sinks(entry: &FlowEntry, spec: &RunSpec, known: &RunView) -> Vec<v1::Snapshot
     of_run.map(shown).collect()
 }
 
-/// Whether a run loads whatever an earlier one was to load, wherever.
-fn makes_up_for(spec: &RunSpec, earlier: &RunSpec) -> bool {
+/// Whether a run loads whatever an earlier one was to load, into the one sink or wherever.
+fn makes_up_for(spec: &RunSpec, earlier: &RunSpec, sink: Option<&SinkId>) -> bool {
     let has = |table: &String| spec.tables.iter().any(|pattern| covers(pattern, table));
     let is_wide = spec.tables.is_empty() || (!earlier.tables.is_empty() && earlier.tables.iter().all(has));
     let is_left_out = |table: &String| earlier.exclude.iter().any(|pattern| covers(pattern, table));
-    is_wide && spec.exclude.iter().all(is_left_out) && earlier.sinks.iter().all(|sink| spec.loads_into(sink))
+    let is_everywhere = match sink {
+        Some(sink) => spec.loads_into(sink),
+        None => {
+            spec.sinks.is_empty()
+                || (!earlier.sinks.is_empty() && earlier.sinks.iter().all(|sink| spec.loads_into(sink)))
+        }
+    };
+    is_wide && spec.exclude.iter().all(is_left_out) && is_everywhere
 }
 
 /// Whether existing rows are where they should be: in the whole flow, or at one sink.
@@ -240,7 +247,7 @@ pub fn complete(view: &View, entry: &FlowEntry, sink: Option<&SinkId>) -> Condit
         if known.is_over() || is_done_here(known) {
             // What a run that was cancelled left out is still missing after one that loads something else.
             let is_cancelled = |plan: Option<&RunPlan>| plan.is_some_and(|plan| plan.state == RunState::Cancelled);
-            if !last_over.is_some_and(|(_, before, plan)| is_cancelled(plan) && !makes_up_for(spec, before)) {
+            if !last_over.is_some_and(|(_, before, plan)| is_cancelled(plan) && !makes_up_for(spec, before, sink)) {
                 last_over = Some((run, spec, known.plan()));
             }
             continue;

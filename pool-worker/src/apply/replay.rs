@@ -30,6 +30,8 @@ const BEHIND_MAX: Duration = Duration::from_secs(1);
 /// How often a replay that finds no rows moves its mark, and looks where the main stream stands.
 const MOVE_EVERY: Duration = Duration::from_secs(1);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A request so often is withdrawn no more.
+const REQUESTS_MAX: u64 = 3;
 /// The sink's answer is waited for this long.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -38,15 +40,17 @@ const PATIENCE: Duration = Duration::from_secs(300);
 pub struct Main {
     /// What the sink has of it.
     pub at: Position,
-    /// It stays there until the replay is done.
-    pub is_held: bool,
+    /// The number of the request for which it stays there; 0 when it goes on. Only while that request stands can it be relied upon: of one
+    /// that was withdrawn, the main stream may hear at any time.
+    pub held_for: u64,
 }
 
 /// A replay under way; ends when dropped.
 pub struct CatchUp {
     run: RunId,
     main: watch::Sender<Main>,
-    asks: watch::Receiver<bool>,
+    /// The number of the replay's request that the main stream stops; 0 for none.
+    asks: watch::Receiver<u64>,
     task: AbortOnDropHandle<Result<(), ApplyError>>,
 }
 
@@ -60,8 +64,8 @@ impl CatchUp {
         at: Position,
     ) -> CatchUp {
         let of_run = replay.run;
-        let (main, followed) = watch::channel(Main { at, is_held: false });
-        let (asking, asks) = watch::channel(false);
+        let (main, followed) = watch::channel(Main { at, held_for: 0 });
+        let (asking, asks) = watch::channel(0);
         let context = Arc::clone(context);
         let task = tokio::spawn(async move {
             let outcome = run(&context, sink.as_mut(), side, replay, followed, asking).await;
@@ -88,19 +92,21 @@ impl CatchUp {
     /// Whether the main stream has to stop where it stands; the replay is told that it did, or that it goes on.
     pub fn holds(&self) -> bool {
         let asks = *self.asks.borrow();
-        self.main.send_if_modified(|main| std::mem::replace(&mut main.is_held, asks) != asks);
-        asks
+        self.main.send_if_modified(|main| std::mem::replace(&mut main.held_for, asks) != asks);
+        asks != 0
     }
 
-    /// Returns when the tables are ready (`true`), or when the main stream has to stop and does not know it yet. Cancel-safe.
+    /// Returns when the tables are ready (`true`), or when the main stream has to stop, or may go on, and does not know it yet. Cancel-safe.
     ///
     /// # Errors
     /// What ended the replay.
     pub async fn ended_or_asks(&mut self) -> Result<bool, ApplyError> {
-        let mut asks = self.asks.clone();
+        let (mut asks, known) = (self.asks.clone(), self.main.borrow().held_for);
         let asked = async {
-            if *asks.borrow_and_update() || asks.changed().await.is_err() {
-                std::future::pending::<()>().await;
+            while *asks.borrow_and_update() == known {
+                if asks.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
             }
         };
         tokio::select! {
@@ -119,7 +125,7 @@ async fn run(
     side: Arc<dyn SideStore>,
     replay: Replay,
     mut main: watch::Receiver<Main>,
-    asks: watch::Sender<bool>,
+    asks: watch::Sender<u64>,
 ) -> Result<(), ApplyError> {
     let Some(epoch) = context.lock.epoch() else { return Err(ApplyError::Invalid) };
     sink.open(epoch).await?;
@@ -129,27 +135,35 @@ async fn run(
     let filter = Arc::new(replay.filter);
     let mut log = LogStream::new(feed, replay.from, Epoch::default());
     let mut behind = Behind::default();
+    // The request that stands, and how many there were.
+    let (mut asked, mut requests) = (0, 0);
     let mut moved_at = Instant::now();
     let large = stream::buffer_bytes(context) / 2;
     loop {
         let stands = *main.borrow_and_update();
         behind.saw(Instant::now(), stands.at);
         let at = log.assembler.at();
-        if stands.is_held && at == stands.at {
+        if asked != 0 && stands.held_for == asked && at == stands.at {
             check(context)?;
             answered(loads(sink)?.mark(&replay.tables, TableStage::Ready, at)).await?;
             tracing::info!(task = %context.task, run = %replay.run, position = %at, tables = replay.tables.len(), "tables were handed over");
             return Ok(());
         }
         // A main stream that is further back than the chunks were read has to come here first: held there, it never would.
-        if at <= stands.at && behind.is_within(Instant::now(), at) {
-            asks.send_if_modified(|asks| !std::mem::replace(asks, true));
+        if asked == 0 && at <= stands.at && behind.is_within(Instant::now(), at) {
+            requests += 1;
+            asked = requests;
+            asks.send_replace(asked);
         }
         log.fill(capabilities.batch_bytes_max, capabilities.batch_rows_max)?;
         if at < stands.at && log.assembler.is_large_next(large) {
             check(context)?;
-            // The main stream had it since it was asked, or is at it just now: it is not to wait as long again.
-            asks.send_if_modified(|asks| std::mem::replace(asks, false));
+            // The main stream had it since it was asked, or is at it just now: it is not to wait as long again. But large ones that come
+            // one after the other would keep the tables away for ever.
+            if asked != 0 && requests < REQUESTS_MAX {
+                asked = 0;
+                asks.send_replace(0);
+            }
             let pulse = Pulse::default();
             let span = spans::replay(context, at, log.assembler.piece_made_in().into_iter());
             let (side, filter) = (Arc::clone(&side), Some(Arc::clone(&filter)));
@@ -204,7 +218,7 @@ async fn answered(answer: impl Future<Output = Result<(), SinkError>>) -> Result
 }
 
 fn is_worth(batch: &Batch, main: Main, moved_at: Instant) -> bool {
-    main.is_held || moved_at.elapsed() >= MOVE_EVERY || batch.rows() > 0
+    main.held_for != 0 || moved_at.elapsed() >= MOVE_EVERY || batch.rows() > 0
 }
 
 /// How far the replay is behind the main stream, in time: by when that stood where the replay stands.
@@ -235,25 +249,30 @@ impl Behind {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
     use super::*;
     use wallaby_model::Lsn;
 
     #[tokio::test]
     async fn the_main_stream_goes_on_when_the_replay_does_not_ask_any_more() {
         let position = |lsn| Position::before(Lsn(lsn));
-        let (main, followed) = watch::channel(Main { at: position(10), is_held: false });
-        let (asking, asks) = watch::channel(false);
+        let (main, followed) = watch::channel(Main { at: position(10), held_for: 0 });
+        let (asking, asks) = watch::channel(0);
         let task = AbortOnDropHandle::new(tokio::spawn(std::future::pending()));
-        let replay = CatchUp { run: RunId(1), main, asks, task };
+        let mut replay = CatchUp { run: RunId(1), main, asks, task };
         assert!(!replay.holds());
-        for at in [20, 30] {
-            asking.send_replace(true);
+        for (request, at) in [(1, 20), (2, 30)] {
+            asking.send_replace(request);
+            assert!(!replay.ended_or_asks().await.unwrap(), "it asks");
             assert!(replay.holds());
-            assert_eq!(*followed.borrow(), Main { at: position(at - 10), is_held: true });
-            asking.send_replace(false);
+            assert_eq!(*followed.borrow(), Main { at: position(at - 10), held_for: request });
+            // Nothing is to be done until it withdraws.
+            assert!(futures::poll!(std::pin::pin!(replay.ended_or_asks())).is_pending());
+            asking.send_replace(0);
+            assert!(!replay.ended_or_asks().await.unwrap(), "it withdraws");
             assert!(!replay.holds());
             replay.follow(position(at));
-            assert_eq!(*followed.borrow(), Main { at: position(at), is_held: false });
+            assert_eq!(*followed.borrow(), Main { at: position(at), held_for: 0 });
         }
     }
 

@@ -317,7 +317,6 @@ mod tests {
         assert!(matches!(next(Situation { wish: RunWish::Pause, ..reading }), Step::GiveUp(_)));
         let behind = Situation { waits_for_slot: true, ..reading };
         assert!(matches!(next(behind), Step::GiveUp(_)));
-        assert!(matches!(next(Situation { session: None, ..behind }), Step::Wait(_)), "and is not exported again");
         assert_eq!(next(Situation { wish: RunWish::Cancel, ..reading }), Step::End(RunState::Cancelled));
         let all = read(&[chunk(0, 0, 0), chunk(0, 0, 1)]);
         assert_eq!(next(Situation { done: &all, ..reading }), Step::BeginLoading);
@@ -338,6 +337,9 @@ mod tests {
         plan.generations[0].snapshot = None;
         let paused = Situation { wish: RunWish::Pause, ..situation(&plan, &done, &none) };
         assert!(matches!(next(paused), Step::Wait(_)));
+        let behind = Situation { wish: RunWish::Go, waits_for_slot: true, ..paused };
+        assert!(matches!(next(behind), Step::Wait(_)), "it is not exported again");
+        assert!(matches!(next(Situation { waits_for_slot: false, ..behind }), Step::Export(_)));
     }
 
     #[test]

@@ -23,17 +23,20 @@ pub struct Keeper {
     pub progress: Progress,
     /// It lacks what load tasks bring it; only its apply task can go on otherwise.
     pub awaits_loads: bool,
+    /// Its tasks are offered to nobody, because a person wants it so.
+    pub is_paused: bool,
 }
 
 impl Keeper {
-    /// Whether somebody works for it, given the tasks that have owners: that nobody does, because no controller offers its tasks or no
-    /// worker has room for them, is not the sink's fault.
-    pub fn is_worked_for<'a>(&self, mut owned: impl Iterator<Item = &'a TaskKind>) -> bool {
-        owned.any(|kind| match kind {
-            TaskKind::Load(sink, ..) => self.awaits_loads && *sink == self.sink,
-            TaskKind::Apply(sink) => !self.awaits_loads && *sink == self.sink,
-            _ => false,
-        })
+    /// Whether the standstill is its own, given the tasks that have owners: that nobody works for it, because no controller offers its
+    /// tasks or no worker has room for them, is not. One that is paused stands still by itself.
+    pub fn is_to_blame<'a>(&self, mut owned: impl Iterator<Item = &'a TaskKind>) -> bool {
+        self.is_paused
+            || owned.any(|kind| match kind {
+                TaskKind::Load(sink, ..) => self.awaits_loads && *sink == self.sink,
+                TaskKind::Apply(sink) => !self.awaits_loads && *sink == self.sink,
+                _ => false,
+            })
     }
 }
 
@@ -52,25 +55,26 @@ pub struct Crowd {
 /// Not one with a table that catches up: it works, and whether it is too late for the log is judged there.
 pub fn keepers(runs: &FlowRuns, sinks: &[SinkSpec]) -> Vec<Keeper> {
     let may_go = sinks.iter().filter(|spec| spec.on_overrun == OnOverrun::Detach);
-    let of = |sink: &SinkId| {
+    let of = |spec: &SinkSpec| {
+        let sink = &spec.name;
         let (mut lacks, mut awaits_loads, mut progress) = (0, false, Progress::default());
         let mut earlier: Vec<&RunSpec> = Vec::new();
-        for OpenRun { view, spec, .. } in open_runs(runs, sink) {
+        for OpenRun { view, spec: run, .. } in open_runs(runs, sink) {
             let state = view.sinks.get(sink);
             if state.is_some_and(|state| state.tables.values().any(|stage| *stage == TableStage::CatchingUp)) {
                 return None;
             }
-            if !earlier.iter().any(|earlier| spec.waits_for(earlier)) {
+            if !earlier.iter().any(|earlier| run.waits_for(earlier)) {
                 lacks += view.lacks(sink);
                 awaits_loads |= view.awaits_loads(sink);
             }
-            earlier.push(spec);
+            earlier.push(run);
             progress.0 += view.loaded.get(sink).map_or(0, |loaded| loaded.len());
             progress.1 += state.map_or(0, |state| state.tables.len());
         }
-        (lacks > 0).then(|| Keeper { sink: sink.clone(), progress, awaits_loads })
+        (lacks > 0).then(|| Keeper { sink: sink.clone(), progress, awaits_loads, is_paused: spec.paused })
     };
-    may_go.filter_map(|spec| of(&spec.name)).collect()
+    may_go.filter_map(of).collect()
 }
 
 /// Looks that are further apart than this say nothing of the time between them.
@@ -129,6 +133,7 @@ mod tests {
             sink: SinkId::new(*sink).unwrap(),
             progress: *progress,
             awaits_loads: false,
+            is_paused: false,
         };
         Crowd { read, is_waited_for, keepers: keepers.iter().map(keeper).collect() }
     }
@@ -167,6 +172,9 @@ mod tests {
         };
         assert_eq!(of(&first, OnOverrun::Detach), 1);
         assert_eq!(of(&first, OnOverrun::Backpressure), 0, "it is waited for");
+        let runs = FlowRuns { runs: [(RunId(1), first.clone())].into(), ..FlowRuns::default() };
+        let paused = |paused| keepers(&runs, &[SinkSpec { paused, ..spec.clone() }]).remove(0).is_paused;
+        assert!(paused(true) && !paused(false));
         // Only the second run has chunks, and it comes after the first one, of which nothing is read.
         let unread = RunView { chunks: Default::default(), ..first.clone() };
         assert_eq!(of(&unread, OnOverrun::Detach), 0);
@@ -186,16 +194,20 @@ mod tests {
 
     #[test]
     fn a_sink_whose_tasks_nobody_has_is_not_to_blame() {
-        let here = |awaits_loads| Keeper { sink: sink(), progress: (0, 0), awaits_loads };
+        let here = |awaits_loads| Keeper { sink: sink(), progress: (0, 0), awaits_loads, is_paused: false };
         let elsewhere = SinkId::new("elsewhere").unwrap();
         let chunk = wallaby_model::ChunkId { table: 0, restart: 0, number: 0 };
         let (apply, load) = (TaskKind::Apply(sink()), TaskKind::Load(sink(), RunId(1), chunk));
         let others =
             [TaskKind::Capture, TaskKind::Apply(elsewhere.clone()), TaskKind::Load(elsewhere, RunId(1), chunk)];
         for awaits_loads in [false, true] {
-            assert!(!here(awaits_loads).is_worked_for(others.iter()));
-            assert_eq!(here(awaits_loads).is_worked_for([&apply].into_iter()), !awaits_loads);
-            assert_eq!(here(awaits_loads).is_worked_for([&load].into_iter()), awaits_loads);
+            assert!(!here(awaits_loads).is_to_blame(others.iter()));
+            assert_eq!(here(awaits_loads).is_to_blame([&apply].into_iter()), !awaits_loads);
+            assert_eq!(here(awaits_loads).is_to_blame([&load].into_iter()), awaits_loads);
+            assert!(
+                Keeper { is_paused: true, ..here(awaits_loads) }.is_to_blame([].into_iter()),
+                "a person stopped it"
+            );
         }
     }
 

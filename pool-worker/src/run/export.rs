@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use wallaby_coordination::Error as EtcdError;
 use wallaby_model::run::{Generation, PlannedRelation, RunPlan, RunReason, RunSpec};
-use wallaby_model::{Position, RunId};
+use wallaby_model::{Position, RunId, TaskId};
 use wallaby_postgres_source::{
-    ConnectConfig, PublicationWanted, SessionOwner, SnapshotExport, connect_control, ensure_publication,
+    ConnectConfig, PublicationWanted, SessionOwner, SnapshotExport, SourceError, connect_control, ensure_publication,
 };
 use wallaby_staging::{Log, StagingError};
 
@@ -24,7 +24,7 @@ const PURGE_RACES_MAX: u32 = 8;
 /// So many chunks, as large as they are at the source, find room in the side store.
 const CHUNKS_AT_A_TIME: u64 = 4;
 /// A chunk whose reading is throttled takes a fourth of the time for which a snapshot is held, at most.
-const CHUNKS_PER_SNAPSHOT: u64 = 4;
+pub const CHUNKS_PER_SNAPSHOT: u32 = 4;
 /// How long a session holds the snapshot when the flow does not say.
 const AGE_MAX: Duration = Duration::from_secs(30 * 60);
 
@@ -57,7 +57,15 @@ impl Export {
             .with_application_name(&context.task.session_name(epoch));
         context.pulse.wait("the source");
         if let Some(wanted) = publication(context) {
-            ensure_publication(&connect_control(&config).await?, &wanted).await?;
+            let control = connect_control(&config).await?;
+            let capture = TaskId::capture(&context.task.flow);
+            let stands = context.shared.coordination.checkpoint(&capture).await?.and_then(|found| found.position);
+            if stands.is_some() || !before.generations.is_empty() {
+                // What went missing is not made again, as by the capture (hazard 20).
+                let found = ensure_publication(&control, &PublicationWanted { create: false, ..wanted.clone() }).await;
+                found.map_err(SourceError::of_begun)?;
+            }
+            ensure_publication(&control, &wanted).await?;
         }
         if demand.is_captured {
             hold(context, run).await?;
@@ -80,7 +88,8 @@ impl Export {
         let mut relations = planned.await?;
         if let Some(rows_per_second) = spec.rows_per_second {
             let per_reader = rows_per_second / u64::from(spec.readers.max(1));
-            let rows_max = per_reader.max(1).saturating_mul(age_max(context).as_secs()) / CHUNKS_PER_SNAPSHOT;
+            let rows_max =
+                per_reader.max(1).saturating_mul(age_max(context).as_secs()) / u64::from(CHUNKS_PER_SNAPSHOT);
             relations.iter_mut().for_each(|relation| cut_by_rows(relation, rows_max));
         }
         Ok((Export { session }, generation, relations))

@@ -23,8 +23,8 @@ use wallaby_staging::{Shelf, SideGroup, SideStore};
 
 use self::core::{Situation, Step};
 use self::crowded::{Crowd, Crowding};
-use self::export::Export;
 pub use self::export::age_max;
+use self::export::{CHUNKS_PER_SNAPSHOT, Export};
 use crate::backoff::Backoff;
 use crate::capture::{CaptureError, Directive};
 use crate::detach::detach;
@@ -368,12 +368,22 @@ impl Owner<'_> {
         let bound = if self.waits_for_slot { bound / 4 * 3 } else { bound };
         match context.shared.coordination.get(&Key::TaskStatus(TaskId::capture(flow))).await {
             Ok(said) => {
-                let status = said.and_then(|entry| entry.decode::<TaskStatus>().ok());
-                status.and_then(|status| status.progress.retained_wal_bytes).is_some_and(|retained| retained > bound)
+                let Some(status) = said.and_then(|entry| entry.decode::<TaskStatus>().ok()) else { return false };
+                let is_exceeded = status.progress.retained_wal_bytes.is_some_and(|retained| retained > bound);
+                is_exceeded && !(status.phase == TaskPhase::Backpressured && self.holds_the_log_back().await)
             }
             // No reason to change anything.
             Err(_) => self.waits_for_slot,
         }
+    }
+
+    /// Whether nobody needs older records of the log than this run. A log that is full because of it gets room by its end alone, and the
+    /// slot by room in the log.
+    async fn holds_the_log_back(&self) -> bool {
+        let Ok(holds) = self.context.shared.coordination.holds(&self.context.task.flow).await else { return false };
+        let lowest = holds.values().map(|hold| hold.position).min();
+        let mine = holds.get(&Reader::Run(self.run)).map(|hold| hold.position);
+        mine.is_some() && mine == lowest
     }
 
     /// Removes parts of chunks that every sink of the run has: a run may be larger than the side store. A sink that turns out not
@@ -415,24 +425,30 @@ impl Owner<'_> {
         let context = self.context;
         let (flow, sinks) = (&context.task.flow, self.sinks());
         let specs = context.flows.borrow().get(flow).map(|known| known.record.document.spec.sinks.clone());
-        let Some(mut crowd) = context.runs.of(flow, |runs| {
+        let Some((mut crowd, is_slow)) = context.runs.of(flow, |runs| {
             let view = runs.runs.get(&self.run)?;
             let is_read = self.plan.chunks().all(|chunk| view.chunks.contains_key(&chunk));
             let has_all = sinks.iter().any(|sink| view.lacks(sink) == 0);
             let is_waited_for = self.export.is_some() && !is_read && has_all;
-            Some(Crowd { read: view.chunks.len(), is_waited_for, keepers: crowded::keepers(runs, &specs?) })
+            let is_slow = view.spec.as_ref().is_some_and(|spec| spec.rows_per_second.is_some());
+            let crowd = Crowd { read: view.chunks.len(), is_waited_for, keepers: crowded::keepers(runs, &specs?) };
+            Some((crowd, is_slow))
         }) else {
             return;
         };
         if crowd.is_waited_for && !crowd.keepers.is_empty() {
             match context.shared.coordination.locks(flow).await {
                 Ok(locks) => {
-                    crowd.keepers.retain(|keeper| keeper.is_worked_for(locks.iter().map(|lock| &lock.task.kind)))
+                    crowd.keepers.retain(|keeper| keeper.is_to_blame(locks.iter().map(|lock| &lock.task.kind)))
                 }
                 Err(_) => return self.crowding.is_over(),
             }
         }
-        let patience = context.shared.options.sink_patience.0;
+        let mut patience = context.shared.options.sink_patience.0;
+        if is_slow {
+            // One chunk may take as long without a want of room.
+            patience += age_max(context) / CHUNKS_PER_SNAPSHOT;
+        }
         let ripe = self.crowding.ripe(&crowd, Instant::now(), patience);
         if ripe.is_empty() {
             return;

@@ -191,13 +191,14 @@ FROM pg_catalog.unnest($1::oid[]) AS asked(oid)
 JOIN pg_catalog.pg_class c ON c.oid = asked.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace";
 
 const LEFT_SQL: &str = "
-SELECT EXISTS (
+SELECT EXISTS (SELECT FROM pg_catalog.pg_publication WHERE pubname = $1) AND EXISTS (
   SELECT FROM unnest($2::text[], $3::text[]) AS asked(schema, name)
   WHERE NOT EXISTS (
     SELECT FROM pg_catalog.pg_publication_tables p
     WHERE p.pubname = $1 AND p.schemaname = asked.schema AND p.tablename = asked.name))";
 
-/// Whether one of the relations is published no longer, as the table that it was planned as.
+/// Whether one of the relations is published no longer, as the table that it was planned as. Not because the publication itself is away:
+/// another export would change nothing, and the capture says what is to be done.
 async fn has_left(control: &Control, publication: &str, relations: &[&PlannedRelation]) -> Result<bool, SourceError> {
     let (schemas, names): (Vec<&str>, Vec<&str>) =
         relations.iter().map(|relation| (relation.table.schema.as_str(), relation.table.name.as_str())).unzip();

@@ -50,6 +50,9 @@ async fn columns_say_what_rows_have_in_them_that_are_older() {
          INSERT INTO parts VALUES (1), (11);
          ALTER TABLE captured ADD a int DEFAULT 3, ADD b text DEFAULT 'it''s \"', ADD c int[] DEFAULT '{1,NULL}', ADD d date,
              ADD e timestamptz DEFAULT '2020-01-01 00:00:00+00';
+         CREATE TABLE boxes (id int PRIMARY KEY);
+         INSERT INTO boxes VALUES (1);
+         ALTER TABLE boxes ADD b box DEFAULT '(1,1),(0,0)';
          ALTER TABLE captured ALTER a SET DEFAULT 4;
          ALTER TABLE parts ADD a int DEFAULT 3;
          CREATE TABLE parts_3 PARTITION OF parts FOR VALUES FROM (20) TO (30)",
@@ -59,7 +62,7 @@ async fn columns_say_what_rows_have_in_them_that_are_older() {
     let flow = Flow::create(&db).await;
     let lookup = Lookup::new(flow.config.clone(), &flow.name);
     let columns = async |table: &str| {
-        let columns = lookup.columns(&TableName::new("public", table)).await.unwrap();
+        let columns = lookup.columns(&TableName::new("public", table)).await.unwrap().columns;
         columns.into_iter().map(|column| (column.name, column.filled)).collect::<Vec<_>>()
     };
     let column = |name: &str, filled: Option<&str>| (name.to_owned(), filled.map(str::to_owned));
@@ -78,6 +81,7 @@ async fn columns_say_what_rows_have_in_them_that_are_older() {
     assert_eq!((name.as_str(), read.unwrap().len()), ("e", 1));
     assert_eq!(columns("parts").await, [column("id", None), column("a", Some("3"))]);
     assert_eq!(columns("nosuch").await, []);
+    assert_eq!(columns("boxes").await, [column("id", None), column("b", Some("(1,1),(0,0)"))]);
     // A value for each row: it is in the row.
     db.batch_execute("ALTER TABLE captured ADD f uuid DEFAULT gen_random_uuid()").await.unwrap();
     let rewritten = columns("captured").await;
