@@ -40,9 +40,11 @@ pub fn capabilities() -> Capabilities {
              source by its key (`wallaby_sink_rows_read_again_total`); it may then be ahead of its neighbours until the \
              log catches up.",
             "Missing tables are made with columns, types, NOT NULL and primary key. New columns are added as nullable, \
-             with the value that older rows have in them at the source as their default (`ADD COLUMN … DEFAULT`). A default that gives \
-             each row another value, as `random()` does, rewrites the table at the source, which no change says: rows that exist keep \
-             NULL until the table is loaded anew (`wallaby snapshot start`). Anything else stops this \
+             with the value that older rows have in them at the source as their default (`ADD COLUMN … DEFAULT`). The source \
+             is asked for that: while it is away, a change with a new column waits, or you add the column by hand. Whatever rewrites \
+             the table at the source before this sink meets the column (a default that gives each row another value, as `random()` \
+             does; another type; VACUUM FULL) leaves nothing to be asked for, and no change says it: rows that exist keep NULL \
+             until the table is loaded anew (`wallaby snapshot start`). Anything else stops this \
              sink alone and names the statement to run here before `wallaby resume`. A column of your own may stay if \
              you gave it a default. Types that do not exist here are kept as text \
              (`wallaby_sink_columns_as_text_total`).",

@@ -5,10 +5,11 @@
 //! chosen below that range, and each is reserved by a locked file in the tool cache for as long as the value lives.
 
 use std::fs::{self, File, OpenOptions};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use rand::Rng;
 use rustix::fs::{FlockOperation, flock};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
 
 use crate::toolbox::Toolbox;
 use crate::{Error, Result};
@@ -36,7 +37,7 @@ impl PortLease {
             let path = folder.join(port.to_string());
             let lock = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::at("opening", &path))?;
             let is_ours = flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok();
-            if is_ours && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            if is_ours && is_free(port) {
                 return Ok(Self { port, lock: Some(lock) });
             }
         }
@@ -55,6 +56,16 @@ impl PortLease {
     pub fn port(&self) -> u16 {
         self.port
     }
+}
+
+/// Whether nobody listens on a port. It is bound and not listened on: a child that another thread is just starting holds a copy of this
+/// socket until it executes, and one that listens would keep the port from the server that it is for.
+fn is_free(port: u16) -> bool {
+    let bound = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).and_then(|socket| {
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port))
+    });
+    bound.is_ok()
 }
 
 impl Drop for PortLease {
@@ -99,4 +110,21 @@ fn listening_inode(table: &str, port: u16) -> Option<String> {
             .then(|| fields.get(9).map(|inode| (*inode).to_owned()))
             .flatten()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_port_is_free_when_nobody_listens_on_it() {
+        let lease = PortLease::free().unwrap();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, lease.port())).unwrap();
+        assert!(!is_free(lease.port()));
+        drop(listener);
+        assert!(is_free(lease.port()));
+    }
 }

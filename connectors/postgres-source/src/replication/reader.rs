@@ -127,7 +127,7 @@ impl FrameReader {
     /// TLS gives one record at a time: go on until nothing is there or the buffer is full.
     async fn finish_gulp(&mut self, first: usize) -> Result<usize, SourceError> {
         let mut gulp = first;
-        while self.end < self.buffer.len() {
+        while self.end < self.gulp_end() {
             match self.read_what_is_there().await {
                 Ok(Some(bytes)) => gulp += bytes,
                 // An error comes again with the next read, after what was received is used.
@@ -153,7 +153,8 @@ impl FrameReader {
     }
 
     fn poll_read(&mut self, cx: &mut std::task::Context<'_>) -> Poll<Result<usize, SourceError>> {
-        let mut free = ReadBuf::new(&mut self.buffer[self.end..]);
+        let until = if self.end < self.gulp_end() { self.gulp_end() } else { self.buffer.len() };
+        let mut free = ReadBuf::new(&mut self.buffer[self.end..until]);
         match Pin::new(&mut self.stream).poll_read(cx, &mut free) {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Ok(())) => {
@@ -166,6 +167,18 @@ impl FrameReader {
             }
             Poll::Ready(Err(error)) => Poll::Ready(Err(self.lost(&error.to_string()))),
         }
+    }
+
+    /// Where a gulp ends: with the frame at the front, when that is a large one. What comes behind it would keep its room in use.
+    fn gulp_end(&self) -> usize {
+        let pending = self.pending().max(BUFFER_BYTES);
+        self.buffer.len().min(self.start + pending)
+    }
+
+    /// The length of the frame at the front, as far as it is known.
+    fn pending(&self) -> usize {
+        let length = frame::message_length(&self.buffer[self.start..self.end]).ok().flatten();
+        length.unwrap_or(HEADER_BYTES).min(self.frame_bytes_max)
     }
 
     fn lost(&self, reason: &str) -> SourceError {
@@ -184,8 +197,7 @@ impl FrameReader {
                 self.buffer = vec![0; BUFFER_BYTES];
             }
         }
-        let pending = frame::message_length(&self.buffer[self.start..self.end]).ok().flatten().unwrap_or(HEADER_BYTES);
-        let pending = pending.min(self.frame_bytes_max);
+        let pending = self.pending();
         let room_behind = self.buffer.len() - self.end;
         if self.start > 0 && (self.start + pending > self.buffer.len() || room_behind < BUFFER_BYTES / 2) {
             self.buffer.copy_within(self.start..self.end, 0);
