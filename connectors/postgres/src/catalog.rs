@@ -11,7 +11,7 @@ use wallaby_model::{Position, TableName, TableSchema, TaskId};
 use crate::columns;
 use crate::error::{Doing, PostgresError};
 use crate::metrics::COLUMNS_AS_TEXT;
-use crate::schema::{Existing, ExistingColumn, Extra, Misfit, Target, Wanted, plan, target};
+use crate::schema::{Existing, ExistingColumn, Extra, Misfit, Target, Wanted, addition, plan, target};
 use crate::session::Session;
 
 /// Columns of earlier shapes, by the table at the source, that may stay at the sink for now.
@@ -160,7 +160,7 @@ impl Fitting<'_> {
             make_schema(client, &here.schema).await?;
         }
         let mut wanted = read_wanted(client, schema).await?;
-        let learned = self.learn(schema, existing.as_mut(), &mut wanted, first, of).await?;
+        let learned = self.learn((schema, here), existing.as_mut(), &mut wanted, first, of).await?;
         let extra = if let Of::Chunk = of { Extra::Any } else { Extra::These(&learned.may_stay) };
         let statements = plan(schema, here, &wanted, existing.as_ref(), extra).map_err(misfit)?;
         if !statements.is_empty() {
@@ -194,7 +194,7 @@ impl Fitting<'_> {
     /// a load the source is asked always: its shape may be ahead of the log.
     async fn learn(
         &self,
-        schema: &TableSchema,
+        (schema, target): (&TableSchema, &TableName),
         mut existing: Option<&mut Existing>,
         wanted: &mut [Wanted],
         first: Position,
@@ -232,7 +232,11 @@ impl Fitting<'_> {
         };
         if is_asked {
             let source = self.session.wait_for(self.lookup.columns(&schema.table)).await?;
-            let source = source.map_err(|error| without_source(error, schema, is_to_add))?;
+            let additions =
+                schema.columns.iter().zip(&*wanted).filter(|(column, _)| missing.contains(column.name.as_str()));
+            let additions = additions.map(|(column, wanted)| addition(target, &column.name, &wanted.sql));
+            let source =
+                source.map_err(|error| without_source(error, &schema.table, &additions.collect::<Vec<_>>()))?;
             for (column, wanted) in schema.columns.iter().zip(wanted) {
                 let there = source.columns.iter().find(|there| there.name == column.name);
                 wanted.filled = there.and_then(|there| there.filled.clone());
@@ -295,14 +299,14 @@ struct Learned {
 }
 
 /// Why a shape is not taken while the source cannot be asked, with the way out.
-fn without_source(error: SinkError, schema: &TableSchema, is_to_add: bool) -> SinkError {
-    if !is_to_add {
+fn without_source(error: SinkError, table: &TableName, additions: &[String]) -> SinkError {
+    if additions.is_empty() {
         return error;
     }
     let way_out = format!(
-        "a new column of {} waits for the source to say what older rows have in it; without the source, add it by hand at the sink (ALTER \
-         TABLE … ADD COLUMN … DEFAULT …)",
-        schema.table
+        "a new column of {table} waits for the source to say what older rows have in it; to go on without the source, run at the sink, with \
+         a DEFAULT where older rows are not NULL: {}",
+        additions.join("; ")
     );
     match error {
         SinkError::Transient(reason) => SinkError::Transient(format!("{reason}: {way_out}")),

@@ -205,7 +205,7 @@ pub(crate) fn plan(
     for (column, wanted) in schema.columns.iter().zip(wanted) {
         let name = quote_identifier(&column.name);
         let Some(found) = existing.column(&column.name) else {
-            additions.push((&column.name, format!("{alter} ADD COLUMN IF NOT EXISTS {name} {}", wanted.addition())));
+            additions.push((&column.name, addition(table, &column.name, &wanted.addition())));
             continue;
         };
         if !fits(wanted, found) {
@@ -263,6 +263,11 @@ pub(crate) fn plan(
         statements.push(format!("{alter} ADD COLUMN {} text", quote_identifier(POSITION_COLUMN)));
     }
     Ok(statements)
+}
+
+/// Adds a column, unless somebody else did meanwhile.
+pub(crate) fn addition(table: &TableName, name: &str, what: &str) -> String {
+    format!("ALTER TABLE {} ADD COLUMN IF NOT EXISTS {} {what}", table.quoted(), quote_identifier(name))
 }
 
 fn primary(schema: &TableSchema) -> Vec<usize> {

@@ -165,6 +165,40 @@ async fn rows_that_are_older_than_a_column_have_in_it_what_they_have_at_the_sour
     assert!(remedy.contains("RENAME COLUMN \"note\" TO \"remark\""), "{remedy}");
 }
 
+/// The source cannot be asked.
+struct Away;
+
+#[async_trait]
+impl SourceLookup for Away {
+    async fn row_by_key(&self, _: &Arc<TableSchema>, _: &KeyValues) -> Result<SourceRow, SinkError> {
+        Ok(None)
+    }
+
+    async fn columns(&self, _: &TableName) -> Result<SourceColumns, SinkError> {
+        Err(SinkError::Transient("nobody answers".to_owned()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_column_waits_for_the_source_or_for_a_person() {
+    let target = Target::fresh("away").await;
+    let mut log = Log::new();
+    let before = Shape::new("t").key("id", ColumnType::Int4).build();
+    let after = Shape::new("t").key("id", ColumnType::Int4).column("n", ColumnType::Int4).build();
+    let mut sink = target.opened_with(&log, Arc::new(Away)).await;
+    log.transaction([Change::insert(&before, [1.into()])]);
+    apply(&mut sink, &log.batch()).await;
+    log.transaction([Change::insert(&after, [2.into(), 8.into()])]);
+    let batch = log.batch();
+    let Err(SinkError::Transient(said)) = try_apply(&mut sink, &batch).await else { panic!("it did not wait") };
+    let statement = r#"ALTER TABLE "public"."t" ADD COLUMN IF NOT EXISTS "n" integer"#;
+    assert!(said.contains("nobody answers") && said.ends_with(statement), "{said}");
+    target.sql(&format!("{statement} DEFAULT 7")).await;
+    sink.open(Epoch(1)).await.unwrap();
+    apply(&mut sink, &batch).await;
+    assert_eq!(target.rows(&after.table).await, rows(&[&["1", "7"], &["2", "8"]]));
+}
+
 /// Both shapes in one transaction: there is no place to stop in between, and the old rows must not bring the column back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_of_a_superseded_shape_do_not_bring_a_dropped_column_back() {
