@@ -2,28 +2,13 @@
 
 use std::sync::Arc;
 
-use wallaby_model::condition::{TaskPhase, TaskStatus, Timestamp};
-use wallaby_model::run::{RunReason, RunSpec, RunState, RunWish, TableStage};
+use wallaby_model::condition::{TaskPhase, TaskStatus};
+use wallaby_model::run::{RunState, RunWish, TableStage};
 use wallaby_model::{Reader, RunId, TaskId};
 
+use crate::runs::ask;
 use crate::scene::*;
 use crate::{ALL, fill};
-
-/// Asks for a run of `public.t` alone.
-async fn ask(scene: &Scene) {
-    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
-    let spec = RunSpec {
-        reason: RunReason::Asked,
-        tables: vec!["public.t".to_owned()],
-        exclude: Vec::new(),
-        sinks: vec![scene.sink.clone()],
-        wish: RunWish::Go,
-        rows_per_second: None,
-        readers: 4,
-        created_at: Timestamp(0),
-    };
-    scene.coordination.create_run(&seen, spec).await.unwrap();
-}
 
 /// The stage of `public.t` in the second run.
 async fn stage(scene: &Scene) -> Result<Option<TableStage>, String> {
@@ -56,7 +41,7 @@ async fn a_run_that_is_cancelled_in_the_middle_of_its_replay_stops_no_sink() {
     scene.run_is(1, RunState::Done).await;
     let owned = lock(&scene).await;
     scene.offer_loads(false);
-    ask(&scene).await;
+    ask(&scene, &["public.t"]).await;
     scene.run_is(2, RunState::Loading).await;
     scene
         .until("the table is begun at the sink", async || match stage(&scene).await? {
@@ -106,7 +91,7 @@ async fn a_run_that_is_cancelled_in_the_middle_of_its_replay_stops_no_sink() {
     assert!(there.len() < source.len(), "it had caught up: nothing was shown");
 
     scene.target.batch_execute("DROP TRIGGER slow ON t").await.unwrap();
-    ask(&scene).await;
+    ask(&scene, &["public.t"]).await;
     scene.run_is(3, RunState::Done).await;
     scene.source.batch_execute("DELETE FROM t WHERE id % 5 = 0").await.unwrap();
     scene.equal(ALL).await;

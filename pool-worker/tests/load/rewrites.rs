@@ -86,7 +86,7 @@ async fn widened(name: &str, is_live: bool) {
     let run = if is_live {
         scene.run_is(1, RunState::Done).await;
         scene.offer_chunks(2);
-        ask(&scene).await;
+        ask(&scene, &[]).await;
         2
     } else {
         1

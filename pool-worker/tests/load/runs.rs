@@ -36,12 +36,12 @@ async fn wish(scene: &Scene, wish: RunWish) {
     scene.coordination.set_run_wish(&scene.flow, RUN, wish).await.unwrap();
 }
 
-/// Asks for a run of everything.
-pub(crate) async fn ask(scene: &Scene) {
+/// Asks for a run of these tables, or of everything.
+pub(crate) async fn ask(scene: &Scene, tables: &[&str]) {
     let seen = scene.coordination.flow(&scene.flow).await.unwrap();
     let spec = RunSpec {
         reason: RunReason::Asked,
-        tables: Vec::new(),
+        tables: tables.iter().map(ToString::to_string).collect(),
         exclude: Vec::new(),
         sinks: vec![scene.sink.clone()],
         wish: RunWish::Go,
@@ -182,7 +182,7 @@ async fn a_run_that_is_cancelled_half_way_leaves_nothing_and_the_next_one_loads_
     assert!(!holds.contains_key(&Reader::Run(RUN)), "the run still holds the log: {holds:?}");
     scene.offer_chunks(u32::MAX);
     scene.source.batch_execute(CHANGES).await.unwrap();
-    ask(&scene).await;
+    ask(&scene, &[]).await;
     scene.run_is(2, RunState::Done).await;
     scene.equal(ALL).await;
     scene.source.batch_execute("INSERT INTO t (id, pad) VALUES (30001, 'streamed')").await.unwrap();
@@ -272,7 +272,7 @@ async fn h16_a_part_that_lands_late_where_nothing_is_captured_is_swept_by_the_ne
     // Apply and run.
     let (_offers, _owner, _reader, _wire) = a_part_lands_late(&scene, "only", 2).await;
     scene.offer_chunks(0);
-    ask(&scene).await;
+    ask(&scene, &[]).await;
     it_is_swept(&scene).await;
     scene.offer_chunks(u32::MAX);
     scene.run_is(2, RunState::Done).await;
