@@ -13,6 +13,8 @@ use wallaby_pool_worker::worker::{self, Outcome, Start};
 use wallaby_telemetry::{LogFormat, TelemetryOptions};
 
 fn main() -> ExitCode {
+    // A refusal costs memory and nothing else.
+    wallaby_allocator::give_large_blocks_back();
     let options = Options::parse();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
