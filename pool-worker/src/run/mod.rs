@@ -38,6 +38,8 @@ use crate::task::{Ending, TaskContext, TaskEnd};
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Changes are looked at no more often than this: thousands of chunks come in.
 const PACE: Duration = Duration::from_millis(100);
+/// How often it is looked which attempts of dead readers fill the side store: that lists every part of it.
+const SWEEP_EVERY: Duration = Duration::from_secs(30);
 /// Chunks that are removed from the side store between two looks.
 const REMOVED_AT_ONCE: usize = 64;
 /// How long the watch may take to show what was just read.
@@ -125,6 +127,8 @@ struct Owner<'a> {
     waits_for_slot: bool,
     /// Chunks whose parts are removed: every sink has them, or nobody wants them.
     removed: BTreeSet<ChunkId>,
+    /// When the parts of dead readers were looked for last.
+    swept_at: Option<Instant>,
     /// Who keeps the side store full.
     crowding: Crowding,
 }
@@ -165,6 +169,7 @@ async fn session(
         is_outdated: false,
         waits_for_slot: false,
         removed: BTreeSet::new(),
+        swept_at: None,
         crowding: Crowding::default(),
     };
     owner.waits_for_slot = owner.demand.is_captured && owner.slot_holds_too_much().await;
@@ -336,6 +341,7 @@ impl Owner<'_> {
                 let reading = context.runs.of(&context.task.flow, FlowRuns::reading).max(1) as u64;
                 if usage.bytes > usage.bytes_max / (2 * reading) {
                     self.make_room(&chunks).await;
+                    self.sweep_attempts().await;
                     self.cut_off_keepers().await;
                 } else {
                     self.crowding.is_over();
@@ -417,6 +423,25 @@ impl Owner<'_> {
                 return;
             }
             self.removed.insert(chunk);
+        }
+    }
+
+    /// Removes what readers left that died.
+    async fn sweep_attempts(&mut self) {
+        if self.swept_at.is_some_and(|at| at.elapsed() < SWEEP_EVERY) {
+            return;
+        }
+        self.swept_at = Some(Instant::now());
+        let context = self.context;
+        let (flow, side) = (&context.task.flow, self.side.as_ref());
+        match sweep::sweep_attempts(&context.shared.coordination, flow, self.run, &self.plan, side).await {
+            Ok(swept) if swept.is_empty() => {}
+            Ok(swept) => {
+                tracing::info!(task = %context.task, attempts = swept.len(), "removed the parts of readers that are gone")
+            }
+            Err(error) => {
+                tracing::debug!(task = %context.task, %error, "parts of readers that are gone were not removed yet")
+            }
         }
     }
 

@@ -6,9 +6,9 @@ use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::wall_clock_now;
 use wallaby_model::condition::TaskPhase;
 use wallaby_model::run::RunState;
-use wallaby_model::{RunId, TaskId, TaskKind};
+use wallaby_model::{ChunkId, Epoch, RunId, TaskId, TaskKind};
 use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
-use wallaby_staging::{Shelf, SideGroup};
+use wallaby_staging::{Shelf, SideGroup, SideKey, StagingError, open_side};
 
 use crate::scene::*;
 use crate::{ALL, fill};
@@ -138,4 +138,29 @@ async fn h23_a_chunk_that_may_be_marked_keeps_its_parts() {
     let (scene, _offers, _worker, _) = reading("unheard", "lose-chunk-mark").await;
     nobody_has(&scene, |kind| matches!(kind, TaskKind::Chunk(..))).await;
     is_kept_and_loaded(&scene).await;
+}
+
+/// Readers were killed so often that what they left fills the side store: the parts of one chunk that another worker is to read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h16_what_readers_left_that_died_does_not_keep_a_run_from_its_end() {
+    let scene = Arc::new(Scene::new("left").await);
+    fill(&scene, 20_000).await;
+    let document = scene.in_chunks("initial");
+    let side = open_side(&scene.flow, &document.spec.log, &scene.connections().await.unwrap()).unwrap();
+    side.ensure(Shelf::Chunks).await.unwrap();
+    let chunk = ChunkId { table: 0, restart: 0, number: 3 };
+    let mut number = 0;
+    let full = loop {
+        let key = SideKey::ChunkPart { run: RunId(1), chunk, attempt: Epoch(1), number };
+        match side.put(key, vec![7; 32 << 10].into()).await {
+            Ok(()) => number += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(full, StagingError::SideFull { .. }), "{full}");
+    scene.coordination.create_flow(document).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    scene.equal(ALL).await;
 }

@@ -290,7 +290,7 @@ spec:
     }
 
     /// The log's and the side store's servers.
-    async fn connections(&self) -> Result<Connections, String> {
+    pub async fn connections(&self) -> Result<Connections, String> {
         let target = NatsTarget { servers: vec![self.nats.url()], name: "test".to_owned(), ..NatsTarget::default() };
         Connections::open(&target).await.map_err(|error| error.to_string())
     }
