@@ -41,7 +41,7 @@ pub struct Checkpoint {
     /// Capture: the server that was read last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<SourceSeen>,
-    /// When it was written.
+    /// When its position was written.
     pub at: Timestamp,
 }
 

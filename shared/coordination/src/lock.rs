@@ -139,10 +139,12 @@ impl TaskLock {
         }
         let found = self.found_checkpoint();
         let epoch = epoch_above(self.inner.create_revision.0, last_elsewhere, found.map(|found| found.epoch));
-        let now = wall_clock_now();
         let checkpoint = match found {
-            Some(found) => Checkpoint { epoch, at: now, ..found.clone() },
-            None => Checkpoint { epoch, position: None, stream: None, seq_hint: None, source: None, at: now },
+            // Its age is the position's: nothing came to pass since.
+            Some(found) => Checkpoint { epoch, ..found.clone() },
+            None => {
+                Checkpoint { epoch, position: None, stream: None, seq_hint: None, source: None, at: wall_clock_now() }
+            }
         };
         self.write_checkpoint(&mut revision, "fixing the epoch", &checkpoint, false).await?;
         Ok(*self.inner.epoch.get_or_init(|| epoch))

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use wallaby_coordination::{Acquired, Change, Error, Key, Mark, Revision, WatchEvent};
+use wallaby_coordination::{Acquired, Change, Checkpoint, Error, Key, Mark, Revision, WatchEvent};
 use wallaby_model::condition::{TaskPhase, TaskStatus};
 use wallaby_model::{Epoch, TaskId};
 use wallaby_testkit::eventually;
@@ -160,7 +160,10 @@ async fn a_release_hands_over_lock_and_checkpoint_in_one() {
     let next = take(&second, &task, flow.revision).await;
     let found = next.found_checkpoint().unwrap();
     assert_eq!((found.epoch, found.position), (epoch, Some(at(33))));
-    assert!(next.fix_epoch(None).await.unwrap() > epoch);
+    let next_epoch = next.fix_epoch(None).await.unwrap();
+    assert!(next_epoch > epoch);
+    let fixed = coordination.checkpoint(&task).await.unwrap().unwrap();
+    assert_eq!(fixed, Checkpoint { epoch: next_epoch, ..found.clone() }, "as old as its position");
 }
 
 #[tokio::test]
