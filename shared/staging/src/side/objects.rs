@@ -4,11 +4,12 @@
 //! put acknowledged is at rest: a bucket says so of itself, files and their folders are synced.
 //!
 //! The store knows no quotas, so they are counted: listed when a shelf is made, when it seems full and now and then, and tracked
-//! between. Other workers' puts are seen at the next listing: a shelf can go past its quota by what they put meanwhile.
+//! between, over all that this process puts. Other workers' puts are seen at the next listing: a shelf can go past its quota by what they
+//! put meanwhile.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -52,13 +53,32 @@ pub struct ObjectSide {
     /// The folder that `prefix` stands in, when the store is one.
     folder: Option<PathBuf>,
     quotas: Quotas,
-    counted: [Mutex<Option<Counted>>; 2],
+    counts: Arc<Counts>,
+}
+
+/// What is known of the two shelves of a flow at one place.
+type Counts = [Mutex<Option<Counted>>; 2];
+
+/// What this process counts, by place, for as long as anybody has it open: each task opens the side store, and together they keep to it.
+static COUNTS: LazyLock<Mutex<HashMap<String, Weak<Counts>>>> = LazyLock::new(Mutex::default);
+
+fn counts_of(place: String) -> Arc<Counts> {
+    let mut all = lock(&COUNTS);
+    if let Some(counts) = all.get(&place).and_then(Weak::upgrade) {
+        return counts;
+    }
+    all.retain(|_, counts| counts.strong_count() > 0);
+    let counts = Arc::new([Mutex::new(None), Mutex::new(None)]);
+    all.insert(place, Arc::downgrade(&counts));
+    counts
 }
 
 /// What is known of a shelf that was made.
 #[derive(Clone, Copy, Debug)]
 struct Counted {
     bytes: u64,
+    /// Bytes that were put from here since the shelf is known.
+    put: u64,
     /// Whether something was put since it was counted: what replaces an object counts twice until then.
     is_tracked: bool,
     in_flight: u64,
@@ -76,6 +96,7 @@ impl Room<'_> {
     fn used(self) {
         if let Some(counted) = lock(self.shelf).as_mut() {
             counted.bytes += self.bytes;
+            counted.put += self.bytes;
             counted.is_tracked = true;
         }
     }
@@ -97,7 +118,8 @@ impl ObjectSide {
     /// In `store`, below `prefix` (no slash at its ends, may be empty); no I/O. `place` is how the store is called in messages.
     pub fn new(store: Arc<dyn ObjectStore>, place: String, prefix: &str, flow: FlowId, quotas: Quotas) -> ObjectSide {
         let prefix = if prefix.is_empty() { flow.to_string() } else { format!("{prefix}/{flow}") };
-        ObjectSide { flow, place, store, prefix, folder: None, quotas, counted: [Mutex::new(None), Mutex::new(None)] }
+        let counts = counts_of(format!("{place} {prefix}"));
+        ObjectSide { flow, place, store, prefix, folder: None, quotas, counts }
     }
 
     /// In a folder that is there. All workers must share it.
@@ -118,8 +140,8 @@ impl ObjectSide {
 
     fn shelf(&self, shelf: Shelf) -> &Mutex<Option<Counted>> {
         match shelf {
-            Shelf::Transactions => &self.counted[0],
-            Shelf::Chunks => &self.counted[1],
+            Shelf::Transactions => &self.counts[0],
+            Shelf::Chunks => &self.counts[1],
         }
     }
 
@@ -162,11 +184,14 @@ impl ObjectSide {
     }
 
     async fn count(&self, shelf: Shelf) -> Result<u64> {
+        let put_before = lock(self.shelf(shelf)).map(|counted| counted.put);
         let mut bytes = 0;
         self.each(shelf, |_, size| bytes += size).await?;
         if let Some(counted) = lock(self.shelf(shelf)).as_mut() {
-            counted.bytes = bytes;
-            counted.is_tracked = false;
+            // What came meanwhile may have been listed or not.
+            let meanwhile = counted.put.saturating_sub(put_before.unwrap_or_default());
+            counted.bytes = bytes + meanwhile;
+            counted.is_tracked = meanwhile > 0;
             counted.at = Instant::now();
         }
         Ok(bytes)
@@ -293,9 +318,12 @@ impl SideStore for ObjectSide {
     }
 
     async fn ensure(&self, shelf: Shelf) -> Result<()> {
-        let known = Counted { bytes: 0, is_tracked: false, in_flight: 0, at: Instant::now() };
+        if lock(self.shelf(shelf)).is_some_and(|counted| counted.at.elapsed() < COUNT_AGE_MAX) {
+            return Ok(());
+        }
+        let at = Instant::now();
         let bytes = self.count(shelf).await?;
-        lock(self.shelf(shelf)).get_or_insert(known).bytes = bytes;
+        lock(self.shelf(shelf)).get_or_insert(Counted { bytes, put: 0, is_tracked: false, in_flight: 0, at });
         Ok(())
     }
 

@@ -131,7 +131,8 @@ async fn a_folder_is_opened_by_url_and_counted_over_workers() {
     };
     let id = flow("url");
     let here = open_side(&id, &log(folder.path()), &connections).unwrap();
-    let there = open_side(&id, &log(folder.path()), &connections).unwrap();
+    // By another name: another worker, which counts for itself.
+    let there = open_side(&id, &log(&folder.path().join(".")), &connections).unwrap();
     here.ensure(Shelf::Transactions).await.unwrap();
     here.put(part(attempt(5, 1), 0), body(0, 900_000)).await.unwrap();
     // Another worker counts what is there when it comes.
@@ -143,4 +144,27 @@ async fn a_folder_is_opened_by_url_and_counted_over_workers() {
     let error = open_side(&id, &log(&folder.path().join("absent")), &connections).unwrap_err().to_string();
     assert!(error.contains("mount it on every worker"), "{error}");
     here.remove().await.unwrap();
+}
+
+/// Each task of a worker opens the side store. None lists the whole of it, and together they keep to the quota.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_tasks_of_one_worker_count_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let quotas = Quotas { transactions: 1 << 20, chunks: 1 << 20 };
+    let id = flow("together");
+    let open = || ObjectSide::in_folder(folder.path(), id.clone(), quotas).unwrap();
+    let sides = [made(open()).await, made(open()).await, made(open()).await];
+    let mut refused = 0;
+    for number in 0..12 {
+        match sides[number as usize % 3].put(part(attempt(5, number), 0), body(number, 200_000)).await {
+            Ok(()) => {}
+            Err(error) => {
+                assert!(error.is_side_full(), "{error}");
+                refused += 1;
+            }
+        }
+    }
+    let usage = sides[0].usage(Shelf::Transactions).await.unwrap();
+    assert!(usage.bytes <= quotas.transactions, "{usage:?}");
+    assert_eq!(refused, 7, "five objects of 200,000 bytes fit");
 }
