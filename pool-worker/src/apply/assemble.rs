@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use wallaby_connector_api::{Batch, BatchPart, TableFilter};
-use wallaby_model::{Epoch, Position, SegmentBody, Splice, TraceParent};
+use wallaby_model::{Epoch, Lsn, Position, SegmentBody, Splice, TraceParent};
 
 /// A data segment, a splice or a heartbeat that the reader rule accepted.
 #[derive(Clone, Debug)]
@@ -146,6 +146,17 @@ impl BatchAssembler {
         self.complete_to() <= self.at && (has_splice || self.held_bytes > bytes_max)
     }
 
+    /// The commit LSN of the large transaction that is next: see [`Self::is_large_next`].
+    pub fn large_next(&self, bytes_max: usize) -> Option<Lsn> {
+        let front = self.held.front().filter(|_| self.is_large_next(bytes_max))?;
+        Some(front.splice.map_or(front.to.commit, |splice| splice.transaction.commit))
+    }
+
+    /// A batch without rows: nothing stands between where the sink is and `to`.
+    pub fn nothing_up_to(&self, to: Position) -> Batch {
+        Batch { from: self.at, to, log_epoch: self.epoch, parts: Vec::new() }
+    }
+
     /// Whether the position has to move although there are no rows to apply: what stands behind it is more than `bytes_max`, and no
     /// piece of it can be given out before.
     pub fn must_move(&self, bytes_max: usize) -> bool {
@@ -248,7 +259,7 @@ mod tests {
     use super::*;
     use arrow_array::{ArrayRef, BinaryArray, RecordBatch, UInt8Array, UInt32Array, UInt64Array};
     use wallaby_model::change::arrow_schema;
-    use wallaby_model::{Lsn, Op, ReplicaIdentity, TableChanges, TableName, TableSchema, Transaction};
+    use wallaby_model::{Op, ReplicaIdentity, TableChanges, TableName, TableSchema, Transaction};
 
     /// A body with one row per `(commit, change, index)`.
     fn body(rows: &[(u64, u64, u32)]) -> Arc<SegmentBody> {
@@ -396,6 +407,7 @@ mod tests {
         assert!(!assembler.is_large_next(1 << 20));
         assembler.applied(batch.to);
         assert!(assembler.is_large_next(1 << 20) && assembler.batch(1 << 20, None, None).is_none());
+        assert_eq!(assembler.large_next(1 << 20), Some(Lsn(40)));
         let Some(Piece::Splice { to, after, .. }) = assembler.take_piece(None, None) else {
             panic!("a splice is next")
         };

@@ -116,9 +116,9 @@ pub async fn load(
     }
 }
 
-/// The plan of the run that brings the sink to life.
+/// The plan that the log is held for until a run has brought the sink to life.
 fn plan_of(context: &TaskContext, sink: &SinkId) -> Option<RunPlan> {
-    context.runs.of(&context.task.flow, |runs| tables::open_runs(runs, sink).next().and_then(|open| open.plan.cloned()))
+    context.runs.of(&context.task.flow, |runs| tables::lowest_plan(runs, sink).cloned())
 }
 
 /// What the load waits for, for people.

@@ -17,6 +17,9 @@ use super::tables::{self, AtSink, Next, Replay};
 use crate::runs::RunView;
 use crate::task::TaskContext;
 
+/// Tables that are marked in one transaction of the sink.
+const MARKED_AT_ONCE: usize = 500;
+
 /// The state of the sink's tables, as this owner left it.
 pub struct Loads {
     sink: SinkId,
@@ -131,7 +134,8 @@ impl Loads {
             return Ok(Stepped::Idle);
         }
         let (next, said) = context.runs.of(&context.task.flow, |runs| {
-            let here = AtSink { sink: &self.sink, is_live: at.is_some(), marks: &self.marks, loaded: &self.loaded };
+            let (marks, loaded, done) = (&self.marks, &self.loaded, &self.done);
+            let here = AtSink { sink: &self.sink, is_live: at.is_some(), marks, loaded, done };
             tables::next(here, runs)
         });
         for (run, state) in said {
@@ -186,11 +190,16 @@ impl Loads {
                 self.loaded.insert(run, loaded);
                 Ok(if is_news { Stepped::Moved } else { Stepped::Idle })
             }
-            Next::BeginStream { run, .. } if self.done.contains(&run) => Ok(Stepped::Idle),
-            Next::BeginStream { run, ready, from, state } => {
+            Next::BeginStream { run, left, ready, from, state } => {
                 // Each table from its own point on; the stream from the lowest.
-                for (table, position) in ready {
-                    loads(sink)?.mark(&[table], TableStage::Ready, position).await?;
+                for (position, tables) in ready {
+                    self.mark(context, sink, &tables, TableStage::Ready, position).await?;
+                }
+                // Without a stream nothing is missed.
+                if !left.is_empty() && self.snapshot != SnapshotMode::Only {
+                    let tables = named(&left);
+                    tracing::warn!(task = %context.task, %run, tables, "tables of a cancelled run lack what came before the stream: left out");
+                    self.mark(context, sink, &left, TableStage::Gone, from).await?;
                 }
                 self.refresh(sink).await?;
                 if self.snapshot == SnapshotMode::Only {
@@ -206,9 +215,24 @@ impl Loads {
                 Ok(Stepped::Moved)
             }
             Next::Replay(replay) => Ok(Stepped::Replay(replay)),
-            Next::Done { run, .. } if self.done.contains(&run) => Ok(Stepped::Idle),
             Next::Done { run, state } => self.done(context, sink, run, state).await,
         }
+    }
+
+    /// Marks tables, however many: some hundred in a transaction.
+    async fn mark(
+        &self,
+        context: &TaskContext,
+        sink: &mut dyn Sink,
+        tables: &[TableName],
+        stage: TableStage,
+        position: Position,
+    ) -> Result<(), ApplyError> {
+        for tables in tables.chunks(MARKED_AT_ONCE) {
+            context.pulse.wait("the sink to mark its tables");
+            loads(sink)?.mark(tables, stage, position).await?;
+        }
+        Ok(())
     }
 
     /// The chunks of the tables that are being copied which etcd says the sink has.

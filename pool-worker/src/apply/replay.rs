@@ -156,7 +156,8 @@ async fn run(
             asks.send_replace(asked);
         }
         log.fill(capabilities.batch_bytes_max, capabilities.batch_rows_max)?;
-        if at < stands.at && log.assembler.is_large_next(large) {
+        let next_large = log.assembler.large_next(large).filter(|_| at < stands.at);
+        if next_large.is_some_and(|commit| commit < stands.at.commit) {
             check(context)?;
             // The main stream had it since it was asked, or is at it just now: it is not to wait as long again. But large ones that come
             // one after the other would keep the tables away for ever.
@@ -174,7 +175,12 @@ async fn run(
             moved_at = Instant::now();
             continue;
         }
-        let batch = log.assembler.batch(capabilities.batch_bytes_max, Some(stands.at), Some(&filter));
+        let batch = match next_large {
+            // The main stream stands right before it: it could not apply it, say. A piece of it is not to be taken, its end does not come with it;
+            // and the main stream, when it is held, is waited for by nobody but us.
+            Some(_) => Some(log.assembler.nothing_up_to(stands.at)),
+            None => log.assembler.batch(capabilities.batch_bytes_max, Some(stands.at), Some(&filter)),
+        };
         match batch.filter(|batch| is_worth(batch, stands, moved_at) || log.assembler.held_bytes() >= large) {
             Some(batch) => {
                 check(context)?;

@@ -2,7 +2,7 @@
 //!
 //! The sink's marks are the truth; what stands in etcd only says what could be next.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use wallaby_connector_api::{BatchPart, TableFilter, TableMark};
 use wallaby_model::flow::SnapshotMode;
@@ -157,8 +157,10 @@ pub enum Next {
     BeginStream {
         /// The run.
         run: RunId,
-        /// Each table's mark.
-        ready: Vec<(TableName, Position)>,
+        /// Tables that an earlier run marked and that stand before the stream: nobody brings them what they lack.
+        left: Vec<TableName>,
+        /// The tables that are not marked yet, by their marks.
+        ready: BTreeMap<Position, Vec<TableName>>,
         /// Where the stream begins.
         from: Position,
         /// How the sink then stands in the run.
@@ -208,6 +210,8 @@ pub struct AtSink<'a> {
     pub marks: &'a [TableMark],
     /// The chunks that it has, of runs that it was asked about.
     pub loaded: &'a HashMap<RunId, BTreeSet<ChunkId>>,
+    /// Runs that it is done with, also where the watch does not say so yet.
+    pub done: &'a BTreeSet<RunId>,
 }
 
 /// An open run as a sink meets it.
@@ -231,13 +235,21 @@ pub fn open_runs<'a>(runs: &'a FlowRuns, sink: &'a SinkId) -> impl Iterator<Item
     })
 }
 
+/// The plan, of the runs that load into a sink without a position, that needs the log from the lowest place: what brings the sink to life is
+/// the first of them that is not cancelled until then.
+pub fn lowest_plan<'a>(runs: &'a FlowRuns, sink: &'a SinkId) -> Option<&'a RunPlan> {
+    let first = |plan: &RunPlan| plan.generations.first().map(|generation| generation.consistent_point);
+    let planned = open_runs(runs, sink).filter_map(|open| open.plan);
+    planned.filter_map(|plan| Some((first(plan)?, plan))).min_by_key(|(point, _)| *point).map(|(_, plan)| plan)
+}
+
 /// What is next, and what the sink's state in each of its runs is. A sink without a position is brought to life by its first run, and
 /// a run whose tables an earlier one loads comes after that one: other sinks of the run may be far ahead (see [`RunSpec::waits_for`]).
 pub fn next(at: AtSink<'_>, runs: &FlowRuns) -> (Option<Next>, Vec<(RunId, SinkRun)>) {
     let mut said = Vec::new();
     let (mut first, mut replay) = (None, None);
     let mut earlier: Vec<&RunSpec> = Vec::new();
-    for OpenRun { run, view, spec, plan } in open_runs(runs, at.sink) {
+    for OpenRun { run, view, spec, plan } in open_runs(runs, at.sink).filter(|open| !at.done.contains(&open.run)) {
         let waits = earlier.iter().any(|earlier| spec.waits_for(earlier));
         earlier.push(spec);
         if let Some(plan) = plan.filter(|_| !waits) {
@@ -351,26 +363,33 @@ fn begin_stream(
     plan: &RunPlan,
     tables: &BTreeMap<TableName, PlannedTable>,
 ) -> Next {
-    let marked: HashSet<&TableName> =
-        at.marks.iter().filter(|mark| mark.stage == TableStage::Ready).map(|mark| &mark.table).collect();
-    let mut ready = Vec::new();
-    let mut points: BTreeSet<Lsn> = BTreeSet::new();
+    let is_ready = |mark: &&TableMark| mark.stage == TableStage::Ready;
+    let marked: HashMap<&TableName, Option<Position>> =
+        at.marks.iter().filter(is_ready).map(|mark| (&mark.table, mark.position)).collect();
+    let mut ready: BTreeMap<Position, Vec<TableName>> = BTreeMap::new();
+    let mut points: BTreeSet<Position> = BTreeSet::new();
     for (name, table) in tables.iter().filter(|(_, table)| !table.is_gone) {
-        let Some(point) = consistent_point(plan, &view.chunks, name, table.restart) else { continue };
-        points.insert(point);
-        if !marked.contains(name) {
-            ready.push((name.clone(), Position::before(point)));
+        // One that is marked has its rows from there on: an owner that was killed here set it, and the table may have been read again for
+        // another sink since.
+        if let Some(mark) = marked.get(name) {
+            points.extend(*mark);
+        } else if let Some(point) = consistent_point(plan, &view.chunks, name, table.restart) {
+            points.insert(Position::before(point));
+            ready.entry(Position::before(point)).or_default().push(name.clone());
         }
     }
     // Without any table: where the last export stood.
     let exported = || plan.generations.last().map_or(Lsn(0), |generation| generation.consistent_point);
-    let from = points.first().copied().unwrap_or_else(exported);
+    let from = points.first().copied().unwrap_or_else(|| Position::before(exported()));
+    // Of a run that was cancelled between its marks and its stream.
+    let is_left = |mark: &&TableMark| !tables.contains_key(&mark.table) && mark.position < Some(from);
+    let left = at.marks.iter().filter(is_ready).filter(is_left).map(|mark| mark.table.clone()).collect();
     let mut state = view.sinks.get(at.sink).cloned().unwrap_or_default();
-    for (name, position) in &ready {
+    for (position, name) in ready.iter().flat_map(|(position, names)| names.iter().map(move |name| (position, name))) {
         state.tables.insert(name.to_string(), TableStage::Ready);
         state.handed_over.insert(name.to_string(), *position);
     }
-    Next::BeginStream { run, ready, from: Position::before(from), state }
+    Next::BeginStream { run, left, ready, from, state }
 }
 
 /// The replay of the tables that stand lowest; others that stand elsewhere come after it.
@@ -457,7 +476,8 @@ pub(crate) mod tests {
         let marks = [catches_up];
         let step = |runs: BTreeMap<RunId, RunView>| {
             let runs = FlowRuns { runs, ..FlowRuns::default() };
-            let at = AtSink { sink: &sink(), is_live: true, marks: &marks, loaded: &HashMap::new() };
+            let at =
+                AtSink { sink: &sink(), is_live: true, marks: &marks, loaded: &HashMap::new(), done: &BTreeSet::new() };
             next(at, &runs).0
         };
         assert!(matches!(step([(RunId(1), replayed.clone())].into()), Some(Next::Replay(_))));
@@ -465,11 +485,97 @@ pub(crate) mod tests {
         assert!(matches!(step(both), Some(Next::Prepare { run: RunId(2), .. })));
     }
 
+    fn mark(table: &str, run: u32, stage: TableStage, at: u64) -> TableMark {
+        let position = Some(Position::before(Lsn(at)));
+        TableMark { table: TableName::new("public", table), run: RunId(run), restart: 0, stage, position }
+    }
+
+    /// The sink was killed between its marks and the beginning of its stream.
+    fn begins(
+        run: u32,
+        view: RunView,
+        marks: &[TableMark],
+    ) -> (Vec<TableName>, BTreeMap<Position, Vec<TableName>>, Position) {
+        let runs = FlowRuns { runs: [(RunId(run), view)].into(), ..FlowRuns::default() };
+        let loaded = HashMap::from([(RunId(run), BTreeSet::from([CHUNK]))]);
+        let at = AtSink { sink: &sink(), is_live: false, marks, loaded: &loaded, done: &BTreeSet::new() };
+        match next(at, &runs).0 {
+            Some(Next::BeginStream { left, ready, from, .. }) => (left, ready, from),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn h23_a_stream_begins_where_the_lowest_mark_stands_also_when_its_table_was_read_again_since() {
+        let at = |lsn| Position::before(Lsn(lsn));
+        let copied = mark("a", 1, TableStage::Copying, 0);
+        let (left, ready, from) = begins(1, read(RunReason::FirstLoad, "a"), std::slice::from_ref(&copied));
+        assert_eq!((left, from), (vec![], at(7)));
+        assert_eq!(ready, BTreeMap::from([(at(7), vec![copied.table])]));
+        // Another sink lost a part of it: the plan has it at a later start, read under a later snapshot.
+        let mut again = read(RunReason::FirstLoad, "a");
+        let (chunk, done) = again.chunks.pop_first().unwrap();
+        let plan = again.plan.as_mut().unwrap();
+        plan.relations[0].restart = 1;
+        plan.generations.push(Generation {
+            number: 2,
+            consistent_point: Lsn(9),
+            snapshot: None,
+            exported_at: Timestamp(1),
+        });
+        again.chunks.insert(ChunkId { restart: 1, ..chunk }, ChunkDone { consistent_point: Lsn(9), ..done });
+        let (left, ready, from) = begins(1, again, &[mark("a", 1, TableStage::Ready, 7)]);
+        assert_eq!((left, ready, from), (vec![], BTreeMap::new(), at(7)));
+    }
+
+    #[test]
+    fn h23_a_table_that_a_cancelled_run_marked_before_the_stream_is_not_taken_for_ready() {
+        let marks = [
+            mark("b", 2, TableStage::Copying, 0),
+            mark("a", 1, TableStage::Ready, 3),
+            mark("c", 1, TableStage::Ready, 9),
+        ];
+        let (left, _, from) = begins(2, read(RunReason::Asked, "b"), &marks);
+        assert_eq!(from, Position::before(Lsn(7)));
+        // The third one has all from where its mark stands on.
+        assert_eq!(left, [TableName::new("public", "a")]);
+    }
+
+    #[test]
+    fn a_run_that_the_sink_is_done_with_is_not_said_to_go_on_because_the_watch_is_late() {
+        let runs = FlowRuns { runs: [(RunId(1), read(RunReason::Asked, "a"))].into(), ..FlowRuns::default() };
+        let marks = [mark("a", 1, TableStage::Ready, 7)];
+        let step = |done: &BTreeSet<RunId>| {
+            next(AtSink { sink: &sink(), is_live: true, marks: &marks, loaded: &HashMap::new(), done }, &runs)
+        };
+        let (first, said) = step(&BTreeSet::new());
+        assert!(matches!(first, Some(Next::Done { .. })) && said.len() == 1, "{first:?}, {said:?}");
+        assert_eq!(step(&BTreeSet::from([RunId(1)])), (None, vec![]));
+    }
+
+    #[test]
+    fn the_log_is_held_for_whichever_run_brings_the_sink_to_life() {
+        let planned = |point| {
+            let mut view = read(RunReason::Asked, "a");
+            view.plan.as_mut().unwrap().generations[0].consistent_point = Lsn(point);
+            view
+        };
+        let unplanned = RunView { plan: None, ..read(RunReason::SinkAnew, "a") };
+        let lowest = |runs: BTreeMap<RunId, RunView>| {
+            let runs = FlowRuns { runs, ..FlowRuns::default() };
+            lowest_plan(&runs, &sink()).map(|plan| plan.generations[0].consistent_point)
+        };
+        assert_eq!(lowest([(RunId(1), unplanned.clone())].into()), None);
+        assert_eq!(lowest([(RunId(1), unplanned), (RunId(2), planned(5))].into()), Some(Lsn(5)));
+        // The first one was paused before its export. If it is cancelled, the second one is the first.
+        assert_eq!(lowest([(RunId(1), planned(9)), (RunId(2), planned(5))].into()), Some(Lsn(5)));
+    }
+
     /// The run whose table is prepared next.
     fn prepared(is_live: bool, runs: [RunView; 2]) -> Option<RunId> {
         let [first, second] = runs;
         let runs = FlowRuns { runs: [(RunId(1), first), (RunId(2), second)].into(), ..FlowRuns::default() };
-        let at = AtSink { sink: &sink(), is_live, marks: &[], loaded: &HashMap::new() };
+        let at = AtSink { sink: &sink(), is_live, marks: &[], loaded: &HashMap::new(), done: &BTreeSet::new() };
         match next(at, &runs).0 {
             Some(Next::Prepare { run, .. }) => Some(run),
             None => None,

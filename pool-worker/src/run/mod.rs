@@ -8,15 +8,15 @@
 mod core;
 mod crowded;
 mod export;
+mod slot;
 pub mod sweep;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use wallaby_coordination::{Error as EtcdError, Hold, Key};
-use wallaby_model::condition::{ConditionType, TaskPhase, TaskStatus};
-use wallaby_model::flow::OnExceeded;
+use wallaby_coordination::{Error as EtcdError, Hold};
+use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::run::{ChunkDone, RunPlan, RunState, RunWish};
 use wallaby_model::{ChunkId, Position, Reader, RunId, SinkId, TaskId, TaskKind};
 use wallaby_staging::{Shelf, SideGroup, SideStore};
@@ -172,7 +172,7 @@ async fn session(
         swept_at: None,
         crowding: Crowding::default(),
     };
-    owner.waits_for_slot = owner.demand.is_captured && owner.slot_holds_too_much().await;
+    owner.waits_for_slot = owner.demand.is_captured && slot::holds_too_much(context, run, false).await;
     let end = owner.serve(backoff).await;
     if !matches!(end, Ok(End::Over)) && owner.plan.snapshot().is_some() {
         // Nobody should try to read under a snapshot that goes with this session.
@@ -352,44 +352,13 @@ impl Owner<'_> {
         }
         if self.demand.is_captured {
             move_hold(context, &self.plan, self.run).await?;
-            self.waits_for_slot = self.slot_holds_too_much().await;
+            self.waits_for_slot = slot::holds_too_much(context, self.run, self.waits_for_slot).await;
         }
         if let Some(export) = &self.export {
             let open: Vec<_> = core::unfinished(&self.plan, &chunks).map(|(_, relation)| relation).collect();
             self.is_outdated = export.is_outdated(&open).await?;
         }
         Ok(())
-    }
-
-    /// Whether reading has to wait because of the WAL that the flow's slot holds back, by what its capture said last. Once it does, until
-    /// there is some distance to the bound: each export costs the source a look through all of its running transactions.
-    async fn slot_holds_too_much(&self) -> bool {
-        let context = self.context;
-        let flow = &context.task.flow;
-        let bound = context.flows.borrow().get(flow).and_then(|known| {
-            let safety = &known.record.document.spec.source.postgres.safety;
-            (safety.on_exceeded == OnExceeded::PauseSnapshot).then_some(safety.retained_wal_max.0)
-        });
-        let Some(bound) = bound else { return false };
-        let bound = if self.waits_for_slot { bound / 4 * 3 } else { bound };
-        match context.shared.coordination.get(&Key::TaskStatus(TaskId::capture(flow))).await {
-            Ok(said) => {
-                let Some(status) = said.and_then(|entry| entry.decode::<TaskStatus>().ok()) else { return false };
-                let is_exceeded = status.progress.retained_wal_bytes.is_some_and(|retained| retained > bound);
-                is_exceeded && !(status.phase == TaskPhase::Backpressured && self.holds_the_log_back().await)
-            }
-            // No reason to change anything.
-            Err(_) => self.waits_for_slot,
-        }
-    }
-
-    /// Whether nobody needs older records of the log than this run. A log that is full because of it gets room by its end alone, and the
-    /// slot by room in the log.
-    async fn holds_the_log_back(&self) -> bool {
-        let Ok(holds) = self.context.shared.coordination.holds(&self.context.task.flow).await else { return false };
-        let lowest = holds.values().map(|hold| hold.position).min();
-        let mine = holds.get(&Reader::Run(self.run)).map(|hold| hold.position);
-        mine.is_some() && mine == lowest
     }
 
     /// Removes parts of chunks that every sink of the run has: a run may be larger than the side store. A sink that turns out not
