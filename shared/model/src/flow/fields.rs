@@ -232,7 +232,7 @@ static SAFETY: Object = object(&[
         Shape::Span,
         "30m",
         "The longest that a run holds one snapshot at the source, because it keeps vacuum from removing dead rows. Past it \
-         another one is taken; what is read stays, except of tables without a key, and with `snapshot: only` of any table: these \
+         another one is taken, and chunks that are just being read under the old one are read on for a minute at most; what is read stays, except of tables without a key, and with `snapshot: only` of any table: these \
          begin again unless they are whole. So with `only` it must be longer than the largest table takes.",
     ),
 ]);
