@@ -264,6 +264,8 @@ impl Fitting<'_> {
         let (client, table) = (&self.session.client, &schema.table);
         let names = || schema.columns.iter().map(|column| column.name.as_str());
         let is_new = |name: &str| existing.is_none_or(|existing| existing.column(name).is_none());
+        let here = existing.iter().flat_map(|here| &here.columns).map(|column| column.name.as_str());
+        columns::forget_others(client, self.task, table, &names().chain(here).collect::<Vec<_>>()).await?;
         let is_filled =
             |name: &str| names().zip(wanted).any(|(known, wanted)| known == name && wanted.filled.is_some());
         let constant: Vec<&str> = names().filter(|name| is_new(name) && is_filled(name)).collect();

@@ -103,6 +103,21 @@ pub(crate) async fn put_constant(
     Ok(())
 }
 
+/// What is known of columns that are not among these is of no use any more, but for those that are awaited: they are gone, and one of the same
+/// name that comes later is another one.
+pub(crate) async fn forget_others(
+    client: &Client,
+    task: &TaskId,
+    table: &TableName,
+    names: &[&str],
+) -> Result<(), PostgresError> {
+    let statement = "DELETE FROM wallaby.columns \
+        WHERE task = $1 AND source_schema = $2 AND source_table = $3 AND early IS NULL AND name <> ALL($4)";
+    let forgotten = client.execute(statement, &[&task.to_string(), &table.schema, &table.name, &names]).await;
+    forgotten.doing(|| format!("forgetting columns of {table}"))?;
+    Ok(())
+}
+
 /// The log has these columns now: where it has them no more, the source dropped them.
 pub(crate) async fn met(
     client: &Client,

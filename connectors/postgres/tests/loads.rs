@@ -401,10 +401,21 @@ async fn a_column_with_a_default_of_ours_is_missed_when_the_source_has_it_no_mor
         log.transaction([Change::insert(&items, item(1, 1, "a"))]);
         apply(&mut sink, &log.batch()).await;
         log.transaction([Change::insert(&shape, row)]);
-        let Err(SinkError::Configuration { reason, remedy }) = try_apply(&mut sink, &log.batch()).await else {
+        let batch = log.batch();
+        let Err(SinkError::Configuration { reason, remedy }) = try_apply(&mut sink, &batch).await else {
             panic!("the column stays, and its rows are wrong: {statement}")
         };
         assert!(remedy.contains(statement) && !reason.contains("loaded_at"), "{reason}: {remedy}");
+        target.sql(&format!("ALTER TABLE items {statement}")).await;
+        sink.open(Epoch(2)).await.unwrap();
+        apply(&mut sink, &batch).await;
+        if statement.starts_with("DROP") {
+            // A person's column of that name is nothing that the source had.
+            target.sql("ALTER TABLE items ADD COLUMN n integer DEFAULT 5").await;
+            sink.open(Epoch(3)).await.unwrap();
+            log.transaction([Change::insert(&shape, vec![3.into(), "c".into()])]);
+            apply(&mut sink, &log.batch()).await;
+        }
     }
 }
 
