@@ -95,9 +95,10 @@ async fn check_all(
     let settings = Settings::read(control).await?;
     let role = Role::read(control).await?;
     check_server(&settings, findings);
-    let has_slot = check_slot(config, control, slot, findings).await?;
-    check_slots_left(&settings, has_slot, findings);
-    check_senders(&settings, findings);
+    let stream = check_slot(config, control, slot, findings).await?;
+    check_slots_left(&settings, stream, findings);
+    check_senders_left(&settings, stream, findings);
+    check_sender_timeout(&settings, findings);
     let may_replicate = check_role(config, &role, findings);
     if may_replicate {
         check_replication_connection(config, findings).await;
@@ -205,32 +206,56 @@ fn check_server(settings: &Settings, findings: &mut Findings) {
     }
 }
 
-fn check_slots_left(settings: &Settings, has_slot: bool, findings: &mut Findings) {
-    let left = settings.slots_max - settings.slots_used;
-    if left > 0 || has_slot {
-        findings.ok("max_replication_slots", format!("{} of {} slots in use", settings.slots_used, settings.slots_max));
-        return;
-    }
-    let message = format!(
-        "all {} replication slots are in use; raise the limit and restart the server, or drop a slot that nobody reads (SELECT slot_name, active FROM pg_replication_slots)",
-        settings.slots_max
-    );
-    let sql = format!("ALTER SYSTEM SET max_replication_slots = {};", settings.slots_max + 5);
-    findings.fail("max_replication_slots", message, Some(sql));
+/// What the flow's stream has at the server already.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stream {
+    /// Nothing.
+    Absent,
+    /// Its slot.
+    Slot,
+    /// Its slot and the walsender that reads it.
+    Runs,
 }
 
-fn check_senders(settings: &Settings, findings: &mut Findings) {
-    if settings.senders_used < settings.senders_max {
-        let message = format!("{} of {} walsenders in use", settings.senders_used, settings.senders_max);
-        findings.ok("max_wal_senders", message);
+/// Whether the server has room for the stream, and for a run beside it, which makes a temporary slot on a walsender of its own.
+fn check_left(
+    check: &'static str,
+    (what, view): (&str, &str),
+    (used, max): (i64, i64),
+    stream_has_one: bool,
+    findings: &mut Findings,
+) {
+    let left = max - used;
+    let needed = if stream_has_one { 1 } else { 2 };
+    if left >= needed {
+        findings.ok(check, format!("{used} of {max} {what} in use"));
+        return;
+    }
+    let sql = Some(format!("ALTER SYSTEM SET {check} = {};", max + 5));
+    let restart = "the server has to be restarted after the change";
+    if left == 0 && !stream_has_one {
+        findings.fail(check, format!("all {max} {what} are in use (SELECT * FROM {view}); {restart}"), sql);
     } else {
         let message = format!(
-            "all {} walsenders are in use; the server has to be restarted after the change",
-            settings.senders_max
+            "{used} of {max} {what} in use (SELECT * FROM {view}): each run (a load, a repair, an added table) takes one beside the stream's for a moment, and waits while none is free; {restart}"
         );
-        let sql = format!("ALTER SYSTEM SET max_wal_senders = {};", settings.senders_max + 5);
-        findings.fail("max_wal_senders", message, Some(sql));
+        findings.warn(check, message, sql);
     }
+}
+
+fn check_slots_left(settings: &Settings, stream: Stream, findings: &mut Findings) {
+    let used = (settings.slots_used, settings.slots_max);
+    let what = ("replication slots", "pg_replication_slots");
+    check_left("max_replication_slots", what, used, stream >= Stream::Slot, findings);
+}
+
+fn check_senders_left(settings: &Settings, stream: Stream, findings: &mut Findings) {
+    let used = (settings.senders_used, settings.senders_max);
+    let what = ("walsenders", "pg_stat_replication");
+    check_left("max_wal_senders", what, used, stream == Stream::Runs, findings);
+}
+
+fn check_sender_timeout(settings: &Settings, findings: &mut Findings) {
     let timeout_ms = settings.sender_timeout_ms;
     match timeout_ms {
         0 => findings.warn(
@@ -306,7 +331,7 @@ async fn check_slot(
     control: &Control,
     wanted: &SlotWanted,
     findings: &mut Findings,
-) -> Result<bool, SourceError> {
+) -> Result<Stream, SourceError> {
     let drop = format!("SELECT pg_drop_replication_slot({});", quote_literal(&wanted.name));
     let Some(state) = slot::read(control, &wanted.name).await? else {
         if wanted.create {
@@ -316,8 +341,9 @@ async fn check_slot(
                 format!("SELECT pg_create_logical_replication_slot({}, 'pgoutput');", quote_literal(&wanted.name));
             findings.fail("slot", format!("slot {} does not exist, and slot.create is false", wanted.name), Some(sql));
         }
-        return Ok(false);
+        return Ok(Stream::Absent);
     };
+    let stream = if state.active { Stream::Runs } else { Stream::Slot };
     match state.check_usable(config.dbname()) {
         Err(error @ SourceError::SlotLost { .. }) => {
             let message = format!("{error}. {}", error.remedy().unwrap_or_default());
@@ -334,7 +360,7 @@ async fn check_slot(
             findings.ok("slot", format!("slot {} exists, confirmed up to {}", wanted.name, state.confirmed_flush))
         }
     }
-    Ok(true)
+    Ok(stream)
 }
 
 async fn check_holder(control: &Control, wanted: &SlotWanted, findings: &mut Findings) -> Result<(), SourceError> {
@@ -385,6 +411,7 @@ async fn check_publication(
     check_publication_itself(config, wanted, existing.as_ref(), role, findings);
     check_identities(&chosen, existing.as_ref().is_none_or(|existing| existing.via_root), findings);
     check_tables(config, wanted, &chosen, findings);
+    check_size(control, &chosen, findings).await;
     Ok(())
 }
 
@@ -493,5 +520,18 @@ fn check_tables(config: &ConnectConfig, wanted: &PublicationWanted, chosen: &[So
             chosen.iter().map(|table| format!("ONLY {}", table.name.quoted())).collect::<Vec<_>>().join(", ")
         );
         findings.fail("ownership", message, Some(sql));
+    }
+}
+
+/// What a load brings: nobody but the flow's owner knows how much changes while it runs.
+async fn check_size(control: &Control, chosen: &[SourceTable], findings: &mut Findings) {
+    match tables::size(control, chosen).await {
+        Ok(size) => findings.ok(
+            "size",
+            format!(
+                "the tables have {size}: the log (spec.log.maxBytes) has to hold what changes while a load reads and copies that, the side store (chunksMax) what is read and not yet in every sink"
+            ),
+        ),
+        Err(error) => findings.warn("size", format!("the tables' size cannot be told: {error}"), None),
     }
 }

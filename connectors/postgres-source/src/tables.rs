@@ -109,6 +109,26 @@ pub(crate) async fn all(client: &tokio_postgres::Client) -> Result<Vec<SourceTab
     Ok(rows.iter().map(table).collect())
 }
 
+/// What the tables take at the source with their partitions and what is kept out of line, without indexes, as a person reads it.
+/// Waits for who holds one of them.
+pub(crate) async fn size(client: &tokio_postgres::Client, tables: &[SourceTable]) -> Result<String, SourceError> {
+    const SIZE_SQL: &str = "
+WITH RECURSIVE part(oid, relkind) AS (
+  SELECT c.oid, c.relkind FROM unnest($1::text[], $2::text[]) AS asked(schema, name)
+  JOIN pg_catalog.pg_namespace n ON n.nspname = asked.schema
+  JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = asked.name
+  UNION
+  SELECT c.oid, c.relkind FROM part
+  JOIN pg_catalog.pg_inherits h ON part.relkind = 'p' AND h.inhparent = part.oid
+  JOIN pg_catalog.pg_class c ON c.oid = h.inhrelid
+)
+SELECT pg_catalog.pg_size_pretty(coalesce(sum(pg_catalog.pg_table_size(oid)), 0)) FROM part";
+    let (schemas, names): (Vec<&str>, Vec<&str>) =
+        tables.iter().map(|table| (table.name.schema.as_str(), table.name.name.as_str())).unzip();
+    let row = client.query_typed_one(SIZE_SQL, &[(&schemas, Type::TEXT_ARRAY), (&names, Type::TEXT_ARRAY)]).await;
+    Ok(row.map_err(|error| SourceError::from_client("measuring tables", &error))?.get(0))
+}
+
 /// The tables that a flow's patterns name.
 pub(crate) async fn choose(
     client: &tokio_postgres::Client,

@@ -22,6 +22,12 @@ pub struct Flow {
     pub slot: SlotState,
 }
 
+/// The database as a role with the password `pw` sees it.
+pub fn as_user(db: &Database<'_>, user: &str) -> ConnectConfig {
+    let port = db.postgres().port();
+    ConnectConfig::parse(&format!("host=127.0.0.1 port={port} user={user} password=pw dbname={}", db.name())).unwrap()
+}
+
 pub fn owner(name: &str, epoch: u64) -> SessionOwner {
     SessionOwner { prefix: format!("wallaby/{name}/"), epoch: Epoch(epoch) }
 }

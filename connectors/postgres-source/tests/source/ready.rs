@@ -6,12 +6,13 @@ use wallaby_connector_api::SourceLookup;
 use wallaby_model::Op;
 use wallaby_model::flow::Failover;
 use wallaby_postgres_source::{
-    Capture, ConnectConfig, Finding, Lookup, PublicationWanted, SlotWanted, SourceError, Status, connect_control,
-    drop_publication, ensure_publication, ensure_slot, preflight, source_status, widen_publication,
+    Capture, ConnectConfig, Finding, Lookup, PublicationWanted, ReplicationClient, SlotWanted, SnapshotExport,
+    SourceError, Status, connect_control, drop_publication, ensure_publication, ensure_slot, preflight, source_status,
+    widen_publication,
 };
-use wallaby_testkit::{Database, Postgres, PostgresOptions};
+use wallaby_testkit::{Database, Postgres, PostgresOptions, Shutdown, eventually};
 
-use crate::kit::{Flow, Running, publication, rows_of, slot};
+use crate::kit::{Flow, LIMIT, Running, as_user, owner, publication, rows_of, slot};
 
 fn find<'a>(findings: &'a [Finding], check: &str) -> &'a Finding {
     findings.iter().find(|finding| finding.check == check).unwrap_or_else(|| panic!("no {check} in {findings:#?}"))
@@ -19,11 +20,6 @@ fn find<'a>(findings: &'a [Finding], check: &str) -> &'a Finding {
 
 fn failed(findings: &[Finding]) -> Vec<&'static str> {
     findings.iter().filter(|finding| finding.status == Status::Fail).map(|finding| finding.check).collect()
-}
-
-fn as_user(db: &Database<'_>, user: &str) -> ConnectConfig {
-    let port = db.postgres().port();
-    ConnectConfig::parse(&format!("host=127.0.0.1 port={port} user={user} password=pw dbname={}", db.name())).unwrap()
 }
 
 #[tokio::test]
@@ -75,8 +71,7 @@ async fn every_gap_of_a_poor_role_is_mended_by_the_statements_that_are_printed()
     let control = connect_control(&config).await.unwrap();
     ensure_publication(&control, &wanted).await.unwrap();
     ensure_slot(&config, &control, &slot).await.unwrap();
-    let options =
-        wallaby_postgres_source::CaptureOptions::new(config, crate::kit::owner(db.name(), 1), db.name(), db.name());
+    let options = wallaby_postgres_source::CaptureOptions::new(config, owner(db.name(), 1), db.name(), db.name());
     Capture::prepare(options).await.unwrap();
     drop(control);
     db.batch_execute(&format!("SELECT pg_drop_replication_slot('{}')", db.name())).await.unwrap();
@@ -120,25 +115,172 @@ async fn what_is_wrong_with_dsn_tables_publication_and_slot_is_said() {
     assert_eq!(ensure_slot(&config, &control, &slot(name)).await.unwrap_err().reason(), "SlotUnfit");
 }
 
+/// Checks that are not fine, with how they ended.
+fn not_fine(findings: &[Finding]) -> Vec<(&'static str, Status)> {
+    let not_fine = findings.iter().filter(|finding| finding.status != Status::Ok);
+    not_fine.map(|finding| (finding.check, finding.status)).collect()
+}
+
+/// Runs what is printed. `ALTER SYSTEM` goes by itself only.
+async fn run_remedy(db: &Database<'_>, finding: &Finding) {
+    let sql = finding.remedy_sql.as_ref().unwrap_or_else(|| panic!("no remedy: {finding:?}"));
+    for statement in sql.split(';').filter(|statement| !statement.trim().is_empty()) {
+        let done = db.batch_execute(statement).await;
+        done.unwrap_or_else(|error| panic!("{}: {statement}: {error}", finding.check));
+    }
+}
+
 #[tokio::test]
-async fn a_server_without_logical_wal_is_found_out() {
+async fn each_setting_of_a_server_that_is_not_fit_is_mended_by_its_statements() {
     let options = PostgresOptions::default()
         .setting("wal_level", "replica")
+        .setting("max_replication_slots", "0")
+        .setting("max_wal_senders", "0")
         .setting("max_slot_wal_keep_size", "100MB")
-        .setting("wal_sender_timeout", "0");
+        .setting("wal_sender_timeout", "0")
+        .setting("idle_replication_slot_timeout", "90s")
+        .setting("synchronized_standby_slots", "nobody, nobody_else");
     let pg = Postgres::start(options).await.unwrap();
     let db = Database::create_on(&pg, "level").await;
     db.batch_execute("CREATE TABLE t (id int PRIMARY KEY)").await.unwrap();
     let config = ConnectConfig::parse(&db.dsn()).unwrap();
-    let findings = preflight(&config, &publication(db.name(), &["public.*"]), &slot(db.name())).await;
-    assert_eq!(failed(&findings), ["wal_level"]);
-    assert_eq!(find(&findings, "wal_level").remedy_sql.as_deref(), Some("ALTER SYSTEM SET wal_level = 'logical';"));
-    assert_eq!(find(&findings, "max_slot_wal_keep_size").status, Status::Warn);
-    assert_eq!(find(&findings, "wal_sender_timeout").status, Status::Warn);
+    let (wanted, slot) = (publication(db.name(), &["public.*"]), slot(db.name()));
+    let findings = preflight(&config, &wanted, &slot).await;
+    let expected = [
+        ("wal_level", Status::Fail, "wal_level is replica"),
+        ("max_replication_slots", Status::Fail, "all 0 replication slots"),
+        ("max_wal_senders", Status::Fail, "all 0 walsenders are in use"),
+        ("wal_sender_timeout", Status::Warn, "wal_sender_timeout is 0"),
+        // No walsender is to be had.
+        ("replication_connection", Status::Fail, "Raise max_connections or max_wal_senders"),
+        ("max_slot_wal_keep_size", Status::Warn, "100 MB of WAL"),
+        ("idle_replication_slot_timeout", Status::Warn, "nobody reads for 90 s"),
+        ("synchronized_standby_slots", Status::Warn, "nobody, nobody_else, and 2 of them are not active"),
+    ];
+    assert_eq!(not_fine(&findings), expected.map(|(check, status, _)| (check, status)), "{findings:#?}");
+    for (check, _, said) in expected {
+        let finding = find(&findings, check);
+        assert!(finding.message.contains(said), "{finding:?}");
+        if check != "replication_connection" {
+            run_remedy(&db, finding).await;
+        }
+    }
     let control = connect_control(&config).await.unwrap();
-    let error = ensure_slot(&config, &control, &slot(db.name())).await.unwrap_err();
+    let error = ensure_slot(&config, &control, &slot).await.unwrap_err();
     assert_eq!(error.reason(), "WalLevel");
     assert!(error.remedy().unwrap().contains("ALTER SYSTEM SET wal_level"));
+    pg.restart(Shutdown::Fast).await.unwrap();
+    let findings = preflight(&config, &wanted, &slot).await;
+    assert_eq!(not_fine(&findings), [], "{findings:#?}");
+
+    // Where a reload is enough.
+    let db = Database::create_on(&pg, "level_again").await;
+    db.batch_execute("CREATE TABLE t (id int PRIMARY KEY)").await.unwrap();
+    let config = ConnectConfig::parse(&db.dsn()).unwrap();
+    db.batch_execute("ALTER SYSTEM SET wal_sender_timeout = '1999ms'").await.unwrap();
+    db.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+    let short = async || {
+        let findings = preflight(&config, &wanted, &slot).await;
+        find(&findings, "wal_sender_timeout").clone()
+    };
+    let found = eventually(LIMIT, "the short timeout is found", async || {
+        let found = short().await;
+        if found.status == Status::Warn { Ok(found) } else { Err(found) }
+    })
+    .await;
+    assert!(found.message.contains("1999 ms"), "{found:?}");
+    run_remedy(&db, &found).await;
+    eventually(LIMIT, "the timeout is mended", async || {
+        let found = short().await;
+        if found.status == Status::Ok { Ok(()) } else { Err(found) }
+    })
+    .await;
+}
+
+/// A stream and, for a moment, a run beside it: each has a slot and a walsender.
+#[tokio::test]
+async fn a_server_without_room_for_a_run_beside_the_stream_is_found_out() {
+    let options = PostgresOptions::default().setting("max_replication_slots", "2").setting("max_wal_senders", "2");
+    let pg = Postgres::start(options).await.unwrap();
+    let db = Database::create_on(&pg, "room").await;
+    db.batch_execute("CREATE TABLE t (id int PRIMARY KEY)").await.unwrap();
+    let config = ConnectConfig::parse(&db.dsn()).unwrap();
+    let (wanted, slot) = (publication(db.name(), &["public.*"]), slot(db.name()));
+    // A walsender whose client went, also doctor's own, ends by and by.
+    let found = async || not_fine(&preflight(&config, &wanted, &slot).await);
+    let finds = async |expected: &[(&str, Status)]| {
+        eventually(LIMIT, "doctor finds what the test holds", async || {
+            let found = found().await;
+            if found == expected { Ok(()) } else { Err(found) }
+        })
+        .await;
+    };
+    let other = async |name: &str| {
+        db.batch_execute(&format!("SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')")).await.unwrap();
+    };
+    let gone =
+        async |name: &str| db.batch_execute(&format!("SELECT pg_drop_replication_slot('{name}')")).await.unwrap();
+    let run = async || SnapshotExport::open(&config, &owner(db.name(), 1), LIMIT).await.map(|_| ());
+
+    finds(&[]).await;
+    other("one").await;
+    finds(&[("max_replication_slots", Status::Warn)]).await;
+    other("two").await;
+    finds(&[("max_replication_slots", Status::Fail)]).await;
+    gone("two").await;
+    let flow = Flow::create(&db).await;
+    finds(&[("max_replication_slots", Status::Warn)]).await;
+    assert_eq!(run().await.unwrap_err().reason(), "LimitReached");
+    gone("one").await;
+    finds(&[]).await;
+    run().await.unwrap();
+
+    let walsender = async || ReplicationClient::connect(&config).await.unwrap();
+    let first = walsender().await;
+    finds(&[("max_wal_senders", Status::Warn)]).await;
+    let second = walsender().await;
+    finds(&[("max_wal_senders", Status::Fail), ("replication_connection", Status::Fail)]).await;
+    drop((first, second));
+    finds(&[]).await;
+    let stream = flow.start(1, flow.first_position()).await;
+    finds(&[]).await;
+    let beside = walsender().await;
+    finds(&[("max_wal_senders", Status::Warn), ("replication_connection", Status::Fail)]).await;
+    assert_eq!(run().await.unwrap_err().reason(), "TooManyConnections");
+    drop(beside);
+    finds(&[]).await;
+    other("one").await;
+    let findings = preflight(&config, &wanted, &slot).await;
+    let finding = find(&findings, "max_replication_slots");
+    assert!(finding.message.contains("each run") && finding.status == Status::Warn, "{finding:?}");
+    run_remedy(&db, finding).await;
+    drop(stream);
+    pg.restart(Shutdown::Fast).await.unwrap();
+    finds(&[]).await;
+}
+
+#[tokio::test]
+async fn the_tables_size_is_told_beside_what_has_to_hold_it() {
+    let db = Database::create("size").await;
+    db.batch_execute(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT n, md5(n::text) FROM generate_series(1, 20000) n;
+         CREATE TABLE root (id int PRIMARY KEY, v text) PARTITION BY RANGE (id); CREATE TABLE leaf PARTITION OF root DEFAULT;
+         ALTER TABLE leaf ALTER v SET STORAGE EXTERNAL; INSERT INTO root VALUES (1, repeat('x', 5000000))",
+    )
+    .await
+    .unwrap();
+    let config = ConnectConfig::parse(&db.dsn()).unwrap();
+    let size = async |sql: &str| db.query_one(sql, &[]).await.unwrap().get::<_, String>(0);
+    let both = size("SELECT pg_size_pretty(pg_table_size('t') + pg_table_size('leaf'))").await;
+    let one = size("SELECT pg_size_pretty(pg_table_size('t'))").await;
+    assert!(both.ends_with(" kB") && one.ends_with(" kB") && both != one, "{both}, {one}");
+    for (tables, expected) in [(&["public.t", "public.root"][..], both), (&["public.t"], one)] {
+        let findings = preflight(&config, &publication(db.name(), tables), &slot(db.name())).await;
+        let finding = find(&findings, "size");
+        assert_eq!(finding.status, Status::Ok);
+        let said = &finding.message;
+        assert!(said.starts_with(&format!("the tables have {expected}: the log (spec.log.maxBytes)")), "{finding:?}");
+    }
 }
 
 #[tokio::test]
