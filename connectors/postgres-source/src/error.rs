@@ -72,6 +72,14 @@ pub enum SourceError {
         /// The server's words.
         error: ServerError,
     },
+    /// The server refused to read a table of which a policy would hide rows from the role.
+    #[error("{during}: {error}")]
+    RowsHidden {
+        /// What was being done.
+        during: String,
+        /// The server's words.
+        error: ServerError,
+    },
     /// The connection ended.
     #[error("{during}: the connection was lost: {reason}")]
     Lost {
@@ -357,7 +365,7 @@ impl SourceError {
     /// The SQLSTATE, when the server said one.
     pub fn sqlstate(&self) -> Option<&str> {
         match self {
-            SourceError::Server { error, .. } => Some(&error.sqlstate),
+            SourceError::Server { error, .. } | SourceError::RowsHidden { error, .. } => Some(&error.sqlstate),
             SourceError::ShuttingDown { sqlstate } => Some(sqlstate),
             _ => None,
         }
@@ -370,7 +378,7 @@ impl SourceError {
             SourceError::Connect { .. } | SourceError::Lost { .. } => "SourceUnreachable",
             SourceError::Tls { .. } => "TlsFailed",
             SourceError::Auth { .. } => "AuthenticationFailed",
-            SourceError::Server { error, .. } => server_reason(&error.sqlstate),
+            SourceError::Server { error, .. } | SourceError::RowsHidden { error, .. } => server_reason(&error.sqlstate),
             SourceError::ShuttingDown { .. } => "SourceShuttingDown",
             SourceError::Timeout { .. } => "TimedOut",
             SourceError::Protocol { .. } | SourceError::Decode(_) => "ProtocolError",
@@ -413,6 +421,9 @@ impl SourceError {
             SourceError::Config(_) => "Correct the source's dsn".into(),
             SourceError::Auth { .. } => "Correct user, password or channel_binding of the source's dsn, or the server's pg_hba.conf".into(),
             SourceError::Server { error, .. } => return server_remedy(error),
+            SourceError::RowsHidden { .. } => {
+                "Rows that the role does not see would be lost, so none are read. Give it BYPASSRLS (ALTER ROLE ... BYPASSRLS), or make it a member of the table's owner where row-level security is not forced on the owner; a policy alone does not do, whatever it lets through. `wallaby doctor` prints the statement".into()
+            }
             SourceError::RowTooLarge { bytes, limit, .. } if *limit < (1 << 30) => format!(
                 "Give the side store more room than {bytes} bytes, or raise max_payload of the NATS servers above {} bytes, or take the table out of the publication; capture goes on from its position",
                 bytes + (64 << 10)
@@ -497,7 +508,10 @@ impl SourceError {
                 return SourceError::ShuttingDown { sqlstate };
             }
             let error = ServerError { sqlstate, message: db.message().to_owned(), hint: db.hint().map(str::to_owned) };
-            return SourceError::Server { during, error };
+            return match db.routine() {
+                Some(ROW_SECURITY_ROUTINE) => SourceError::RowsHidden { during, error },
+                _ => SourceError::Server { during, error },
+            };
         }
         let mut reason = error.to_string();
         if let Some(cause) = std::error::Error::source(error) {
@@ -506,6 +520,10 @@ impl SourceError {
         SourceError::Lost { during, reason }
     }
 }
+
+/// The server's function that refuses what row-level security would cut: its SQLSTATE is that of any missing privilege, and its
+/// words are in the server's language.
+const ROW_SECURITY_ROUTINE: &str = "check_enable_rls";
 
 /// [`SourceError::PublicationMissing`]'s `when` for a publication that exists now but not at the slot's position.
 pub(crate) const PUBLICATION_AT_SLOT: &str = "at the slot's position in the WAL";

@@ -411,6 +411,7 @@ async fn check_publication(
     check_publication_itself(config, wanted, existing.as_ref(), role, findings);
     check_identities(&chosen, existing.as_ref().is_none_or(|existing| existing.via_root), findings);
     check_tables(config, wanted, &chosen, findings);
+    check_row_security(config, &chosen, findings);
     check_size(control, &chosen, findings).await;
     Ok(())
 }
@@ -521,6 +522,22 @@ fn check_tables(config: &ConnectConfig, wanted: &PublicationWanted, chosen: &[So
         );
         findings.fail("ownership", message, Some(sql));
     }
+}
+
+/// Rows are never left out because a policy hides them: the server is told to refuse instead, whatever the policy says.
+fn check_row_security(config: &ConnectConfig, chosen: &[SourceTable], findings: &mut Findings) {
+    let hidden: BTreeSet<&TableName> = chosen.iter().flat_map(|table| &table.hidden_rows).collect();
+    if hidden.is_empty() {
+        findings.ok("row_security", "no policy hides rows from the role");
+        return;
+    }
+    let names = hidden.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let message = format!(
+        "row-level security of {names} applies to role {}: loads, rows that are read again by key, and verify are refused. Give the role BYPASSRLS, or make it a member of their owner where it is not forced on the owner (ALTER TABLE … NO FORCE ROW LEVEL SECURITY)",
+        config.user()
+    );
+    let sql = format!("ALTER ROLE {} BYPASSRLS;", quote_identifier(config.user()));
+    findings.fail("row_security", message, Some(sql));
 }
 
 /// What a load brings: nobody but the flow's owner knows how much changes while it runs.

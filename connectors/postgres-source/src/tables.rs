@@ -17,6 +17,8 @@ pub(crate) struct SourceTable {
     /// Its partitions whose updates and deletes name less of the old row than a sink finds a row of this table by. The WAL has of it
     /// what the identity of the partition has; the stream passes that off as what this table's identity has, with NULL for the rest.
     pub(crate) narrow_identity: Vec<TableName>,
+    /// The table itself, or those of its partitions, of which a policy would hide rows from the role: the server refuses to read them.
+    pub(crate) hidden_rows: Vec<TableName>,
     /// UNLOGGED or TEMPORARY tables are not in the WAL.
     pub(crate) logged: bool,
     /// A partition of another table.
@@ -77,14 +79,22 @@ WITH RECURSIVE part(root, oid, relkind) AS (
   WHERE k.oid <> k.root AND k.identity IN ('d', 'i') AND k.columns IS NOT NULL
     AND CASE WHEN r.columns IS NULL THEN r.identity = 'f' ELSE NOT r.columns <@ k.columns END
   GROUP BY 1
+), hidden AS (
+  SELECT part.root, array_agg(n.nspname::text ORDER BY n.nspname, c.relname) AS schemas,
+         array_agg(c.relname::text ORDER BY n.nspname, c.relname) AS names
+  FROM part JOIN pg_catalog.pg_class c ON c.oid = part.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+  WHERE c.relrowsecurity AND pg_catalog.row_security_active(c.oid)
+  GROUP BY 1
 )
 SELECT n.nspname::text, c.relname::text, c.relpersistence = 'p', c.relispartition,
        coalesce(w.schemas, '{}'), coalesce(w.names, '{}'),
        coalesce(pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT'), false),
-       pg_catalog.pg_has_role(c.relowner, 'USAGE'), coalesce(l.schemas, '{}'), coalesce(l.names, '{}')
+       pg_catalog.pg_has_role(c.relowner, 'USAGE'), coalesce(l.schemas, '{}'), coalesce(l.names, '{}'),
+       coalesce(h.schemas, '{}'), coalesce(h.names, '{}')
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN without w ON w.root = c.oid
 LEFT JOIN narrow l ON l.root = c.oid
+LEFT JOIN hidden h ON h.root = c.oid
 WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
 ORDER BY 1, 2";
 
@@ -103,6 +113,7 @@ pub(crate) async fn all(client: &tokio_postgres::Client) -> Result<Vec<SourceTab
         is_partition: row.get(3),
         without_identity: names(row, 4, 5),
         narrow_identity: names(row, 8, 9),
+        hidden_rows: names(row, 10, 11),
         can_select: row.get(6),
         owned: row.get(7),
     };
@@ -275,6 +286,7 @@ mod tests {
             name: TableName::new(schema, name),
             without_identity: Vec::new(),
             narrow_identity: Vec::new(),
+            hidden_rows: Vec::new(),
             logged: true,
             is_partition: false,
             can_select: true,

@@ -6,12 +6,10 @@ use crate::config::ConnectConfig;
 use crate::control::{Control, connect_control};
 use crate::error::SourceError;
 
-/// A session may sit in its transaction for as long as the run takes it; not every server has all of these. A row that a policy
-/// hides would be lost without a word: then reading fails instead.
+/// A session may sit in its transaction for as long as the run takes it; not every server has all of these.
 const SESSION_SQL: &str = "
 SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
-WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout', 'transaction_timeout');
-SET row_security = off";
+WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout', 'transaction_timeout')";
 
 /// A session without time-outs.
 pub(super) async fn patient(config: &ConnectConfig) -> Result<Control, SourceError> {

@@ -1,8 +1,13 @@
 //! Values, shapes and selections: what the snapshot says is what the stream says.
 
+use std::sync::Arc;
+
+use wallaby_connector_api::verify::{VerifyError, VerifySession};
+use wallaby_connector_api::{SinkError, SourceLookup};
+use wallaby_postgres_source::{Lookup, SourceVerify};
 use wallaby_testkit::Database;
 
-use crate::kit::{Flow, rows_of};
+use crate::kit::{Flow, as_user, rows_of};
 use crate::{export, read};
 
 /// Types, each with values.
@@ -232,4 +237,50 @@ async fn chunks_cover_every_row_once_and_parts_are_cut() {
     let kept = read(&flow.config, &export, &flow.name, &plan[0]).await.unwrap();
     assert_eq!(kept.0.len(), 2, "a row that is larger than a part is a part");
     assert!(rows_of(&kept.0[1])[0].values[1].len() == 32_000_000);
+}
+
+/// It would be lost without a word: not loaded, taken for deleted where a change has to be completed, and not compared.
+#[tokio::test]
+async fn a_row_that_a_policy_hides_is_refused_and_not_missing() {
+    let db = Database::create("policy").await;
+    let user = format!("u_{}", db.name());
+    db.batch_execute(&format!(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'seen'), (2, 'hidden');
+         ALTER TABLE t ENABLE ROW LEVEL SECURITY; CREATE POLICY seen ON t USING (v = 'seen');
+         CREATE ROLE {user} LOGIN PASSWORD 'pw'; GRANT SELECT ON t TO {user}"
+    ))
+    .await
+    .unwrap();
+    let flow = Flow::create(&db).await;
+    let mut export = export(&flow.config, &flow.name, 1).await;
+    let plan = export.plan(&flow.name, &[], &[], u64::MAX).await.unwrap();
+    let all = read(&flow.config, &export, &flow.name, &plan[0]).await.unwrap();
+    assert_eq!(all.rows(), [["1", "seen"], ["2", "hidden"]]);
+    let schema = Arc::clone(&all.0[0].tables[0].schema);
+
+    let clerk = as_user(&db, &user);
+    let refused = read(&clerk, &export, &flow.name, &plan[0]).await;
+    let refused = refused.map(|kept| kept.rows()).expect_err("rows that the role sees were taken for all");
+    assert_eq!(
+        (refused.reason(), refused.sqlstate(), refused.is_transient()),
+        ("PrivilegeMissing", Some("42501"), false)
+    );
+    assert!(refused.remedy().unwrap().contains("ALTER ROLE ... BYPASSRLS"), "{:?}", refused.remedy());
+    for id in ["2", "1"] {
+        let lookup = Lookup::new(clerk.clone(), &flow.name);
+        let found = lookup.row_by_key(&schema, &vec![Some(id.to_owned())]).await;
+        let found = found.map(|row| row.map(|body| rows_of(&body)));
+        let Err(SinkError::Configuration { reason, remedy }) = found else { panic!("row {id}: {found:?}") };
+        assert!(reason.contains("row-level security") && remedy.contains("BYPASSRLS"), "{reason}; {remedy}");
+    }
+    let mut verify = SourceVerify::connect(&clerk, &flow.name).await.unwrap();
+    let compared = verify.rows("SELECT count(*)::text FROM public.t").await;
+    assert!(matches!(&compared, Err(VerifyError::Refused(why)) if why.contains("BYPASSRLS")), "{compared:?}");
+
+    db.batch_execute(&format!("ALTER ROLE {user} BYPASSRLS")).await.unwrap();
+    assert_eq!(read(&clerk, &export, &flow.name, &plan[0]).await.unwrap().rows(), all.rows());
+    let found = Lookup::new(clerk, &flow.name).row_by_key(&schema, &vec![Some("2".to_owned())]).await.unwrap();
+    assert_eq!(rows_of(&found.unwrap())[0].values, ["2", "hidden"]);
+    assert_eq!(verify.rows("SELECT count(*)::text FROM public.t").await.unwrap(), [[Some("2".to_owned())]]);
+    db.batch_execute(&format!("DROP OWNED BY {user}; DROP ROLE {user}")).await.unwrap();
 }

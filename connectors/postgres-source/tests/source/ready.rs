@@ -260,6 +260,35 @@ async fn a_server_without_room_for_a_run_beside_the_stream_is_found_out() {
 }
 
 #[tokio::test]
+async fn row_security_that_applies_to_the_role_is_mended_by_the_statement_that_is_printed() {
+    let db = Database::create("rows_hidden").await;
+    let user = format!("u_{}", db.name());
+    db.batch_execute(&format!(
+        "CREATE ROLE {user} LOGIN REPLICATION PASSWORD 'pw'; CREATE TABLE t (id int PRIMARY KEY);
+         CREATE TABLE own (id int PRIMARY KEY); CREATE TABLE forced (id int PRIMARY KEY);
+         CREATE TABLE root (id int PRIMARY KEY) PARTITION BY RANGE (id); CREATE TABLE leaf PARTITION OF root DEFAULT;
+         ALTER TABLE t ENABLE ROW LEVEL SECURITY; CREATE POLICY all_of_them ON t USING (true);
+         ALTER TABLE own ENABLE ROW LEVEL SECURITY; ALTER TABLE own OWNER TO {user};
+         ALTER TABLE forced ENABLE ROW LEVEL SECURITY; ALTER TABLE forced OWNER TO {user};
+         ALTER TABLE forced FORCE ROW LEVEL SECURITY; ALTER TABLE leaf ENABLE ROW LEVEL SECURITY;
+         GRANT SELECT ON ALL TABLES IN SCHEMA public TO {user};
+         CREATE PUBLICATION {} FOR TABLE t, own, forced, root WITH (publish_via_partition_root = true)",
+        db.name()
+    ))
+    .await
+    .unwrap();
+    let not_ours = PublicationWanted { create: false, ..publication(db.name(), &[]) };
+    let findings = preflight(&as_user(&db, &user), &not_ours, &slot(db.name())).await;
+    assert_eq!(failed(&findings), ["row_security"], "{findings:#?}");
+    let finding = find(&findings, "row_security");
+    assert!(finding.message.contains("security of public.forced, public.leaf, public.t applies"), "{finding:?}");
+    run_remedy(&db, finding).await;
+    let findings = preflight(&as_user(&db, &user), &not_ours, &slot(db.name())).await;
+    assert_eq!(failed(&findings), [""; 0], "{findings:#?}");
+    db.batch_execute(&format!("DROP OWNED BY {user}; DROP ROLE {user}")).await.unwrap();
+}
+
+#[tokio::test]
 async fn the_tables_size_is_told_beside_what_has_to_hold_it() {
     let db = Database::create("size").await;
     db.batch_execute(
