@@ -323,38 +323,68 @@ impl SourceLookup for WithExtras {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn extras_are_added_once_and_foreign_keys_come_back_after_another_load() {
-    let target = Target::fresh("extras").await;
-    let (log, items) = (Log::new(), items());
-    let parents = Shape::new("parents").key("id", ColumnType::Int4).build();
+/// What of that is at the sink: indexes, constraints, defaults.
+const ADDED: &str = "\
+    SELECT count(*) FROM pg_class WHERE relname IN ('items_n', 'items_big', 'items_big_key') AND relkind = 'i' \
+    UNION ALL SELECT count(*) FROM pg_constraint WHERE conname IN ('items_n_check', 'items_big_key', 'items_parent') AND convalidated \
+    UNION ALL SELECT count(*) FROM pg_attrdef WHERE adrelid = 'items'::regclass";
+
+/// `items`, and `parents` that it refers to, loaded by a sink whose source has extras.
+async fn loaded_with_extras(target: &Target, log: &Log) -> (Box<dyn Sink>, [Arc<TableSchema>; 2]) {
+    let (items, parents) = (items(), Shape::new("parents").key("id", ColumnType::Int4).build());
     let mut sink = target.make(Faults::default(), Arc::new(WithExtras));
     sink.open(Epoch(1)).await.unwrap();
     for (table, row) in [(&parents, vec![Value::Int(1)]), (&items, item(1, 1, "a"))] {
         sink.loads().unwrap().prepare(RUN, 0, table).await.unwrap();
         let mut chunk = chunk(table, 0, 0, true);
         chunk.chunk.table = u32::from(table.table.name == "items");
-        load(&target, &chunk, &mut PartFeed::new([chunk_part(table, log.start().commit, [row])])).await.unwrap();
+        load(target, &chunk, &mut PartFeed::new([chunk_part(table, log.start().commit, [row])])).await.unwrap();
         sink.loads().unwrap().mark(std::slice::from_ref(&table.table), TableStage::Ready, log.start()).await.unwrap();
     }
+    (sink, [items, parents])
+}
+
+/// Also where its foreign key could be made, because a table of ours is what it refers to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_added_to_a_table_that_a_person_made() {
+    let target = Target::fresh("persons_table").await;
+    target.sql("CREATE TABLE items (id int PRIMARY KEY, n int, big text)").await;
+    let log = Log::new();
+    let (mut sink, [items, _]) = loaded_with_extras(&target, &log).await;
+    assert_eq!(target.rows(&items.table).await, rows(&[&["1", "1", "a"]]));
+    let none = rows(&[&["0"], &["0"], &["0"]]);
+    for run in [None, Some(RunId(2))] {
+        // It was there before another load too, and then by a mark of ours.
+        if let Some(run) = run {
+            sink.loads().unwrap().prepare(run, 0, &items).await.unwrap();
+            let tables = std::slice::from_ref(&items.table);
+            sink.loads().unwrap().mark(tables, TableStage::Ready, log.start()).await.unwrap();
+        }
+        assert_eq!(sink.loads().unwrap().finish(&items.table).await.unwrap(), [""; 0]);
+        assert_eq!(query(&target.database, ADDED).await, none, "{run:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn extras_are_added_once_and_foreign_keys_come_back_after_another_load() {
+    let target = Target::fresh("extras").await;
+    let log = Log::new();
+    let (mut sink, [items, parents]) = loaded_with_extras(&target, &log).await;
     let sentences = sink.loads().unwrap().finish(&items.table).await.unwrap();
     assert_eq!(sentences.len(), 2, "{sentences:?}");
     assert!(sentences[0].contains("items_odd") && sentences[0].contains("CREATE INDEX CONCURRENTLY"), "{sentences:?}");
     assert!(sentences[1].contains("nosuch") && sentences[1].contains("SET DEFAULT"), "{sentences:?}");
-    let found = "SELECT count(*) FROM pg_class WHERE relname IN ('items_n', 'items_big', 'items_big_key') AND relkind = 'i' \
-        UNION ALL SELECT count(*) FROM pg_constraint WHERE conname IN ('items_n_check', 'items_big_key', 'items_parent') AND convalidated \
-        UNION ALL SELECT count(*) FROM pg_attrdef WHERE adrelid = 'items'::regclass";
     let all = rows(&[&["3"], &["3"], &["1"]]);
-    assert_eq!(query(&target.database, found).await, all);
+    assert_eq!(query(&target.database, ADDED).await, all);
     // A second try, by a sink that was not opened, changes nothing.
     let mut beside = target.make(Faults::default(), Arc::new(WithExtras));
     assert_eq!(beside.loads().unwrap().finish(&items.table).await.unwrap().len(), 2);
-    assert_eq!(query(&target.database, found).await, all);
+    assert_eq!(query(&target.database, ADDED).await, all);
     // One that died between making constraints and looking at their rows.
     let not_valid = "UPDATE pg_constraint SET convalidated = false WHERE conname IN ('items_n_check', 'items_parent')";
     target.sql(not_valid).await;
     assert_eq!(beside.loads().unwrap().finish(&items.table).await.unwrap().len(), 2);
-    assert_eq!(query(&target.database, found).await, all);
+    assert_eq!(query(&target.database, ADDED).await, all);
     // Loaded anew, from chunks of two generations: a value went from one row to the other in between.
     target.sql("ALTER TABLE items ADD CONSTRAINT a_persons UNIQUE (n, id)").await;
     sink.loads().unwrap().prepare(RunId(2), 0, &items).await.unwrap();
@@ -368,7 +398,7 @@ async fn extras_are_added_once_and_foreign_keys_come_back_after_another_load() {
     target.sql("DELETE FROM items WHERE id = 1").await;
     sink.loads().unwrap().mark(std::slice::from_ref(&items.table), TableStage::Ready, log.start()).await.unwrap();
     assert_eq!(beside.loads().unwrap().finish(&items.table).await.unwrap().len(), 2);
-    assert_eq!(query(&target.database, found).await, all);
+    assert_eq!(query(&target.database, ADDED).await, all);
     // The table that is referred to is loaded anew, alone.
     sink.loads().unwrap().prepare(RunId(2), 0, &parents).await.unwrap();
     let foreign_keys = "SELECT conname::text FROM pg_constraint WHERE contype = 'f'";
@@ -1158,4 +1188,39 @@ async fn an_index_that_was_not_yet_a_constraint_is_taken_off_for_another_load() 
     sink.open(Epoch(1)).await.unwrap();
     sink.loads().unwrap().prepare(RunId(2), 0, &items).await.unwrap();
     assert_eq!(query(&target.database, INDEXES).await, rows(&[&["a_persons", "true"]]));
+}
+
+/// A value goes from one row to another between two snapshots: chunks of both have it, and only the log's replay sets that right.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h02_a_secondary_unique_key_does_not_refuse_chunks_of_two_generations() {
+    let target = Target::fresh("h02_unique").await;
+    let (mut log, items) = (Log::new(), items());
+    drop(live(&target, &log, &items, [item(1, 1, "a"), item(2, 2, "b")]).await);
+    assert_eq!(finish(&target, "UNIQUE (n)", &items).await.unwrap().unwrap(), [""; 0]);
+    let unique = rows(&[&["UNIQUE (n)"]]);
+    assert_eq!(query(&target.database, CONSTRAINT).await, unique);
+
+    let mut sink = target.make(Faults::default(), Arc::new(WithConstraint("UNIQUE (n)")));
+    sink.open(Epoch(1)).await.unwrap();
+    sink.loads().unwrap().prepare(RunId(2), 0, &items).await.unwrap();
+    let start = log.start();
+    log.transaction([Change::update(&items, item(1, 3, "a")), Change::update(&items, item(2, 1, "b"))]);
+    let moved = log.batch();
+    // The first chunk's snapshot is older than the transaction, the second one's younger.
+    for (number, at, row) in [(0, start.commit, item(1, 1, "a")), (1, moved.to.commit, item(2, 1, "b"))] {
+        let chunk = ChunkLoad { run: RunId(2), ..chunk(&items, number, 0, false) };
+        let loaded = load(&target, &chunk, &mut PartFeed::new([chunk_part(&items, at, [row])])).await;
+        assert_eq!(loaded.unwrap(), Loaded::Now { rows: 1 });
+    }
+    let tables = std::slice::from_ref(&items.table);
+    sink.loads().unwrap().mark(tables, TableStage::CatchingUp, start).await.unwrap();
+    let left_out = HashSet::from([items.table.clone()]);
+    let filter = Arc::new(TableFilter { others: true, left_out, ..TableFilter::default() });
+    let parts = moved.parts.iter().cloned().map(|part| BatchPart { tables: Some(Arc::clone(&filter)), ..part });
+    apply(&mut sink, &Batch { parts: parts.collect(), ..moved.clone() }).await;
+    sink.loads().unwrap().replay(tables, &moved).await.unwrap();
+    sink.loads().unwrap().mark(tables, TableStage::Ready, moved.to).await.unwrap();
+    assert_eq!(target.rows(&items.table).await, rows(&[&["1", "3", "a"], &["2", "1", "b"]]));
+    assert_eq!(finish(&target, "UNIQUE (n)", &items).await.unwrap().unwrap(), [""; 0]);
+    assert_eq!(query(&target.database, CONSTRAINT).await, unique, "it is there again");
 }
