@@ -65,6 +65,8 @@ impl PostgresSink {
                     open.position = Some(done.to);
                 }
                 open.session.transaction_ended().await?;
+                // Tables may have columns that they had only until here.
+                open.targets.clear();
                 self.open = Some(open);
                 metrics::counter!(ROWS, "sink" => self.name.clone()).increment(rows as u64);
                 Ok(done)
@@ -218,10 +220,11 @@ impl Large<'_> {
         if by_table.is_empty() {
             return Ok(());
         }
-        let targets = self.inside.targets(&by_table, &self.leniency).await?;
+        // Before they are used: a portion may have a shape and the one after it.
         for (shape, _) in by_table.iter().flat_map(|table| &table.shapes) {
             self.leniency.remember(shape);
         }
+        let targets = self.inside.targets(&by_table, &self.leniency).await?;
         let mark = self.inside.open.session.mark();
         self.inside.open.session.command("SAVEPOINT wallaby_portion").await?;
         let written = match self.inside.writer(&targets, self.deferred).write(&by_table).await {

@@ -60,7 +60,8 @@ pub fn capabilities() -> Capabilities {
              its end. No other owner gets the task's checkpoint meanwhile; what this one does beside it, a replay or the main \
              stream, goes on. The session says every 10 seconds that it lives; one that is frozen for 2 minutes loses its \
              transaction. A portion that violates a constraint is applied in small steps, with deferrable constraints deferred \
-             to the end. A column that the transaction drops stays until it is over; a column that it renames stops the sink.",
+             to the end. A column that the transaction drops stays until it is over; a column that it renames stops the sink: add \
+             the new one there with a DEFAULT beside the old one, and when it is over fill it from that where it was not written.",
             "In a first load each chunk is one transaction together with its row in `wallaby.chunks`, under a shared lock on \
              the table's row in `wallaby.tables`: it is loaded once, whoever tries and however often, and never into a table \
              that was emptied or handed over meanwhile. A table that exists is emptied with TRUNCATE when its load begins; \

@@ -491,3 +491,75 @@ async fn what_no_other_try_can_mend_stops_the_sink() {
     sink.apply_large(batch.from, &mut PortionFeed::new(&batch)).await.unwrap();
     assert!(target.rows(&children.table).await.is_empty());
 }
+
+/// A portion may have both shapes, or one each.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_column_that_a_large_transaction_drops_stays_until_it_is_over() {
+    for changes_max in [1, 3] {
+        let target = Target::fresh("large_drop").await;
+        let mut log = Log::new();
+        let shape = || Shape::new("t").key("id", ColumnType::Int4).column("a", ColumnType::Int4);
+        let (wide, narrow) = (shape().column("b", ColumnType::Text).build(), shape().build());
+        let mut sink = target.opened(&log).await;
+        log.transaction([Change::insert(&wide, [2.into(), 2.into(), "y".into()])]);
+        apply(&mut sink, &log.batch()).await;
+        log.transaction([
+            Change::insert(&wide, [1.into(), 1.into(), "x".into()]),
+            Change::update(&narrow, [1.into(), 10.into()]),
+            Change::insert(&narrow, [3.into(), 3.into()]),
+        ]);
+        let large = log.batch_in_segments(changes_max);
+        sink.apply_large(large.from, &mut PortionFeed::new(&large)).await.unwrap();
+        let expected = rows(&[&["1", "10", "x"], &["2", "2", "y"], &["3", "3", "~"]]);
+        assert_eq!(target.rows(&wide.table).await, expected, "{changes_max}");
+        // Then a person is asked, as after any other transaction: left there, it would meet a later column of its name.
+        log.transaction([Change::insert(&narrow, [4.into(), 4.into()])]);
+        let after = log.batch();
+        let (_, remedy) = misfit(try_apply(&mut sink, &after).await);
+        let statement = "ALTER TABLE \"public\".\"t\" DROP COLUMN \"b\"";
+        assert!(remedy.contains(statement), "{remedy}");
+        target.sql(statement).await;
+        sink.open(Epoch(1)).await.unwrap();
+        apply(&mut sink, &after).await;
+        let expected = rows(&[&["1", "10"], &["2", "2"], &["3", "3"], &["4", "4"]]);
+        assert_eq!(target.rows(&narrow.table).await, expected, "{changes_max}");
+    }
+}
+
+/// What older rows have in the column would be lost with a new one beside it. With both there the transaction passes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_column_that_a_large_transaction_renames_stops_the_sink() {
+    let target = Target::fresh("large_rename").await;
+    let mut log = Log::new();
+    let shape = || Shape::new("t").key("id", ColumnType::Int4);
+    let (before, after) =
+        (shape().column("b", ColumnType::Text).build(), shape().column("c", ColumnType::Text).build());
+    let mut sink = target.opened(&log).await;
+    log.transaction([Change::insert(&before, [1.into(), "old".into()])]);
+    apply(&mut sink, &log.batch()).await;
+    log.transaction([
+        Change::insert(&before, [2.into(), "x".into()]),
+        Change::insert(&after, [3.into(), "y".into()]),
+        Change::update(&after, [2.into(), "z".into()]),
+    ]);
+    let large = log.batch_in_segments(1);
+    let (reason, remedy) = misfit(sink.apply_large(large.from, &mut PortionFeed::new(&large)).await);
+    let statement = "ALTER TABLE \"public\".\"t\" RENAME COLUMN \"b\" TO \"c\"";
+    assert!(reason.contains("\"b\" is not at the source, and \"c\" not at the sink"), "{reason}");
+    assert!(remedy.contains(statement), "{remedy}");
+    assert_eq!(target.rows(&before.table).await, rows(&[&["1", "old"]]), "nothing of it is seen");
+    assert_eq!(sink.open(Epoch(1)).await.unwrap().position, Some(large.from));
+
+    // With a default it passes for a person's column until the transaction writes to it.
+    target.sql("ALTER TABLE t ADD COLUMN c text DEFAULT ''").await;
+    sink.open(Epoch(1)).await.unwrap();
+    sink.apply_large(large.from, &mut PortionFeed::new(&large)).await.unwrap();
+    log.transaction([Change::insert(&after, [4.into(), "w".into()])]);
+    let next = log.batch();
+    let (_, remedy) = misfit(try_apply(&mut sink, &next).await);
+    assert!(remedy.contains("DROP COLUMN \"b\""), "{remedy}");
+    target.sql("UPDATE t SET c = b WHERE c = ''; ALTER TABLE t DROP COLUMN b").await;
+    sink.open(Epoch(1)).await.unwrap();
+    apply(&mut sink, &next).await;
+    assert_eq!(target.rows(&after.table).await, rows(&[&["1", "old"], &["2", "z"], &["3", "y"], &["4", "w"]]));
+}
