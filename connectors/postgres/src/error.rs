@@ -97,12 +97,21 @@ fn without_server(error: &tokio_postgres::Error) -> String {
     format!("{error}{}", cause.unwrap_or_default())
 }
 
+/// The server's function that refuses what row-level security would cut: its SQLSTATE is that of any missing privilege, and its
+/// words are in the server's language.
+const ROW_SECURITY_ROUTINE: &str = "check_enable_rls";
+
 fn classify(doing: &str, db: &DbError, role: &str) -> SinkError {
     let code = db.code().code();
     let message = db.message();
     let configuration =
         |remedy: String| SinkError::Configuration { reason: format!("{doing}: {message} (SQLSTATE {code})"), remedy };
     match (&code[..2], code) {
+        (_, "42501") if db.routine() == Some(ROW_SECURITY_ROUTINE) => configuration(format!(
+            "Rows that the role does not see would be passed over. Run at the sink: ALTER ROLE {role} BYPASSRLS; or make it a member of \
+             the table's owner where row-level security is not forced on the owner; then wallaby resume",
+            role = wallaby_model::schema::quote_identifier(role),
+        )),
         (_, "42501") => configuration(format!(
             "Grant it at the sink: GRANT CREATE, TEMPORARY ON DATABASE {database} TO {role}; and for schemas that exist GRANT \
              USAGE, CREATE ON SCHEMA <schema> TO {role}; GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES \

@@ -563,3 +563,36 @@ async fn a_column_that_a_large_transaction_renames_stops_the_sink() {
     apply(&mut sink, &next).await;
     assert_eq!(target.rows(&after.table).await, rows(&[&["1", "old"], &["2", "z"], &["3", "y"], &["4", "w"]]));
 }
+
+/// A delete would pass it over, and nobody would know.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_a_policy_at_the_sink_hides_stops_the_sink() {
+    use wallaby_connector_api::conformance::EmptySource;
+    use wallaby_connector_api::{SinkFactory, SinkTask};
+    let target = Target::fresh("policy").await;
+    let role = wallaby_testkit::unique("sink_role");
+    let (port, name) = (target.database.postgres().port(), target.database.name());
+    let setup = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'hidden'), (2, 'seen'); \
+        ALTER TABLE t ENABLE ROW LEVEL SECURITY; CREATE POLICY seen ON t USING (v = 'seen')";
+    target.sql(setup).await;
+    target.sql(&format!("CREATE ROLE {role} LOGIN PASSWORD 'pw'; GRANT CREATE ON DATABASE {name} TO {role}")).await;
+    target.sql(&format!("GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON t TO {role}")).await;
+    let factory = wallaby_postgres::PostgresSinkFactory::new(
+        target.config_at(&format!("postgres://{role}:pw@127.0.0.1:{port}/{name}")),
+    );
+    let mut sink = factory.make(SinkTask { task: target.task.clone(), since: Epoch(0), lookup: Arc::new(EmptySource) });
+    let mut log = Log::new();
+    sink.open(Epoch(1)).await.unwrap();
+    sink.start_at(log.start(), log.epoch).await.unwrap();
+    let table = Shape::new("t").key("id", ColumnType::Int4).column("v", ColumnType::Text).build();
+    log.transaction([Change::delete(&table, [1.into(), Value::Null])]);
+    let batch = log.batch();
+    let (reason, remedy) = misfit(try_apply(&mut sink, &batch).await);
+    let statement = format!("ALTER ROLE \"{role}\" BYPASSRLS");
+    assert!(reason.contains("42501") && remedy.contains(&statement), "{reason}: {remedy}");
+    target.sql(&statement).await;
+    sink.open(Epoch(1)).await.unwrap();
+    apply(&mut sink, &batch).await;
+    assert_eq!(target.rows(&table.table).await, rows(&[&["2", "seen"]]));
+    target.sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+}
