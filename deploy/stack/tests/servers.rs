@@ -1,14 +1,15 @@
 //! The real servers: identity, data over kills and restarts, and nothing left behind.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::{self, stream};
 use wallaby_stack::{
-    Error, EtcdCluster, EtcdOptions, Folder, NatsCluster, NatsOptions, Postgres, PostgresOptions, Shutdown,
-    SyncInterval, TlsIdentity, Toolbox,
+    Error, EtcdCluster, EtcdOptions, Folder, NatsCluster, NatsOptions, PortLease, Postgres, PostgresOptions, Process,
+    ProcessSpec, Shutdown, SyncInterval, TlsIdentity, Toolbox,
 };
 
 fn runs(pid: i32) -> bool {
@@ -289,18 +290,116 @@ async fn a_dropped_server_leaves_no_process_and_no_folder() {
     assert!(folders.iter().all(|folder| !folder.exists()), "left: {folders:?}");
 }
 
+const OWNER: &str = env!("CARGO_BIN_EXE_wallaby-stack");
+
+/// Starts an owner of servers, and returns what it tells of them once all of them run.
+fn started(command: &mut Command) -> (Child, BTreeMap<String, String>) {
+    let mut owner = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut told = BTreeMap::new();
+    for line in BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok) {
+        match line.split_once('=') {
+            Some((name, list)) => told.insert(name.to_owned(), list.to_owned()),
+            None => break,
+        };
+    }
+    assert!(told.contains_key("pids"), "it ended before its servers ran: {told:?}");
+    (owner, told)
+}
+
+/// Postgres refuses to run as root, so root is hidden from it; from anybody else it runs as it is, also where user namespaces are
+/// not allowed.
+#[tokio::test]
+async fn postgres_runs_below_root_and_below_an_ordinary_user() {
+    let is_root = rustix::process::geteuid().is_root();
+    let namespace = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+    for as_root in [true, false] {
+        let mut command = match (as_root, is_root) {
+            (true, false) => {
+                #[expect(clippy::print_stderr, reason = "the line that makes `make test` count it")]
+                {
+                    eprintln!("skipped: only root can see how root starts Postgres");
+                }
+                continue;
+            }
+            // Root passes for an ordinary user who may enter the same folders.
+            (false, true) => {
+                let mut command = Command::new("unshare");
+                command.args(["-U", "--map-user=1000", "--map-group=1000", "--", OWNER]);
+                command
+            }
+            _ => Command::new(OWNER),
+        };
+        let (mut owner, told) = started(&mut command);
+        let postgres: u32 = told["pids"].split(',').next().unwrap().parse().unwrap();
+        let is_hidden = namespace(postgres) != namespace(owner.id());
+        drop(owner.stdin.take());
+        assert!(owner.wait().unwrap().success());
+        assert_eq!(is_hidden, as_root);
+    }
+}
+
+fn impostor<T: std::fmt::Debug>(started: Result<T, Error>) -> (String, String, String) {
+    match started {
+        Err(Error::Impostor { address, expected, found }) => (address, expected, found),
+        other => panic!("it was taken for the server that was started: {other:?}"),
+    }
+}
+
+/// Ours runs and is ready, at another port than the one that it is asked at, where somebody else's answers.
+#[tokio::test]
+async fn another_postgres_at_the_port_is_found_out() {
+    let password = Some("same".to_owned());
+    let options = || PostgresOptions { password: password.clone(), ..PostgresOptions::default() };
+    let (postgres, elsewhere) = (Postgres::start(options()).await.unwrap(), PortLease::free().unwrap());
+    let client = postgres.connect("postgres").await.unwrap();
+    client.batch_execute(&format!("ALTER SYSTEM SET port = {}", elsewhere.port())).await.unwrap();
+    postgres.stop(Shutdown::Fast).await.unwrap();
+    let other = Postgres::start(PostgresOptions { port: Some(postgres.port()), ..options() }).await.unwrap();
+    let (address, expected, found) = impostor(postgres.start_again().await);
+    assert_eq!(address, format!("127.0.0.1:{}", other.port()));
+    assert_eq!((expected.as_str(), found.as_str()), (postgres.identity(), other.identity()));
+    assert!(!postgres.is_alive(), "a server that is not handed out is not left running");
+}
+
+#[tokio::test]
+async fn another_nats_at_the_port_is_found_out() {
+    let (cluster, elsewhere) = (NatsCluster::start(NatsOptions::default()).await.unwrap(), PortLease::free().unwrap());
+    let node = cluster.node(0).unwrap();
+    let at = cluster.monitoring_urls()[0].strip_prefix("http://").unwrap().to_owned();
+    node.stop().await.unwrap();
+    let config = cluster.folder().join("n0.conf");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let http = |port: &str| format!("http: \"{port}\"");
+    let changed = text.replace(&http(&at), &http(&format!("127.0.0.1:{}", elsewhere.port())));
+    assert_ne!(text, changed);
+    std::fs::write(&config, changed).unwrap();
+    let (folder, client) = (Folder::temporary("other").unwrap(), PortLease::free().unwrap());
+    let (_, monitoring) = at.rsplit_once(':').unwrap();
+    let binary = Toolbox::find().unwrap().nats_server().unwrap();
+    let other = ["-n", "somebody", "-a", "127.0.0.1", "-p", &client.port().to_string(), "-m", monitoring];
+    let other = ProcessSpec::new("other", binary, folder.path()).args(other.map(str::to_owned));
+    let _other = Process::spawn(&other).unwrap();
+    let (address, expected, found) = impostor(cluster.start_node(0).await);
+    assert_eq!((address.as_str(), expected.as_str(), found.as_str()), (at.as_str(), node.name(), "\"somebody\""));
+}
+
+#[tokio::test]
+async fn another_etcd_at_the_port_is_found_out() {
+    let etcd = EtcdCluster::start(EtcdOptions::default()).await.unwrap();
+    let member = etcd.member(0).unwrap();
+    member.stop().await.unwrap();
+    let port = member.endpoint().rsplit_once(':').unwrap().1.parse().unwrap();
+    let options = EtcdOptions { client_port: Some(port), ..EtcdOptions::default() };
+    let other = EtcdCluster::start(options).await.unwrap();
+    let (address, expected, found) = impostor(etcd.start_member(0).await);
+    assert_eq!((address, expected), (member.endpoint(), member.name().to_owned()));
+    assert!(found.contains(other.member(0).unwrap().name()), "{found}");
+}
+
 #[tokio::test]
 async fn an_owner_that_is_killed_leaves_no_process_and_no_folder() {
     for paused in [false, true] {
-        let mut owner = Command::new(env!("CARGO_BIN_EXE_wallaby-stack"));
-        let mut owner = owner.args(["3"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut told = std::collections::BTreeMap::new();
-        for line in BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok) {
-            match line.split_once('=') {
-                Some((name, list)) => told.insert(name.to_owned(), list.to_owned()),
-                None => break,
-            };
-        }
+        let (mut owner, told) = started(Command::new(OWNER).arg("3"));
         let mut pids: Vec<i32> = told["pids"].split(',').map(|pid| pid.parse().unwrap()).collect();
         assert!(pids.iter().all(|pid| runs(*pid)), "{pids:?}");
         let leader = pids[0];
