@@ -53,11 +53,17 @@ pub struct TlsSettings {
 }
 
 impl TlsSettings {
+    /// The parameters that are taken.
+    pub const PARAMETERS: [&str; 4] = ["sslmode", "sslrootcert", "sslcert", "sslkey"];
+
     /// Takes a parameter in; says whether it is one of these.
     ///
     /// # Errors
     /// `Value` for an `sslmode` that does not exist.
     pub fn take(&mut self, name: &str, value: &str) -> Result<bool, ConfigError> {
+        if !TlsSettings::PARAMETERS.contains(&name) {
+            return Ok(false);
+        }
         match name {
             "sslmode" => self.mode = ssl_mode(value)?,
             "sslrootcert" if value == "system" => self.root = Some(RootCert::System),

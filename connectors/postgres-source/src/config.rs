@@ -63,11 +63,28 @@ pub struct ConnectConfig {
 }
 
 impl ConnectConfig {
-    /// Reads a `postgres://user:password@host:port/dbname?parameter=value` URL or a `host=… user=…` string.
-    ///
-    /// Known parameters: host, hostaddr, port, user, password, dbname, application_name, sslmode, sslrootcert, sslcert, sslkey,
-    /// channel_binding, connect_timeout (s), keepalives, keepalives_idle, keepalives_interval (s), keepalives_count,
-    /// and `allow_cleartext_password` (ours: sends a password in clear without TLS when the server asks for that).
+    /// What is taken beside [`TlsSettings::PARAMETERS`]. docs/operations.md says what each is; all but `allow_cleartext_password`, which
+    /// is ours, are libpq's.
+    pub const PARAMETERS: [&str; 15] = [
+        "host",
+        "hostaddr",
+        "port",
+        "user",
+        "password",
+        "dbname",
+        "application_name",
+        "fallback_application_name",
+        "channel_binding",
+        "connect_timeout",
+        "keepalives",
+        "keepalives_idle",
+        "keepalives_interval",
+        "keepalives_count",
+        "allow_cleartext_password",
+    ];
+
+    /// Reads a `postgres://user:password@host:port/dbname?parameter=value` URL or a `host=… user=…` string of
+    /// [`ConnectConfig::PARAMETERS`].
     ///
     /// # Errors
     /// Names the parameter that is unknown, missing or out of range.

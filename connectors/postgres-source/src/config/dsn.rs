@@ -37,6 +37,9 @@ fn build(pairs: Pairs) -> Result<ConnectConfig, ConfigError> {
         if config.tls.take(&name, &value)? {
             continue;
         }
+        if !ConnectConfig::PARAMETERS.contains(&name.as_str()) {
+            return Err(ConfigError::Unknown(name));
+        }
         match name.as_str() {
             "host" | "hostaddr" => host = Some(parse_host(value)?),
             "port" => config.port = number("port", &value, 1, u64::from(u16::MAX))? as u16,

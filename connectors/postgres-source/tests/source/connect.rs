@@ -1,7 +1,10 @@
 //! Every way to connect, for both connections alike.
 
+use std::collections::BTreeSet;
+
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SignatureAlgorithm};
-use wallaby_postgres_source::{ConnectConfig, ReplicationClient, SourceError, connect_control};
+use wallaby_postgres_dsn::TlsSettings;
+use wallaby_postgres_source::{ConfigError, ConnectConfig, ReplicationClient, SourceError, connect_control};
 use wallaby_testkit::{Database, Postgres, PostgresOptions, TlsIdentity};
 
 /// A server whose certificate is for `localhost` alone, an authority that signed it, and one that did not.
@@ -225,4 +228,27 @@ async fn every_authentication_method_and_channel_binding() {
     assert_eq!(error.reason(), "AuthenticationFailed");
     tls.try_both("in_clear", "secret", "sslmode=disable allow_cleartext_password=true").await.unwrap();
     assert_eq!(reason("postgres", &password, "host=127.0.0.1 port=1 connect_timeout=2").await, "SourceUnreachable");
+}
+
+/// The page is of what is taken: a parameter that is taken is on it, and one that is on it is taken.
+#[test]
+fn the_page_has_every_parameter() {
+    let page = include_str!("../../../../docs/operations.md");
+    let (_, section) = page.split_once("### Connection strings\n").unwrap();
+    let (table, sink) = section.split_once("\nA Postgres sink takes").unwrap();
+    let rows = table.lines().filter_map(|line| line.strip_prefix("| `"));
+    let names = rows.flat_map(|row| {
+        let (cell, _) = row.split_once(" |").unwrap();
+        cell.split(',').map(|name| name.trim().trim_matches('`')).collect::<Vec<_>>()
+    });
+    let names: BTreeSet<&str> = names.collect();
+    let taken: BTreeSet<&str> = ConnectConfig::PARAMETERS.into_iter().chain(TlsSettings::PARAMETERS).collect();
+    assert_eq!(names, taken);
+    // A value that fits nothing is not what is looked at.
+    let is_unknown = |name: &str| {
+        let dsn = format!("host=h user=u {name}=nonsense");
+        matches!(ConnectConfig::parse(&dsn), Err(ConfigError::Unknown(unknown)) if unknown == name)
+    };
+    assert!(names.iter().all(|name| !is_unknown(name)), "{names:?}");
+    assert!(is_unknown("target_session_attrs") && sink.contains("`target_session_attrs`"));
 }
