@@ -122,6 +122,42 @@ async fn a_capture_goes_on_once_its_log_is_put_back() {
     scene.equal("SELECT t::text FROM t ORDER BY id").await;
 }
 
+/// Nobody puts it back, and Postgres was told of what stood in it: what is gone is not passed over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h09_a_log_that_is_gone_stops_the_capture_and_nothing_is_staged_in_its_place() {
+    let scene = Arc::new(Scene::new("gone").await);
+    let _offers = scene.offering();
+    scene.source.batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await.unwrap();
+    scene.coordination.create_flow(scene.document("public.t", "initial", "")).await.unwrap();
+    let first = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    scene.source.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
+    scene.equal("SELECT t::text FROM t ORDER BY id").await;
+    first.end().await;
+    let confirmed = scene.confirmed().await;
+    scene.nats.jetstream().delete_stream(scene.flow.log_stream()).await.unwrap();
+    scene.source.batch_execute("INSERT INTO t VALUES (3)").await.unwrap();
+    let _second = scene.worker("w2");
+    let capture = TaskId::capture(&scene.flow);
+    let said = scene
+        .until("the capture waits for a person", async || {
+            let status = scene.status_of(&capture).await?;
+            let said = status.conditions.iter().find(|said| said.reason == "LogLost").cloned();
+            match said {
+                Some(said) if status.phase == TaskPhase::Stopped => Ok(said),
+                said => Err(format!("{:?}, {said:?}", status.phase)),
+            }
+        })
+        .await;
+    assert_eq!((said.kind, said.status), (ConditionType::Capturing, ConditionStatus::False));
+    assert!(said.message.contains("Delete the flow and create it again"), "{said:?}");
+    assert_eq!(scene.confirmed().await, confirmed, "Postgres was told of something");
+    let log = scene.nats.jetstream().get_stream(scene.flow.log_stream()).await.unwrap();
+    let messages = log.get_info().await.unwrap().state.messages;
+    assert_eq!(messages, scene.fences().await as u64, "something was staged");
+    assert_eq!(rows(&scene.target, "SELECT t::text FROM t ORDER BY id").await.unwrap(), ["(1)", "(2)"]);
+}
+
 /// The lag is what people look at then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sink_that_does_not_answer_falls_behind_for_all_to_see() {

@@ -236,3 +236,53 @@ pub fn judge_tail(claims: &TailClaims) -> TailVerdict {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wallaby_model::Lsn;
+
+    #[test]
+    fn the_end_of_a_log_is_judged_by_everything_that_was_said_of_it() {
+        let at = |lsn| Position::before(Lsn(lsn));
+        // The log's end, what was acknowledged, etcd's checkpoint, the furthest sink, what the slot confirmed.
+        let judge = |log_end: Option<u64>, [acked, checkpoint, sink, confirmed]: [Option<u64>; 4]| {
+            judge_tail(&TailClaims {
+                log_end: log_end.map(at),
+                acked: acked.map(at),
+                checkpoint: checkpoint.map(at),
+                furthest_sink: sink.map(at),
+                confirmed: confirmed.map(at),
+            })
+        };
+        let lost = |end: Option<u64>, claimed| TailVerdict::Lost { end: end.map(at), claimed: at(claimed) };
+        let whole = TailVerdict::Whole { end: at(20) };
+        let rewind = |claimed| TailVerdict::Rewind { end: at(20), claimed: at(claimed) };
+
+        // A slot has a position before anything was staged.
+        assert_eq!(judge(None, [None, None, None, Some(10)]), TailVerdict::First);
+        assert_eq!(judge(None, [None; 4]), TailVerdict::First);
+
+        // Whoever knows of something that was staged, an empty log has lost it.
+        assert_eq!(judge(None, [Some(5), None, None, Some(10)]), lost(None, 5));
+        assert_eq!(judge(None, [None, Some(5), None, Some(10)]), lost(None, 5));
+        assert_eq!(judge(None, [None, None, Some(5), Some(10)]), lost(None, 5));
+        assert_eq!(judge(None, [Some(5), Some(7), Some(6), None]), lost(None, 7));
+
+        // Nobody is past its end.
+        assert_eq!(judge(Some(20), [None; 4]), whole);
+        assert_eq!(judge(Some(20), [None, Some(20), Some(20), Some(20)]), whole);
+        assert_eq!(judge(Some(20), [None, Some(15), Some(3), Some(10)]), whole, "a checkpoint may be late");
+
+        // Somebody is, and the source still has what is missing.
+        assert_eq!(judge(Some(20), [Some(21), None, None, Some(20)]), rewind(21));
+        assert_eq!(judge(Some(20), [None, Some(30), None, Some(20)]), rewind(30));
+        assert_eq!(judge(Some(20), [None, Some(20), Some(25), Some(10)]), rewind(25));
+        assert_eq!(judge(Some(20), [None, Some(30), None, None]), rewind(30));
+
+        // The source was told that it need not keep it.
+        assert_eq!(judge(Some(20), [None, Some(30), Some(30), Some(21)]), lost(Some(20), 21));
+        assert_eq!(judge(Some(20), [None, Some(20), None, Some(21)]), lost(Some(20), 21));
+        assert_eq!(judge(Some(20), [None, None, None, Some(21)]), lost(Some(20), 21));
+    }
+}
