@@ -29,6 +29,8 @@ struct Stop {
 struct State {
     stop: Mutex<Stop>,
     is_held: watch::Sender<bool>,
+    /// What the pulls that were sent ask for.
+    pulls: Mutex<Vec<serde_json::Value>>,
 }
 
 impl State {
@@ -95,6 +97,11 @@ impl Gate {
         self.state.is_held.subscribe().wait_for(|is_held| *is_held).await.unwrap();
     }
 
+    /// What the pulls that were sent so far ask for.
+    pub fn pulls(&self) -> Vec<serde_json::Value> {
+        self.state.pulls.lock().unwrap().clone()
+    }
+
     /// Everything passes from now on.
     pub fn let_go(&self) {
         self.state.stop().passing = None;
@@ -108,12 +115,29 @@ impl Drop for Gate {
     }
 }
 
+/// Takes the bodies of pulls from what was sent; one that has not come whole stays.
+fn take_pulls(sent: &mut Vec<u8>) -> Vec<serde_json::Value> {
+    let mut pulls = Vec::new();
+    while let Some(found) = sent.windows(PULL.len()).position(|window| window == PULL.as_bytes()) {
+        let pull = &sent[found..];
+        let (open, close) = (pull.iter().position(|byte| *byte == b'{'), pull.iter().position(|byte| *byte == b'}'));
+        let (Some(open), Some(close)) = (open, close) else { return pulls };
+        pulls.push(serde_json::from_slice(&pull[open..=close]).unwrap());
+        sent.drain(..=found + close);
+    }
+    // The beginning of a subject may be the end of what came.
+    sent.drain(..sent.len().saturating_sub(PULL.len()));
+    pulls
+}
+
 /// Passes bytes on, up to the request that is to wait.
 async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: Arc<State>) {
-    let mut waiting = Vec::new();
+    let (mut waiting, mut sent) = (Vec::new(), Vec::new());
     let mut buffer = vec![0; 64 << 10];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
         waiting.extend_from_slice(&buffer[..read]);
+        sent.extend_from_slice(&buffer[..read]);
+        state.pulls.lock().unwrap().extend(take_pulls(&mut sent));
         let mut passed = 0;
         loop {
             let subject = state.stop().subject.as_bytes();

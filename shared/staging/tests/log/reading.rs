@@ -9,6 +9,7 @@ use wallaby_staging::{
     Accepted, LogReader, LogWriter, ReaderOptions, SegmentCache, Staged, StagingError, Start, WriterOptions,
 };
 
+use crate::gate::Gate;
 use crate::support::{Flow, Memory, PATIENCE, at, begins, end_of, info, options, owner, read_to, segment};
 
 /// A log of segments of ten positions each, 1..=1+10*count.
@@ -178,6 +179,28 @@ async fn a_message_of_somebody_else_stops_the_reader_with_the_reason() {
         }
     };
     assert!(error.to_string().contains("something other than WALlaby"), "{error}");
+    flow.end().await;
+}
+
+/// The servers send what a pull asks for without waiting for anybody: its bytes are what bounds a reader's memory.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_pull_is_bounded_in_bytes() {
+    let (flow, _writer) = filled(60).await;
+    let largest = flow.log.connections().pull.max_payload() + (64 << 10);
+    for pull_bytes in [1000, 3 * largest] {
+        let gate = Gate::to(&flow.url).await;
+        let log = flow.over(&gate.url()).await;
+        let mut reader =
+            LogReader::new(&log, Start::FirstResume, ReaderOptions { pull_bytes, ..ReaderOptions::default() });
+        read_to(&mut reader, at(601)).await;
+        let pulls = gate.pulls();
+        assert!(pulls.len() > 1, "{pulls:?}");
+        let bound = pull_bytes.max(largest) as u64;
+        for pull in &pulls {
+            let max_bytes = pull["max_bytes"].as_u64();
+            assert!(max_bytes.is_some_and(|bytes| (1..=bound).contains(&bytes)), "{pull} for {pull_bytes} bytes");
+        }
+    }
     flow.end().await;
 }
 
