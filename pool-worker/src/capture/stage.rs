@@ -301,6 +301,15 @@ fn note_checkpoint(log: &Log, writer: &LogWriter, checkpoints: &PacedWriter<Mark
     });
 }
 
+/// What a person does about a wait of the log's.
+fn remedy(what: Wait) -> &'static str {
+    match what {
+        Wait::Resync => "it goes on by itself",
+        Wait::Full => "see which sink is behind (wallaby status), or raise log.maxBytes",
+        Wait::Unreachable => "check the NATS servers, --nats and the network; it goes on by itself",
+    }
+}
+
 /// Brings figures, phase and conditions up to date.
 fn report(stage: &Stage<'_>, server_end: Lsn, writer: &LogWriter, owned: &Owned) {
     let board = &stage.context.status;
@@ -315,7 +324,8 @@ fn report(stage: &Stage<'_>, server_end: Lsn, writer: &LogWriter, owned: &Owned)
         Some(waiting) => {
             board.phase(TaskPhase::Backpressured);
             board.waiting(Some(&waiting.what.to_string()));
-            let message = format!("waits for {} since {} s", waiting.what, waiting.since.elapsed().as_secs());
+            let (what, seconds) = (waiting.what, waiting.since.elapsed().as_secs());
+            let message = format!("waits for {what} since {seconds} s: {}", remedy(what));
             board.condition(ConditionType::Capturing, waiting.what == Wait::Resync, "LogWaits", &message);
         }
         None => {

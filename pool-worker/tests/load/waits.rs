@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tokio_util::task::AbortOnDropHandle;
-use wallaby_model::condition::TaskPhase;
+use wallaby_model::condition::{ConditionStatus, ConditionType, TaskPhase};
 use wallaby_model::flow::{ByteSize, OnOverrun};
 use wallaby_model::run::RunState;
 use wallaby_model::{TaskId, WorkerId};
@@ -160,6 +160,41 @@ async fn a_capture_that_is_cut_off_from_a_full_log_is_given_up() {
     let _second = scene.worker("w2");
     captured_by(&scene, "w2").await;
     drop(first);
+    blocked.batch_execute("ROLLBACK").await.unwrap();
+    scene.equal(LEDGER).await;
+}
+
+/// A person reads it, and may be able to do something about it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_capture_that_waits_for_its_log_says_what_to_do() {
+    let (scene, _offers) = small_ledger("remedy").await;
+    let wire = Wire::to(&scene.nats.url()).await;
+    let _worker = scene.worker_at("w1", Failpoints::default(), &wire.url());
+    scene.run_is(1, RunState::Done).await;
+    let says = async |remedy: &[&str]| {
+        scene
+            .until(&format!("the capture says {remedy:?}"), async || {
+                let status = scene.status_of(&TaskId::capture(&scene.flow)).await?;
+                let said = status.conditions.into_iter().find(|said| said.kind == ConditionType::Capturing);
+                match said {
+                    Some(said)
+                        if said.reason == "LogWaits" && remedy.iter().all(|word| said.message.contains(word)) =>
+                    {
+                        Ok(said.status)
+                    }
+                    said => Err(format!("{said:?}")),
+                }
+            })
+            .await
+    };
+    let blocked = scene.target.connect().await;
+    fill_log(&scene, &blocked).await;
+    let full = says(&["waits for room in the log", "see which sink is behind (wallaby status)", "raise log.maxBytes"]);
+    assert_eq!(full.await, ConditionStatus::False);
+    wire.hold(Held::Requests);
+    let away = says(&["waits for the NATS servers", "check the NATS servers, --nats and the network"]);
+    assert_eq!(away.await, ConditionStatus::False);
+    wire.hold(Held::Nothing);
     blocked.batch_execute("ROLLBACK").await.unwrap();
     scene.equal(LEDGER).await;
 }

@@ -343,7 +343,7 @@ pub const GROUPS: &[(&str, &[Reason])] = &[
                 "LogWaits",
                 &[Capturing],
                 "The capture waits: for room in the log, for the NATS servers, or (then it is true) to read the log's end again.",
-                "if it is full: see which sink is behind, or raise `log.maxBytes`",
+                "if it is full: see which sink is behind (`wallaby status`), or raise `log.maxBytes`; if the servers do not answer: check them, `--nats` and the network, it goes on by itself",
             ),
             reason(
                 "LogUnreachable",
