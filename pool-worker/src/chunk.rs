@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tracing::Instrument;
-use wallaby_coordination::ChunkOutcome;
+use wallaby_coordination::{ChunkOutcome, LockEntry};
 use wallaby_model::condition::TaskPhase;
 use wallaby_model::run::{ChunkDone, Generation, PlannedRelation, RelationState, RunPlan, RunSpec, RunWish};
 use wallaby_model::{ChunkId, Codec, Epoch, RunId, SegmentBody, TableChanges, TaskKind};
@@ -49,15 +49,40 @@ enum Idle {
     NoSnapshot,
 }
 
+/// How a run is read that is to read slowly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Throttled {
+    /// So many chunks at a time: fewer than the run may, when each would read more than its share with one row a second.
+    readers: usize,
+    /// So many rows of each, a second.
+    pub rows_per_second: u64,
+}
+
+impl Throttled {
+    /// What all readers take together is no more than what was asked for. `None`: they take what they can.
+    pub fn of(spec: &RunSpec) -> Option<Throttled> {
+        let all = spec.rows_per_second?.max(1);
+        let readers = u64::from(spec.readers.max(1)).min(all);
+        Some(Throttled { readers: usize::try_from(readers).unwrap_or(usize::MAX), rows_per_second: all / readers })
+    }
+}
+
 /// Runs the task to its end.
 pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
     let (Demand::Chunk(demand), TaskKind::Chunk(run, chunk)) = (&context.demand, &context.task.kind) else {
         return TaskEnd::Released(None);
     };
-    let work = match find(context, *run, *chunk).await {
-        Ok(work) => work,
-        Err(Idle::Over) => return TaskEnd::Completed,
-        Err(Idle::NoSnapshot) => return TaskEnd::Released(None),
+    let work = loop {
+        match find(context, *run, *chunk).await {
+            Ok(work) if is_next(context, *run, &work.spec).await => break work,
+            Ok(_) => {
+                if context.pause("its turn to read", AGAIN).await.is_some() {
+                    return TaskEnd::Released(None);
+                }
+            }
+            Err(Idle::Over) => return TaskEnd::Completed,
+            Err(Idle::NoSnapshot) => return TaskEnd::Released(None),
+        }
     };
     let span = spans::read_chunk(&context.task.flow, *run, *chunk, &work.relation.relation);
     let reading = read(context, demand, *run, *chunk, &work).instrument(span.clone());
@@ -99,6 +124,20 @@ pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
     // What comes now is waiting.
     drop(span);
     failed(context, *run, &work, &error).await
+}
+
+/// Whether the chunk may be read now: not while so many readers came before this one that they take all that may be read. Whoever
+/// owns a chunk came before those that do not see its lock yet, so the readers agree.
+async fn is_next(context: &TaskContext, run: RunId, spec: &RunSpec) -> bool {
+    let Some(throttled) = Throttled::of(spec) else { return true };
+    if throttled.readers >= spec.readers as usize {
+        return true;
+    }
+    context.pulse.wait("etcd");
+    let Ok(locks) = context.shared.coordination.locks(&context.task.flow).await else { return false };
+    let reads = |lock: &&LockEntry| matches!(&lock.task.kind, TaskKind::Chunk(of, _) if *of == run);
+    let before = locks.iter().filter(reads).filter(|lock| lock.create_revision < context.lock.create_revision());
+    before.count() < throttled.readers
 }
 
 /// Looks the chunk up in the plan; waits a little for a snapshot.
@@ -205,7 +244,7 @@ async fn read(
         relation: work.relation.clone(),
         number: chunk.number,
         part_bytes: side.part_bytes_target(),
-        rows_per_second: work.spec.rows_per_second.map(|all| (all / u64::from(work.spec.readers.max(1))).max(1)),
+        rows_per_second: Throttled::of(&work.spec).map(|throttled| throttled.rows_per_second),
     };
     let outcome = match read_chunk(&config, &request, &mut parts).await {
         Ok(_) => parts.puts.settled().await.map_err(CaptureError::from),
@@ -394,5 +433,40 @@ async fn other_plan(context: &TaskContext, run: RunId, failed: &Generation) {
     tokio::select! {
         _ = context.ending() => {}
         _ = tokio::time::timeout(PLAN_PATIENCE, changed) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+    use wallaby_model::condition::Timestamp;
+    use wallaby_model::run::RunReason;
+
+    #[test]
+    fn all_readers_together_take_no_more_than_was_asked_for() {
+        let of = |rows_per_second, readers| {
+            Throttled::of(&RunSpec {
+                reason: RunReason::Asked,
+                tables: Vec::new(),
+                exclude: Vec::new(),
+                sinks: Vec::new(),
+                wish: RunWish::Go,
+                rows_per_second,
+                readers,
+                created_at: Timestamp(0),
+            })
+        };
+        assert_eq!(of(None, 4), None);
+        for rows in 1..50 {
+            for readers in 1..20 {
+                let throttled = of(Some(rows), readers).unwrap();
+                let all = throttled.readers as u64 * throttled.rows_per_second;
+                assert!((1..=rows).contains(&all), "{readers} readers of {rows} rows a second: {throttled:?}");
+                assert!(throttled.readers as u32 <= readers && rows - all < u64::from(readers), "{throttled:?}");
+            }
+        }
+        assert_eq!(of(Some(1000), 4), Some(Throttled { readers: 4, rows_per_second: 250 }));
+        assert_eq!(of(Some(3), 4), Some(Throttled { readers: 3, rows_per_second: 1 }));
     }
 }

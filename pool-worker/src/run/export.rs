@@ -11,6 +11,7 @@ use wallaby_postgres_source::{
 use wallaby_staging::{Log, StagingError};
 
 use crate::capture::{CaptureError, publication_wanted};
+use crate::chunk::Throttled;
 use crate::flows::SourceDemand;
 use crate::secret;
 use crate::task::TaskContext;
@@ -86,10 +87,9 @@ impl Export {
         let required = required(context, spec, before);
         let planned = session.plan_required(&demand.publication, &spec.tables, &required, &spec.exclude, chunk_bytes);
         let mut relations = planned.await?;
-        if let Some(rows_per_second) = spec.rows_per_second {
-            let per_reader = rows_per_second / u64::from(spec.readers.max(1));
+        if let Some(throttled) = Throttled::of(spec) {
             let rows_max =
-                per_reader.max(1).saturating_mul(age_max(context).as_secs()) / u64::from(CHUNKS_PER_SNAPSHOT);
+                throttled.rows_per_second.saturating_mul(age_max(context).as_secs()) / u64::from(CHUNKS_PER_SNAPSHOT);
             relations.iter_mut().for_each(|relation| cut_by_rows(relation, rows_max));
         }
         Ok((Export { session }, generation, relations))

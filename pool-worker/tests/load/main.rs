@@ -2,6 +2,7 @@
 //! happens when somebody dies in the middle.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
+mod asked;
 mod changes;
 mod comings;
 mod failures;

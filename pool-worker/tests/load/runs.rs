@@ -38,8 +38,16 @@ async fn wish(scene: &Scene, wish: RunWish) {
 
 /// Asks for a run of these tables, or of everything.
 pub(crate) async fn ask(scene: &Scene, tables: &[&str]) {
+    ask_for(scene, spec(scene, tables)).await;
+}
+
+pub(crate) async fn ask_for(scene: &Scene, spec: RunSpec) {
     let seen = scene.coordination.flow(&scene.flow).await.unwrap();
-    let spec = RunSpec {
+    scene.coordination.create_run(&seen, spec).await.unwrap();
+}
+
+pub(crate) fn spec(scene: &Scene, tables: &[&str]) -> RunSpec {
+    RunSpec {
         reason: RunReason::Asked,
         tables: tables.iter().map(ToString::to_string).collect(),
         exclude: Vec::new(),
@@ -48,8 +56,7 @@ pub(crate) async fn ask(scene: &Scene, tables: &[&str]) {
         rows_per_second: None,
         readers: 4,
         created_at: Timestamp(0),
-    };
-    scene.coordination.create_run(&seen, spec).await.unwrap();
+    }
 }
 
 async fn chunks(scene: &Scene) -> BTreeMap<ChunkId, ChunkDone> {
