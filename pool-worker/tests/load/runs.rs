@@ -9,7 +9,7 @@ use wallaby_model::flow::{ByteSize, OnExceeded};
 use wallaby_model::run::{ChunkDone, RunReason, RunSpec, RunState, RunWish};
 use wallaby_model::{ChunkId, Reader, RunId, TaskId, TaskKind};
 use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
-use wallaby_staging::Shelf;
+use wallaby_staging::{Shelf, SideKey, open_side};
 use wallaby_testkit::{Held, Wire};
 
 use crate::scene::*;
@@ -308,6 +308,33 @@ async fn h09_a_chunk_that_lost_a_part_before_it_was_loaded_is_read_again() {
     }
     assert_eq!(deleted, 1, "a part of {chunk} was there");
     scene.source.batch_execute(CHANGES).await.unwrap();
+    scene.offer_loads(true);
+    scene.run_is(1, RunState::Done).await;
+    scene.equal(ALL).await;
+    assert_eq!(scene.plan(1).await.unwrap().relations[0].restart, 1, "the table started again");
+}
+
+/// What stands there is an object of its own, whole and readable: only the chunk's mark says that it is another one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h09_a_chunk_with_a_part_of_other_rows_is_read_again() {
+    let scene = Arc::new(Scene::new("other").await);
+    fill(&scene, 20_000).await;
+    scene.offer_loads(false);
+    scene.coordination.create_flow(scene.in_chunks("initial")).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    scene.run_is(1, RunState::Loading).await;
+    let flow = scene.coordination.flow(&scene.flow).await.unwrap();
+    let log = &flow.record.document.spec.log;
+    let side = open_side(&scene.flow, log, &scene.connections().await.unwrap()).unwrap();
+    let chunk = ChunkId { table: 0, restart: 0, number: 3 };
+    let key = SideKey::ChunkPart { run: RUN, chunk, attempt: chunks(&scene).await[&chunk].attempt, number: 0 };
+    let mut part = wallaby_wire::decode(&side.get(key).await.unwrap().unwrap()).unwrap();
+    let rows = &mut part.tables[0].rows;
+    *rows = rows.slice(0, rows.num_rows() - 1);
+    let other = wallaby_wire::encode(&part, log.codec).unwrap();
+    side.put(key, other.clone()).await.unwrap();
+    assert_eq!(side.get(key).await.unwrap(), Some(other), "it stands there");
     scene.offer_loads(true);
     scene.run_is(1, RunState::Done).await;
     scene.equal(ALL).await;
