@@ -39,6 +39,16 @@ pub enum Failpoint {
     StopAfterChunkMarked,
     /// The reader of a chunk is told, once, that etcd did not answer when it marked the chunk. It is marked.
     LoseChunkMark,
+    /// The owner of a run stands still, once, when the log is held and the snapshot exported, and no plan says so.
+    StopBeforePlan,
+    /// The owner of a run that is over stands still, once, when its chunks are gone and etcd does not say that it is over.
+    StopBeforeRunFinished,
+    /// The same, when etcd says so and has the keys of its chunks.
+    StopAfterRunFinished,
+    /// A replay stands still, once, when it and the main stream stand at one position and its tables are not ready there.
+    StopBeforeHandOver,
+    /// The same, when they are.
+    StopAfterHandOver,
     /// A new flow's capture stands still, once, when the publication is made and the slot is not.
     StopAfterPublicationMade,
     /// A new flow's capture stands still, once, when the slot is made and the log does not say where it begins.
@@ -73,7 +83,7 @@ impl Failpoint {
         Failpoint::ALL.iter().find(|(_, known)| *known == self).map_or("", |(name, _)| name)
     }
 
-    const ALL: [(&'static str, Failpoint); 26] = [
+    const ALL: [(&'static str, Failpoint); 31] = [
         ("no-self-fencing", Failpoint::NoSelfFencing),
         ("keep-older-sessions", Failpoint::KeepOlderSessions),
         ("hang-capture", Failpoint::HangCapture),
@@ -87,6 +97,11 @@ impl Failpoint {
         ("stop-before-chunk-part", Failpoint::StopBeforeChunkPart),
         ("stop-after-chunk-marked", Failpoint::StopAfterChunkMarked),
         ("lose-chunk-mark", Failpoint::LoseChunkMark),
+        ("stop-before-plan", Failpoint::StopBeforePlan),
+        ("stop-before-run-finished", Failpoint::StopBeforeRunFinished),
+        ("stop-after-run-finished", Failpoint::StopAfterRunFinished),
+        ("stop-before-hand-over", Failpoint::StopBeforeHandOver),
+        ("stop-after-hand-over", Failpoint::StopAfterHandOver),
         ("stop-after-publication-made", Failpoint::StopAfterPublicationMade),
         ("stop-after-slot-made", Failpoint::StopAfterSlotMade),
         ("stop-after-resume", Failpoint::StopAfterResume),

@@ -21,6 +21,7 @@ use super::ApplyError;
 use super::portions::LogPortions;
 use super::stream::{self, LogStream};
 use super::tables::Replay;
+use crate::failpoint::Failpoint;
 use crate::pulse::Pulse;
 use crate::spans;
 use crate::task::TaskContext;
@@ -145,7 +146,9 @@ async fn run(
         let at = log.assembler.at();
         if asked != 0 && stands.held_for == asked && at == stands.at {
             check(context)?;
+            context.stop_at(Failpoint::StopBeforeHandOver).await;
             answered(loads(sink)?.mark(&replay.tables, TableStage::Ready, at)).await?;
+            context.stop_at(Failpoint::StopAfterHandOver).await;
             tracing::info!(task = %context.task, run = %replay.run, position = %at, tables = replay.tables.len(), "tables were handed over");
             return Ok(());
         }

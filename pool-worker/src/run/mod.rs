@@ -28,6 +28,7 @@ use self::export::{CHUNKS_PER_SNAPSHOT, Export};
 use crate::backoff::Backoff;
 use crate::capture::{CaptureError, Directive};
 use crate::detach::detach;
+use crate::failpoint::Failpoint;
 use crate::flows::{Demand, SourceDemand};
 use crate::metrics;
 use crate::runs::FlowRuns;
@@ -309,6 +310,7 @@ impl Owner<'_> {
         self.side = open_side(context).await?;
         self.side.ensure(Shelf::Chunks).await?;
         let (export, generation, fresh) = Export::make(context, self.demand, self.run, &spec, &self.plan).await?;
+        context.stop_at(Failpoint::StopBeforePlan).await;
         let replanned = context.runs.run(&context.task.flow, self.run, |view| {
             let known = core::Known { done: &view.chunks, lost: &view.lost, may_mix: self.demand.is_captured };
             core::replan(self.plan.clone(), fresh, generation.clone(), known)
@@ -511,8 +513,10 @@ impl Owner<'_> {
             (_, Some(RunWish::Cancel)) => "cancelled",
             _ => "no sink wants it any more",
         });
+        context.stop_at(Failpoint::StopBeforeRunFinished).await;
         context.pulse.wait("etcd");
         context.lock.finish_run(self.run, &self.plan).await?;
+        context.stop_at(Failpoint::StopAfterRunFinished).await;
         context.shared.coordination.clear_run(&context.task.flow, self.run).await?;
         tracing::info!(task = %context.task, ?state, "the run is over");
         Ok(())

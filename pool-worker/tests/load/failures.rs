@@ -140,6 +140,51 @@ async fn h23_a_chunk_that_may_be_marked_keeps_its_parts() {
     is_kept_and_loaded(&scene).await;
 }
 
+/// Its lock was somebody else's meanwhile, and it did not see that: what it put is not the chunk.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h23_a_reader_that_comes_second_removes_its_parts_and_no_others() {
+    let (scene, _) = start("second").await;
+    scene.offer_chunks(0);
+    scene.offer_loads(false);
+    let _offers = scene.offering();
+    // Capture, apply and run: both readers are others.
+    let _owner = scene.worker_of("w1", 3);
+    scene
+        .until("the run has a snapshot, and its owner no room", async || {
+            let (plan, locks) = (scene.plan(1).await?, scene.coordination.locks(&scene.flow).await);
+            let locks = locks.map_err(|error| error.to_string())?;
+            if plan.snapshot().is_some() && locks.len() == 3 { Ok(()) } else { Err(format!("{locks:?}")) }
+        })
+        .await;
+    let failpoints = Failpoints::parse("no-self-fencing,stop-before-chunk-part").unwrap();
+    let _late = scene.worker_of_one("w2", failpoints.clone());
+    scene.offer_chunks(1);
+    scene.stands_at(&failpoints, Failpoint::StopBeforeChunkPart).await;
+    let chunk = ChunkId { table: 0, restart: 0, number: 0 };
+    scene.delete_lock(&TaskId { flow: scene.flow.clone(), kind: TaskKind::Chunk(RunId(1), chunk) }).await;
+    let _reader = scene.worker_of_one("w3", Failpoints::default());
+    scene.chunks_read(1, 1).await;
+    let read = scene.coordination.run_chunk(&scene.flow, RunId(1), chunk).await.unwrap().unwrap();
+    assert_eq!(read.worker.as_str(), "w3");
+    let put = scene.shelf(Shelf::Chunks).await.last_sequence;
+    failpoints.let_go(Failpoint::StopBeforeChunkPart);
+    scene
+        .until("the late reader has put its part", async || match scene.shelf(Shelf::Chunks).await.last_sequence {
+            now if now > put => Ok(()),
+            now => Err(format!("{now}")),
+        })
+        .await;
+    let marked = SideGroup::ChunkAttempt(RunId(1), chunk, read.attempt);
+    scene
+        .until("the parts of the late reader are removed", async || match scene.on_shelf(Shelf::Chunks).await? {
+            left if left == [marked] => Ok(()),
+            left => Err(format!("{left:?}")),
+        })
+        .await;
+    let _loader = scene.worker("w4");
+    is_kept_and_loaded(&scene).await;
+}
+
 /// Readers were killed so often that what they left fills the side store: the parts of one chunk that another worker is to read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h16_what_readers_left_that_died_does_not_keep_a_run_from_its_end() {

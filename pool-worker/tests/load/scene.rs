@@ -38,7 +38,7 @@ pub struct Scene {
     pub sink: SinkId,
     pool: PoolId,
     gate: Gate,
-    _etcd: EtcdScope<'static>,
+    etcd: EtcdScope<'static>,
 }
 
 /// What of a run is offered: the rest of it waits.
@@ -91,7 +91,7 @@ impl Scene {
             pool: PoolId::new(id).unwrap(),
             nats,
             gate: Gate { chunks: AtomicU32::new(u32::MAX), loads: AtomicBool::new(true) },
-            _etcd: etcd,
+            etcd,
         };
         scene.make_queue().await;
         scene
@@ -256,6 +256,18 @@ spec:
         let monitoring = self.nats.cluster().monitoring_urls().join(",");
         let more = ["--nats", &self.nats.url(), "--nats-monitoring", &monitoring, "--capacity", &capacity.to_string()];
         self.start(name, Failpoints::default(), &more)
+    }
+
+    /// A worker with failpoints that has room for one task.
+    pub fn worker_of_one(&self, name: &str, failpoints: Failpoints) -> Running {
+        self.start(name, failpoints, &["--nats", &self.nats.url(), "--capacity", "1"])
+    }
+
+    /// Takes a task's lock from its owner.
+    pub async fn delete_lock(&self, task: &TaskId) {
+        let key = self.coordination.keys().text(&Key::TaskLock(task.clone()));
+        let deleted = self.etcd.client().delete(key, None).await.unwrap().deleted();
+        assert_eq!(deleted, 1, "{task} had no owner");
     }
 
     /// A worker whose sinks read little ahead: their batches are small.

@@ -1,9 +1,11 @@
-//! Workers that die between two steps of what is done seldom: a flow's beginning and its end, a purge, the opening of a sink.
+//! Workers that die between two steps of what is done seldom: a flow's beginning and its end, a purge, the opening of a sink,
+//! the plan and the end of a run.
 
 mod beginning;
 mod opening;
 mod purge;
 mod removal;
+mod runs;
 
 use std::sync::Arc;
 
