@@ -1,4 +1,4 @@
-//! Runs that a person asks for: slow ones.
+//! Runs that a person asks for: of some tables, and slow ones.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use tokio_util::task::AbortOnDropHandle;
 use wallaby_model::RunId;
 use wallaby_model::run::{RunSpec, RunState};
 
-use crate::runs::{ask_for, spec};
+use crate::runs::{ask, ask_for, spec};
 use crate::scene::*;
 use crate::{ALL, fill};
 
@@ -57,4 +57,40 @@ async fn fewer_chunks_are_read_at_a_time_than_there_may_be_readers_when_all_woul
     scene
         .equal("SELECT t::text FROM t UNION ALL SELECT u::text FROM u UNION ALL SELECT v::text FROM v ORDER BY 1")
         .await;
+}
+
+/// The others go on as they are: nobody empties them, and nobody reads them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_over_some_tables_touches_no_other() {
+    let scene = Arc::new(Scene::new("some").await);
+    fill(&scene, 100).await;
+    let tables = "CREATE TABLE u AS TABLE t; ALTER TABLE u ADD PRIMARY KEY (id);
+        CREATE TABLE v AS TABLE t; ALTER TABLE v ADD PRIMARY KEY (id)";
+    scene.source.batch_execute(tables).await.unwrap();
+    scene.coordination.create_flow(scene.document("public.*", "initial", "")).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    scene.run_is(1, RunState::Done).await;
+    // What only the sink has: it goes where a table is loaded anew, and stays where it is not.
+    let only_here = ["t", "u", "v"].map(|table| format!("INSERT INTO {table} VALUES (9999, 0, 'only here')"));
+    scene.target.batch_execute(&only_here.join(";")).await.unwrap();
+    let (ours, left) = (rows(&scene.target, "SELECT v::text FROM v ORDER BY id").await.unwrap(), "v WHERE id = 9999");
+    let relation = async || rows(&scene.target, "SELECT 'v'::regclass::oid::text").await.unwrap();
+    let before = relation().await;
+    ask(&scene, &["public.t", "public.u"]).await;
+    scene.run_is(2, RunState::Done).await;
+    let planned: Vec<String> =
+        scene.plan(2).await.unwrap().relations.iter().map(|relation| relation.table.to_string()).collect();
+    assert_eq!(planned, ["public.t", "public.u"]);
+    for table in ["t", "u"] {
+        scene.equal(&format!("SELECT {table}::text FROM {table} ORDER BY id")).await;
+    }
+    assert_eq!(rows(&scene.target, "SELECT v::text FROM v ORDER BY id").await.unwrap(), ours, "it was touched");
+    assert_eq!(relation().await, before, "it was made again");
+    let stream = ["t", "u", "v"].map(|table| format!("UPDATE {table} SET n = 7 WHERE id % 3 = 0"));
+    scene.source.batch_execute(&stream.join(";")).await.unwrap();
+    scene.target.batch_execute(&format!("DELETE FROM {left}")).await.unwrap();
+    for table in ["t", "u", "v"] {
+        scene.equal(&format!("SELECT {table}::text FROM {table} ORDER BY id")).await;
+    }
 }
