@@ -10,6 +10,7 @@ use wallaby_testkit::NatsScope;
 
 use crate::suite::{self, Place};
 use crate::support::{QUOTAS, attempt, body, chunk_part, connections, flow, jetstream, made, part};
+use crate::sweeping;
 
 struct OnNats {
     url: String,
@@ -32,6 +33,18 @@ async fn the_suite_on_one_node() {
 async fn the_suite_on_three_nodes() {
     let scope = NatsScope::three_nodes("side").await;
     suite::all(&OnNats { url: scope.url(), replicas: 3 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sweeping_on_one_node() {
+    let scope = NatsScope::one_node("sweep").await;
+    sweeping::all(&OnNats { url: scope.url(), replicas: 1 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sweeping_on_three_nodes() {
+    let scope = NatsScope::three_nodes("sweep").await;
+    sweeping::all(&OnNats { url: scope.url(), replicas: 3 }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

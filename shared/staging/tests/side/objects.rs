@@ -11,6 +11,7 @@ use wallaby_testkit::NatsScope;
 use crate::gateway::{self, Gateway};
 use crate::suite::{self, Place};
 use crate::support::{QUOTAS, attempt, body, connections, flow, made, manifest, manifest_key, part};
+use crate::sweeping;
 
 struct InFolder(PathBuf);
 
@@ -27,6 +28,12 @@ async fn the_suite_in_a_folder() {
     let mut left =
         std::fs::read_dir(folder.path()).unwrap().flatten().flat_map(|flow| std::fs::read_dir(flow.path()).unwrap());
     assert!(left.next().is_none(), "folders stay");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sweeping_in_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    sweeping::all(&InFolder(folder.path().to_owned())).await;
 }
 
 struct InBucket<'a>(&'a Gateway);
@@ -62,6 +69,12 @@ impl Place for InBucket<'_> {
 async fn the_suite_in_s3() {
     let Some(gateway) = Gateway::start().await else { return };
     suite::all(&InBucket(&gateway)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sweeping_in_s3() {
+    let Some(gateway) = Gateway::start().await else { return };
+    sweeping::all(&InBucket(&gateway)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
