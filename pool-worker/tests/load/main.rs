@@ -20,9 +20,12 @@ mod timelines;
 mod waits;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use scene::*;
 use tokio_util::task::AbortOnDropHandle;
+use wallaby_model::Codec;
+use wallaby_model::flow::Span;
 use wallaby_model::run::RunState;
 
 const ALL: &str = "SELECT t::text FROM t ORDER BY id";
@@ -205,6 +208,36 @@ async fn a_transaction_larger_than_the_bound_comes_as_a_splice_and_is_applied_as
     scene.equal(ALL).await;
     let side = scene.nats.jetstream().get_stream(format!("SIDE_{}", scene.flow)).await.unwrap();
     assert!(side.get_info().await.unwrap().state.last_sequence > 0, "it went through the side store");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flow_that_packs_nothing_says_so_in_each_record_and_ends_equal() {
+    for (codec, spelt) in [(Codec::None, "none"), (Codec::Lz4, "lz4")] {
+        let scene = Arc::new(Scene::new("codec").await);
+        fill(&scene, 100).await;
+        let mut document = scene.document("public.t", "initial", "");
+        (document.spec.log.codec, document.spec.log.replay_window) = (codec, Span(Duration::from_secs(3600)));
+        scene.coordination.create_flow(document).await.unwrap();
+        let _offers = scene.offering();
+        let _worker = scene.worker("w1");
+        scene.run_is(1, RunState::Done).await;
+        scene.source.batch_execute("UPDATE t SET pad = repeat('packed or not ', 100)").await.unwrap();
+        scene.equal(ALL).await;
+        let log = scene.nats.jetstream().get_stream(scene.flow.log_stream()).await.unwrap();
+        let state = log.get_info().await.unwrap().state;
+        let mut rows = 0;
+        for sequence in state.first_sequence..=state.last_sequence {
+            let Ok(record) = log.get_raw_message(sequence).await else { continue };
+            if record.headers.get("Wallaby-Kind").is_none_or(|kind| kind.as_str() != "data") {
+                continue;
+            }
+            assert_eq!(record.headers.get("Wallaby-Codec").map(|said| said.as_str()), Some(spelt));
+            let text = String::from_utf8_lossy(&record.payload);
+            rows += text.matches(&"packed or not ".repeat(100)).count();
+        }
+        // All of them can be read off the wire, or none.
+        assert_eq!(rows, if codec == Codec::None { 100 } else { 0 });
+    }
 }
 
 /// What a power cut leaves behind: the splice stands in the log, what it needs does not, and Postgres was not told of it yet.
