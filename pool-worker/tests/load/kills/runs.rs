@@ -90,7 +90,10 @@ async fn ends(state: RunState, point: Failpoint) {
     let totals = async || scene.plan(1).await.map(|plan| plan.totals);
     scene
         .until("the run's keys are gone", async || match (chunks().await, totals().await?) {
-            (0, Some(totals)) => Ok(assert_eq!((totals.chunks, totals.rows), (1, 10))),
+            (0, Some(totals)) => {
+                assert_eq!((totals.chunks, totals.rows), (1, 10));
+                Ok(())
+            }
             other => Err(format!("{other:?}")),
         })
         .await;
