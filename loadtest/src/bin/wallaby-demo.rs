@@ -93,11 +93,11 @@ async fn play(arguments: Arguments, keep: bool) -> anyhow::Result<ExitCode> {
 }
 
 fn verdict(told: &Told) -> ExitCode {
-    let (comparison, takeover) = (&told.outcome.comparison, told.outcome.takeover.as_secs_f64());
-    if comparison.is_equal() {
+    let takeover = told.outcome.takeover.as_secs_f64();
+    if told.outcome.is_equal() {
         println!(
             "\nEQUAL: {} rows, nothing lost, nothing doubled. Takeover after kill -9: {takeover:.1} s.",
-            comparison.rows_equal()
+            told.outcome.comparison.rows_equal()
         );
         return ExitCode::SUCCESS;
     }
