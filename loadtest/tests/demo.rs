@@ -5,9 +5,14 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
+
+use rand::Rng;
+use rand::rngs::StdRng;
+use wallaby_testkit::Seeded;
 
 struct Place {
     folder: tempfile::TempDir,
@@ -99,6 +104,24 @@ async fn ctrl_c_leaves_no_process_behind_and_a_second_start_is_refused() {
     let output = first.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130), "{}", said(&output));
     assert_eq!(place.processes(), Vec::<String>::new(), "all is gone when the driver is");
+}
+
+/// Wherever it is on its way: before it listens for the signal, while servers start, while it waits for its programs.
+#[tokio::test]
+async fn ctrl_c_at_any_moment_leaves_no_process_behind() {
+    let place = Place::with_programs("exec sleep 1000");
+    let mut rng = StdRng::seeded();
+    for _ in 0..5 {
+        let delay = Duration::from_millis(rng.random_range(0..3_000));
+        let driver = place.start();
+        tokio::time::sleep(delay).await;
+        signal(&driver, "-INT");
+        let output = driver.wait_with_output().unwrap();
+        let (code, by_signal) = (output.status.code(), output.status.signal());
+        let is_interrupted = code == Some(130) || by_signal == Some(2);
+        assert!(is_interrupted, "SIGINT after {delay:?}: {}: {}", output.status, said(&output));
+        assert_eq!(place.processes(), Vec::<String>::new(), "SIGINT after {delay:?}: {}", said(&output));
+    }
 }
 
 #[tokio::test]
