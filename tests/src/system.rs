@@ -1,5 +1,6 @@
 //! A whole WALlaby: servers of its own, controllers and workers as processes, one flow.
 
+use std::collections::BTreeSet;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use wallaby_loadtest::{compare, shop};
 use wallaby_model::condition::TaskStatus;
 use wallaby_model::{FlowId, SinkId, TaskId};
 use wallaby_stack::{EtcdCluster, EtcdOptions, Folder, NatsCluster, NatsOptions, PortLease, Postgres, PostgresOptions};
+use wallaby_staging::{Connections, Log, NatsTarget};
 use wallaby_testkit::{eventually, seed};
 
 use crate::PATIENCE;
@@ -148,6 +150,19 @@ impl System {
         (system, traffic)
     }
 
+    /// Waits until the log has three copies on three servers: with fewer a fence is not put to the test.
+    pub async fn log_is_on_three_servers(&self) {
+        let servers = vec![self.nats.client_url()];
+        let target = NatsTarget { servers, name: "the test".to_owned(), ..NatsTarget::default() };
+        let log = Log::new(self.flow(), Connections::open(&target).await.unwrap());
+        eventually(PATIENCE, "three copies on three servers", async || {
+            let info = log.info().await.map_err(|error| error.to_string())?;
+            let servers: BTreeSet<&String> = info.servers.iter().collect();
+            if info.replicas == 3 && servers.len() == 3 { Ok(()) } else { Err(format!("{info:?}")) }
+        })
+        .await;
+    }
+
     /// The flow.
     pub fn flow(&self) -> FlowId {
         FlowId::new("shop").unwrap()
@@ -279,10 +294,19 @@ impl System {
 
     /// Applies `flow` through the command line; retried until a controller answers.
     pub async fn apply(&self, flow: &FlowFile) -> Said {
+        self.with_file("apply", flow).await
+    }
+
+    /// What applying `flow` would do, as the command line says it.
+    pub async fn diff(&self, flow: &FlowFile) -> Said {
+        self.with_file("diff", flow).await
+    }
+
+    async fn with_file(&self, verb: &str, flow: &FlowFile) -> Said {
         let path = self.folder.path().join("flow.yaml");
         std::fs::write(&path, flow.to_string()).unwrap();
         eventually(PATIENCE, "a controller answers", async || {
-            let said = self.cli(&["apply", "-f", &path.display().to_string()]).await;
+            let said = self.cli(&[verb, "-f", &path.display().to_string()]).await;
             if said.code == 4 { Err(said.text) } else { Ok(said) }
         })
         .await

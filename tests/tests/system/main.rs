@@ -1,6 +1,7 @@
 //! The whole system under faults, as processes.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 
+mod altered;
 mod bad_input;
 mod demo;
 mod detach;
@@ -13,10 +14,12 @@ mod mended;
 mod pauses;
 mod power;
 mod pressure;
+mod quiet;
 mod recreated;
 mod roles;
 mod s3;
 mod sharing;
+mod tables;
 mod traces;
 mod verify;
 mod wedged;
