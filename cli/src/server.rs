@@ -108,7 +108,7 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
 }
 
 /// An error with its causes, the innermost last: the transport's own message says only "transport error".
-fn chain(error: &dyn std::error::Error) -> String {
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
