@@ -339,3 +339,60 @@ pub fn describe(snapshot: &v1::Snapshot) -> String {
     }
     text + &table.text()
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A run in the middle of its reading, with 90 s of it left where that is known.
+    pub(in crate::commands) fn reading(remaining: bool) -> v1::Snapshot {
+        let progress = v1::SnapshotProgress {
+            chunks_total: 8,
+            chunks_done: 3,
+            rows_done: 300,
+            rows_estimate: 800,
+            bytes_done: 3 << 20,
+            rows_per_second: 5.4,
+            remaining: remaining.then_some(prost_types::Duration { seconds: 90, nanos: 0 }),
+            ..v1::SnapshotProgress::default()
+        };
+        let sink = |sink: &str, done| v1::SnapshotSink {
+            sink: format!("flows/shop/sinks/{sink}"),
+            chunks_loaded: 2,
+            done,
+            ..v1::SnapshotSink::default()
+        };
+        v1::Snapshot {
+            name: "flows/shop/snapshots/2".to_owned(),
+            state: v1::SnapshotState::Reading.into(),
+            progress: Some(progress),
+            sinks: vec![sink("warehouse", false), sink("lake", true)],
+            ..v1::Snapshot::default()
+        }
+    }
+
+    #[test]
+    fn the_line_of_a_run_says_what_is_left_of_it() {
+        let begin = "snapshot shop/2 Reading, 3/8 chunks, 300 of about 800 rows, 3.0 MiB, 5 rows/s";
+        let end = "shop/warehouse 2 loaded, shop/lake has all";
+        assert_eq!(progress_line(&reading(true)), format!("{begin}, about 90.0 s left to read, {end}"));
+        assert_eq!(progress_line(&reading(false)), format!("{begin}, {end}"));
+        let over = v1::Snapshot {
+            state: v1::SnapshotState::Done.into(),
+            message: "all is there".to_owned(),
+            ..reading(false)
+        };
+        assert_eq!(progress_line(&over), begin.replace("Reading", "Done") + ", all is there");
+    }
+
+    #[test]
+    fn what_is_left_of_a_run_has_a_line_of_its_description() {
+        let line = |snapshot: &v1::Snapshot| {
+            let text = describe(snapshot);
+            let found = text.lines().find_map(|line| line.trim_start().strip_prefix("left to read"));
+            found.map(|rest| rest.trim().to_owned())
+        };
+        assert_eq!(line(&reading(true)).as_deref(), Some("90.0 s"));
+        assert_eq!(line(&reading(false)).as_deref(), Some("-"));
+    }
+}

@@ -378,4 +378,23 @@ mod tests {
         rate.take(9, at(15));
         assert_eq!(rate.per_second(), Some(4.0));
     }
+
+    #[test]
+    fn a_run_shows_what_is_left_of_it() {
+        let board = |remaining| {
+            let snapshots = vec![crate::commands::snapshot::tests::reading(remaining)];
+            let status = v1::FlowStatus { snapshots, ..v1::FlowStatus::default() };
+            let flow = v1::Flow { name: "flows/shop".to_owned(), status: Some(status), ..v1::Flow::default() };
+            let mut board = Board::default();
+            board.take_all(vec![flow]);
+            board
+        };
+        let line = "snapshot=shop/2 state=Reading chunks=3/8 rows=300 rows_per_second=5 left=";
+        for (remaining, left, cell) in [(true, "90.0s", "90.0 s"), (false, "-", "-")] {
+            let board = board(remaining);
+            assert!(board.lines().contains(&format!("{line}{left}\n")), "{}", board.lines());
+            let cells = format!("snapshot shop/2   Reading   5        {cell}");
+            assert!(board.text().contains(&cells), "{cells:?} is missing: {}", board.text());
+        }
+    }
 }

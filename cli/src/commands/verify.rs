@@ -237,3 +237,37 @@ fn table_value(found: &v1::TableReport) -> Value {
         "rowsRead": found.rows_read,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_phase_says_how_far_it_is() {
+        let line = |phase: &str, sink_position: &str, message: &str| {
+            let progress = v1::VerifyProgress {
+                phase: phase.to_owned(),
+                table: "public.orders".to_owned(),
+                tables_done: 2,
+                tables_total: 5,
+                rows_done: 40,
+                rows_estimated: 100,
+                position: "0/A0".to_owned(),
+                sink_position: sink_position.to_owned(),
+            };
+            waits_for(&v1::Operation {
+                progress: Some(progress),
+                message: message.to_owned(),
+                ..v1::Operation::default()
+            })
+        };
+        for phase in ["comparing", "reading_rows"] {
+            assert_eq!(line(phase, "0/90", ""), "2 of 5 tables, 40 of about 100 rows, at public.orders");
+        }
+        assert_eq!(line("waiting_for_sink", "0/90", ""), "the sink stands at 0/90 and is read at 0/A0");
+        assert_eq!(line("waiting_for_sink", "", ""), "the sink stands at nowhere yet and is read at 0/A0");
+        assert_eq!(line("looking_again", "0/90", ""), "rows that differed are looked at again");
+        assert_eq!(line("preparing", "", ""), "preparing");
+        assert_eq!(line("comparing", "0/90", "no worker is alive"), "no worker is alive");
+    }
+}
