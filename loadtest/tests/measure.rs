@@ -28,7 +28,15 @@ fn the_quick_form_measures_everything_and_counts_right() {
         assert!(run.seconds > 0.0 && run.rate().is_finite());
         let parts = if matches!(kind, Kind::S1 | Kind::S1OneRow) { 2 } else { 4 };
         assert_eq!(run.cpu_micros_per_row.len(), parts, "{kind:?}: {:?}", run.cpu_micros_per_row);
+        let ours = if parts == 2 { vec!["client"] } else { vec!["reader", "worker"] };
+        let memory = &run.resident_bytes_max;
+        assert_eq!(memory.keys().map(String::as_str).collect::<Vec<_>>(), ours, "{kind:?}");
+        assert!(memory.values().all(|bytes| (1 << 20..1 << 34).contains(bytes)), "{kind:?}: {memory:?}");
+        assert!(run.load_average > 0.0 && run.load_average.is_finite(), "{kind:?}: {}", run.load_average);
+        let cores = std::thread::available_parallelism().unwrap().get() as f64;
+        assert!((0.0..=cores).contains(&run.cores_busy_elsewhere), "{kind:?}: {}", run.cores_busy_elsewhere);
     }
+    assert!(figures.runs.iter().any(|run| run.cores_busy_elsewhere > 0.0), "servers and this test took no time at all");
     assert!(figures.of(Kind::S0).count() == 1 || is_skipped(Kind::S0.title()), "{said}");
     for what in ["the Postgres sink", "the first load"] {
         assert!(is_skipped(what), "{what}: the programs are not where they were said to be");
@@ -39,4 +47,14 @@ fn the_quick_form_measures_everything_and_counts_right() {
     assert!(latency.p50 > 0 && latency.p50 <= latency.p99 && latency.p99 <= latency.max, "{latency:?}");
     let page = std::fs::read_to_string(out.path().join("figures.md")).unwrap();
     assert!(page.contains("wallaby-loadtest -- run --quick"), "{page}");
+}
+
+/// One run of a kind says nothing: as many as the design asks for are made when nobody says a number.
+#[test]
+fn five_pairs_are_run_where_nobody_says_how_many() {
+    let output = Command::new(env!("CARGO_BIN_EXE_wallaby-loadtest")).args(["run", "--help"]).output().unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    let (_, after) = help.split_once("--pairs <PAIRS>").unwrap_or_else(|| panic!("{help}"));
+    let (text, _) = after.split_once("--rows").unwrap();
+    assert!(text.contains("[default: 5]"), "{text}");
 }
