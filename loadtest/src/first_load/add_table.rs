@@ -26,6 +26,12 @@ const TABLES: usize = 10;
 const PATIENCE: Duration = Duration::from_secs(1800);
 const BEAT_EVERY: Duration = Duration::from_millis(20);
 const SAMPLE_EVERY: Duration = Duration::from_millis(20);
+/// What a table that is added may cost the others.
+pub const RISE_MAX_MS: f64 = 1000.0;
+/// What the lag rises by before it is called a rise: below it is what the machine does while rows are read and loaded.
+const RISE_SEEN_MS: f64 = RISE_MAX_MS / 4.0;
+/// For how long the lag has to be down again before another rise is one more.
+const REST_S: f64 = 1.0;
 
 /// How large it is.
 #[derive(Debug, Clone)]
@@ -47,6 +53,8 @@ pub struct Outcome {
     pub samples: Vec<(f64, f64)>,
     /// When the table was added, in seconds since the beginning.
     pub added_s: f64,
+    /// When the sink was seen to have handed the table over: P.
+    pub handed_over_s: f64,
     /// When the run was over.
     pub done_s: f64,
     /// Every table, row by row.
@@ -62,6 +70,23 @@ impl Outcome {
     /// The largest lag during the run.
     pub fn run_max_ms(&self) -> f64 {
         self.max_of(self.added_s, self.done_s + 1.0)
+    }
+
+    /// How much further behind the other tables fell during the run.
+    pub fn rise_ms(&self) -> f64 {
+        self.run_max_ms() - self.calm_max_ms()
+    }
+
+    /// How often the lag rose above what it was before the table was added, and came down again.
+    pub fn excursions(&self) -> usize {
+        let high = self.calm_max_ms() + RISE_SEEN_MS;
+        let above = self.samples.iter().filter(|(at, lag)| *at > self.added_s && *lag > high).map(|(at, _)| *at);
+        let (mut count, mut last) = (0, f64::NEG_INFINITY);
+        for at in above {
+            count += usize::from(at - last > REST_S);
+            last = at;
+        }
+        count
     }
 
     fn max_of(&self, from: f64, to: f64) -> f64 {
@@ -84,14 +109,16 @@ impl Outcome {
              <polyline fill=\"none\" stroke=\"#2563eb\" points=\"{}\"/>",
             points.join(" ")
         );
-        for (at, what) in [(self.added_s, "table added"), (self.done_s, "run done")] {
-            // Writing to a String cannot fail.
+        let moments = [(self.added_s, "table added"), (self.handed_over_s, "P"), (self.done_s, "run done")];
+        for (line, (at, what)) in moments.into_iter().enumerate() {
+            // A line of its own for each: the hand-over and the end may be close. Writing to a String cannot fail.
             let _ = write!(
                 svg,
                 "<line x1=\"{0:.1}\" x2=\"{0:.1}\" y1=\"15\" y2=\"{1}\" stroke=\"#999\" stroke-dasharray=\"4\"/>\
-                 <text x=\"{0:.1}\" y=\"12\">{what} {at:.1} s</text>",
+                 <text x=\"{0:.1}\" y=\"{2}\">{what} {at:.1} s</text>",
                 x(at),
-                height - 30.0
+                height - 30.0,
+                12 + 14 * line
             );
         }
         let _ = write!(
@@ -184,7 +211,8 @@ async fn watch(
     tokio::time::sleep(options.calm).await;
     churn.stop().await?;
     stop.cancel();
-    let samples = samples.await??;
+    let (samples, handed_over_s) = samples.await??;
+    let handed_over_s = handed_over_s.context("the table was not seen to be handed over")?;
     beats.await??;
     let source = servers.source.connect(system::SOURCE_DATABASE).await?;
     let row = source.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await?;
@@ -198,7 +226,7 @@ async fn watch(
     let names: Vec<String> = (0..TABLES).map(|n| format!("public.beat{n}")).chain([typ::TABLE.to_owned()]).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let comparison = compare(&servers.source_dsn(), &servers.target_dsn(), &names).await?;
-    Ok(Outcome { samples, added_s, done_s, comparison })
+    Ok(Outcome { samples, added_s, handed_over_s, done_s, comparison })
 }
 
 async fn beat(source: Client, stop: CancellationToken) -> anyhow::Result<()> {
@@ -213,20 +241,65 @@ async fn beat(source: Client, stop: CancellationToken) -> anyhow::Result<()> {
 }
 
 /// How old the newest beat is of that of the ten tables which is furthest behind: at least as old as a round of beats. Both servers have
-/// one clock.
-async fn sample(target: Client, stop: CancellationToken, begun: Instant) -> anyhow::Result<Vec<(f64, f64)>> {
+/// one clock. And when the table that is added was first seen to be part of the sink's main stream.
+async fn sample(
+    target: Client,
+    stop: CancellationToken,
+    begun: Instant,
+) -> anyhow::Result<(Vec<(f64, f64)>, Option<f64>)> {
     let newest: Vec<String> = (0..TABLES).map(|n| format!("SELECT max(at) AS at FROM beat{n}")).collect();
     let sql = format!(
-        "SELECT (extract(epoch FROM clock_timestamp() - min(at)) * 1000)::float8 FROM ({}) beats",
+        "SELECT (extract(epoch FROM clock_timestamp() - min(at)) * 1000)::float8, \
+         EXISTS (SELECT FROM wallaby.tables WHERE format('%s.%s', source_schema, source_table) = '{}' AND stage = 'ready') \
+         FROM ({}) beats",
+        typ::TABLE,
         newest.join(" UNION ALL ")
     );
-    let mut samples = Vec::new();
+    let (mut samples, mut handed_over) = (Vec::new(), None);
     while !stop.is_cancelled() {
         let row = target.query_one(&sql, &[]).await.context("reading the newest beat")?;
+        let at = begun.elapsed().as_secs_f64();
         if let Some(lag) = row.get::<_, Option<f64>>(0) {
-            samples.push((begun.elapsed().as_secs_f64(), lag));
+            samples.push((at, lag));
+        }
+        if row.get::<_, bool>(1) {
+            handed_over.get_or_insert(at);
         }
         tokio::time::sleep(SAMPLE_EVERY).await;
     }
-    Ok(samples)
+    Ok((samples, handed_over))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ten samples a second: 200 ms behind before the table is added at 2 s, then as `during` says, one number for each.
+    fn outcome(during: &[f64]) -> Outcome {
+        let calm = (0..20).map(|n| (f64::from(n) / 10.0, 200.0));
+        let run = during.iter().zip(20_u32..).map(|(lag, n)| (f64::from(n) / 10.0 + 0.01, *lag));
+        let samples: Vec<_> = calm.chain(run).collect();
+        let done_s = samples.last().map_or(0.0, |(at, _)| *at);
+        Outcome { samples, added_s: 2.0, handed_over_s: 2.5, done_s, comparison: Comparison::default() }
+    }
+
+    #[test]
+    fn a_rise_is_counted_once_until_the_lag_was_down_for_a_while() {
+        let rests = [200.0; 12];
+        let rise = [500.0, 900.0, 300.0, 700.0];
+        assert_eq!(outcome(&rests).excursions(), 0);
+        let small = outcome(&[449.0; 10]);
+        assert_eq!((small.excursions(), small.rise_ms()), (0, 249.0), "that much the machine itself does");
+        let once = outcome(&[&rests[..], &rise, &rests].concat());
+        assert_eq!((once.excursions(), once.rise_ms()), (1, 700.0));
+        assert_eq!(outcome(&[&rise[..], &rests, &rise].concat()).excursions(), 2);
+    }
+
+    #[test]
+    fn the_plot_names_the_three_moments() {
+        let plot = outcome(&[200.0; 10]).plot();
+        for moment in ["table added 2.0 s", "P 2.5 s", "run done 2.9 s"] {
+            assert!(plot.contains(&format!(">{moment}<")), "{moment:?} is missing: {plot}");
+        }
+    }
 }

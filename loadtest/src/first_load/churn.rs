@@ -76,6 +76,11 @@ impl Churn {
         self.failed.load(Ordering::Relaxed)
     }
 
+    /// Transactions committed so far.
+    pub fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
     /// Ends them at transaction boundaries; the number of transactions.
     ///
     /// # Errors
@@ -85,7 +90,7 @@ impl Churn {
         while let Some(ended) = self.tasks.join_next().await {
             ended.map_err(|error| Error::Unusable(format!("a writer broke: {error}")))??;
         }
-        Ok(self.done.load(Ordering::Relaxed))
+        Ok(self.done())
     }
 }
 

@@ -29,6 +29,12 @@ const PATIENCE: Duration = Duration::from_secs(3600);
 const FLOW: &str = "load";
 /// Small enough that killed workers lose little, and that there are many chunks in the small form too.
 const POLL: Duration = Duration::from_millis(100);
+/// How long a chunk is read on under a snapshot that its run gave up, at most; and never longer than a snapshot is held.
+const OUTLIVES_MAX: Duration = Duration::from_secs(60);
+/// Between the end of a snapshot's time and the end of its session.
+const GIVEN_UP_WITHIN: Duration = Duration::from_secs(5);
+/// The share of the transactions that were asked for which has to be there.
+const PACE_MIN: f64 = 0.9;
 
 /// How large the load is.
 #[derive(Debug, Clone)]
@@ -47,6 +53,8 @@ pub struct FirstLoadOptions {
     pub seed: u64,
     /// `log.sideStore.jetstream.chunksMax`: a chunk has a quarter of it, at most 64 MiB.
     pub chunks_max: String,
+    /// `safety.snapshotMax`: how long the run may hold a snapshot of the source.
+    pub snapshot_max: Duration,
 }
 
 /// What came of it.
@@ -54,7 +62,7 @@ pub struct FirstLoadOptions {
 pub struct Outcome {
     /// Source and target, row by row.
     pub comparison: Comparison,
-    /// Transactions that were committed while the load went on.
+    /// Transactions that were committed from the flow's creation to `SnapshotComplete`.
     pub transactions: u64,
     /// From the flow's creation to `SnapshotComplete`.
     pub took: Duration,
@@ -62,6 +70,18 @@ pub struct Outcome {
     pub killed: u32,
     /// What was seen meanwhile.
     pub watched: Watched,
+}
+
+impl Outcome {
+    /// Whether the transactions went on all the time as they were asked for.
+    pub fn keeps_pace(&self, per_second: u32) -> bool {
+        self.transactions as f64 >= PACE_MIN * f64::from(per_second) * self.took.as_secs_f64()
+    }
+
+    /// Whether each transaction of ours let go of the source's xmin in time: the run's after `snapshot_max`, a chunk's a while later.
+    pub fn lets_go_of_xmin(&self, snapshot_max: Duration) -> bool {
+        self.watched.xmin_held_max <= snapshot_max + OUTLIVES_MAX.min(snapshot_max) + GIVEN_UP_WITHIN
+    }
 }
 
 impl fmt::Display for Outcome {
@@ -82,12 +102,15 @@ impl fmt::Display for Outcome {
     }
 }
 
-fn flow_file(chunks_max: &str) -> String {
+fn flow_file(options: &FirstLoadOptions) -> String {
+    let FirstLoadOptions { chunks_max, snapshot_max, .. } = options;
     format!(
         "apiVersion: wallaby/v1\nkind: Flow\nmetadata: {{ name: {FLOW} }}\nspec:\n  source:\n    postgres:\n      dsn: {{ env: SHOP_DSN }}\n      \
-         publication: {{ create: true, tables: [{}] }}\n      snapshot: initial\n  log: {{ maxBytes: 4Gi, sideStore: {{ jetstream: {{ chunksMax: {chunks_max} }} }} }}\n  sinks:\n    \
+         publication: {{ create: true, tables: [{}] }}\n      snapshot: initial\n      safety: {{ snapshotMax: {}s }}\n  \
+         log: {{ maxBytes: 4Gi, sideStore: {{ jetstream: {{ chunksMax: {chunks_max} }} }} }}\n  sinks:\n    \
          - name: warehouse\n      postgres: {{ dsn: {{ env: WAREHOUSE_DSN }} }}\n",
-        typ::TABLE
+        typ::TABLE,
+        snapshot_max.as_secs()
     )
 }
 
@@ -148,8 +171,8 @@ async fn load(
     let coordination = Coordination::connect(&endpoints, wallaby_coordination::Options::default()).await?;
     let mut runs = RunWatch::new(coordination, FlowId::new(FLOW)?);
     let locks = SourceWatch::start(stage.servers.source.connect(system::SOURCE_DATABASE).await?);
-    let begun = Instant::now();
-    let document = wallaby_model::flow::parse(&flow_file(&options.chunks_max), "the load test's flow")?;
+    let document = wallaby_model::flow::parse(&flow_file(options), "the load test's flow")?;
+    let (begun, done_before) = (Instant::now(), churn.done());
     stage.api.create(&document).await?;
     let (mut killed, mut is_restarted) = (0, !options.restart_sink);
     loop {
@@ -171,10 +194,10 @@ async fn load(
         }
         tokio::time::sleep(POLL).await;
     }
-    let took = begun.elapsed();
+    let (took, transactions) = (begun.elapsed(), churn.done() - done_before);
     told(&format!("SnapshotComplete after {:.1} s", took.as_secs_f64()));
     let watched = locks.stop().await.with(&runs);
-    let transactions = churn.stop().await?;
+    churn.stop().await?;
     ensure!(is_restarted, "the sink was not restarted in time: it proves nothing; use more rows");
     catch_up(stage).await?;
     let comparison = compare(&stage.servers.source_dsn(), &stage.servers.target_dsn(), &[typ::TABLE]).await?;
@@ -213,4 +236,33 @@ async fn catch_up(stage: &Stage) -> anyhow::Result<()> {
         Ok(())
     };
     until("the sink to have it all", PATIENCE, || stage.alive(), applied).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(transactions: u64, took_s: u64, xmin_held_s: u64) -> Outcome {
+        let watched = Watched { xmin_held_max: Duration::from_secs(xmin_held_s), ..Watched::default() };
+        let (comparison, took) = (Comparison::default(), Duration::from_secs(took_s));
+        Outcome { comparison, transactions, took, killed: 0, watched }
+    }
+
+    #[test]
+    fn transactions_that_stood_still_for_a_while_do_not_keep_the_pace() {
+        assert!(outcome(10_000, 10, 0).keeps_pace(1_000));
+        assert!(outcome(9_000, 10, 0).keeps_pace(1_000));
+        assert!(!outcome(8_999, 10, 0).keeps_pace(1_000));
+        assert!(!outcome(0, 10, 0).keeps_pace(1_000));
+    }
+
+    #[test]
+    fn a_snapshot_is_held_for_its_time_and_a_chunk_for_a_while_longer() {
+        let long = Duration::from_secs(600);
+        assert!(outcome(0, 0, 665).lets_go_of_xmin(long));
+        assert!(!outcome(0, 0, 666).lets_go_of_xmin(long));
+        // A short time is doubled at most.
+        assert!(outcome(0, 0, 11).lets_go_of_xmin(Duration::from_secs(3)));
+        assert!(!outcome(0, 0, 12).lets_go_of_xmin(Duration::from_secs(3)));
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use wallaby_loadtest::first_load::add_table::{self, AddTableOptions};
+use wallaby_loadtest::first_load::add_table::{self, AddTableOptions, RISE_MAX_MS};
 use wallaby_loadtest::measure::figures::{Figures, Kind};
 use wallaby_loadtest::measure::report::TO_SINK;
 use wallaby_loadtest::measure::sink::{SinkBench, SinkOptions};
@@ -52,7 +52,15 @@ async fn m3_the_lag_of_ten_tables_is_watched_while_one_is_added() {
     assert!(outcome.done_s > outcome.added_s);
     let during = outcome.samples.iter().filter(|(at, _)| (outcome.added_s..=outcome.done_s).contains(at)).count();
     assert!(during > 0, "the lag was not looked at while the table was added: {:?}", outcome.samples.len());
-    assert!(outcome.plot().contains("table added"), "the plot names what happened");
+    for moment in ["table added", "P", "run done"] {
+        assert!(outcome.plot().contains(&format!(">{moment} ")), "the plot names what happened: {moment}");
+    }
+    assert!((outcome.added_s..=outcome.done_s + 1.0).contains(&outcome.handed_over_s), "{}", outcome.handed_over_s);
+    println!("{:.0} ms further behind, {} times", outcome.rise_ms(), outcome.excursions());
+    if is_full_size() {
+        assert!(outcome.rise_ms() <= RISE_MAX_MS, "the other tables fell {:.0} ms further behind", outcome.rise_ms());
+        assert!(outcome.excursions() <= 1, "the other tables fell behind {} times", outcome.excursions());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
