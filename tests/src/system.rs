@@ -152,7 +152,7 @@ impl System {
 
     /// Waits until the log has three copies on three servers: with fewer a fence is not put to the test.
     pub async fn log_is_on_three_servers(&self) {
-        let servers = vec![self.nats.client_url()];
+        let servers = self.nats.client_url().split(',').map(str::to_owned).collect();
         let target = NatsTarget { servers, name: "the test".to_owned(), ..NatsTarget::default() };
         let log = Log::new(self.flow(), Connections::open(&target).await.unwrap());
         eventually(PATIENCE, "three copies on three servers", async || {

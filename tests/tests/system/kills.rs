@@ -13,6 +13,7 @@ async fn h13_kills_while_rows_flow_lose_nothing_double_nothing_and_show_no_half(
     let _alone = alone().await;
     let plan = Plan { controllers: 2, workers: vec![""; 3], ..Plan::default() };
     let (mut system, traffic) = System::start_with_traffic(plan, 300).await;
+    system.log_is_on_three_servers().await;
     system.row_passes().await;
     for _ in 0..rounds(5) {
         capturing_worker(&mut system, &traffic).await;

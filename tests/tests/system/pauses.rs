@@ -27,6 +27,7 @@ fn plan(failpoints: &'static str) -> Plan {
 async fn a_worker_that_stood_still_beyond_its_lease_fences_itself() {
     let _alone = alone().await;
     let (mut system, traffic) = System::start_with_traffic(plan(""), 300).await;
+    system.log_is_on_three_servers().await;
     system.row_passes().await;
     for _ in 0..rounds(3) {
         for task in [system.capture(), system.apply_task()] {
@@ -54,6 +55,7 @@ async fn h14_without_self_fencing_the_log_and_the_sink_refuse() {
     let _alone = alone().await;
     let failpoints = "no-self-fencing,hold-append";
     let (mut system, traffic) = System::start_with_traffic(plan(failpoints), 300).await;
+    system.log_is_on_three_servers().await;
     system.row_passes().await;
     for _ in 0..rounds(3) {
         let (capture, apply) = (system.capture(), system.apply_task());
@@ -87,6 +89,7 @@ async fn h14_a_zombie_whose_session_lives_on_is_refused_by_the_epoch() {
     let _alone = alone().await;
     let failpoints = "no-self-fencing,keep-older-sessions";
     let (mut system, traffic) = System::start_with_traffic(plan(failpoints), 300).await;
+    system.log_is_on_three_servers().await;
     system.row_passes().await;
     for _ in 0..rounds(3) {
         let apply = system.apply_task();
