@@ -81,7 +81,10 @@ impl Failure {
             return if cause.contains(CERTIFICATE_ASKED) {
                 Failure::NotPermitted(format!("{server} asks for a certificate: give --client-cert and --client-key"))
             } else {
-                Failure::unreachable(server, &cause)
+                Failure::unreachable(
+                    server,
+                    &format!("{cause}; what was asked for may have been done if that broke a request"),
+                )
             };
         }
         match status.code() {

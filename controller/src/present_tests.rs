@@ -296,6 +296,10 @@ mod of_runs {
         let world = || World::running().run(RUN, &spec(|_| ()), Some(&plan)).read(0, &done(5));
         let standing = ["capture", "apply.warehouse", "run.1"];
         assert_eq!(world().wanted(), [&standing[..], &["chunk.1.0-0-1", "chunk.1.0-0-2"]].concat());
+        // Another one would be more than a row a second.
+        let slow = spec(|spec| spec.rows_per_second = Some(1));
+        let slow = World::running().run(RUN, &slow, Some(&plan)).read(0, &done(5));
+        assert_eq!(slow.wanted(), [&standing[..], &["chunk.1.0-0-1"]].concat());
         let busy = world().owned("shop.chunk.1.0-0-2", "w1");
         assert_eq!(busy.wanted(), [&standing[..], &["chunk.1.0-0-1"]].concat());
         let full = world().owned("shop.chunk.1.0-0-2", "w1").owned("shop.chunk.1.0-0-4", "w1");

@@ -109,7 +109,8 @@ fn classify(doing: &str, db: &DbError, role: &str) -> SinkError {
     match (&code[..2], code) {
         (_, "42501") if db.routine() == Some(ROW_SECURITY_ROUTINE) => configuration(format!(
             "Rows that the role does not see would be passed over. Run at the sink: ALTER ROLE {role} BYPASSRLS; or make it a member of \
-             the table's owner where row-level security is not forced on the owner; then wallaby resume",
+             the table's owner where row-level security is not forced on the owner; where a trigger, function or view of yours reads the \
+             table, the role that it runs as. Then wallaby resume",
             role = wallaby_model::schema::quote_identifier(role),
         )),
         (_, "42501") => configuration(format!(

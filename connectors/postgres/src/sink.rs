@@ -54,8 +54,9 @@ pub fn capabilities() -> Capabilities {
             "A batch that violates a constraint of this database as a whole is rolled back and applied in order, in \
              steps down to a single change, in one transaction with deferrable constraints deferred. If that fails too, \
              the sink stops and names constraint, keys and remedy.",
-            "Foreign keys and triggers of this database are yours: they run for our writes as for any other. Foreign \
-             keys are best made DEFERRABLE.",
+            "Foreign keys and triggers of this database are yours: they run for our writes as for any other, but with \
+             `row_security = off`: one that reads a table with row-level security needs a role with BYPASSRLS, or the sink stops. \
+             Foreign keys are best made DEFERRABLE.",
             "A transaction larger than memory is written in portions, in one transaction here: nothing of it is seen before \
              its end. No other owner gets the task's checkpoint meanwhile; what this one does beside it, a replay or the main \
              stream, goes on. The session says every 10 seconds that it lives; one that is frozen for 2 minutes loses its \

@@ -381,8 +381,8 @@ fn begin_stream(
     // Without any table: where the last export stood.
     let exported = || plan.generations.last().map_or(Lsn(0), |generation| generation.consistent_point);
     let from = points.first().copied().unwrap_or_else(|| Position::before(exported()));
-    // Of a run that was cancelled between its marks and its stream.
-    let is_left = |mark: &&TableMark| !tables.contains_key(&mark.table) && mark.position < Some(from);
+    // Of a run that was cancelled between its marks and its stream: it may lack what came since, and nobody adds its indexes.
+    let is_left = |mark: &&TableMark| !tables.contains_key(&mark.table) && mark.run != run;
     let left = at.marks.iter().filter(is_ready).filter(is_left).map(|mark| mark.table.clone()).collect();
     let mut state = view.sinks.get(at.sink).cloned().unwrap_or_default();
     for (position, name) in ready.iter().flat_map(|(position, names)| names.iter().map(move |name| (position, name))) {
@@ -534,11 +534,12 @@ pub(crate) mod tests {
             mark("b", 2, TableStage::Copying, 0),
             mark("a", 1, TableStage::Ready, 3),
             mark("c", 1, TableStage::Ready, 9),
+            mark("d", 2, TableStage::Ready, 9),
         ];
         let (left, _, from) = begins(2, read(RunReason::Asked, "b"), &marks);
         assert_eq!(from, Position::before(Lsn(7)));
-        // The third one has all from where its mark stands on.
-        assert_eq!(left, [TableName::new("public", "a")]);
+        // Not the last one: it is ours, and went from the plan since.
+        assert_eq!(left, [TableName::new("public", "a"), TableName::new("public", "c")]);
     }
 
     #[test]

@@ -54,6 +54,11 @@ async fn h16_a_blocked_sink_is_cut_off_alone_and_loaded_anew() {
     })
     .await;
     println!("cut off after {filled} transactions of 1.8 MB");
+    let mut counted = 0.0;
+    for worker in &system.workers {
+        counted += worker.metric("wallaby_sinks_detached_total", &[("sink", "second")]).await.unwrap_or_default();
+    }
+    assert_eq!(counted, 1.0, "that a sink was cut off is counted once");
     // The others go on while it is still blocked.
     for _ in 0..5 {
         system.row_passes().await;

@@ -7,8 +7,10 @@ use wallaby_tests::{PATIENCE, alone};
 
 const READ_BYTES: &str = "wallaby_log_read_bytes_total";
 const PULLED_BYTES: &str = "wallaby_log_pulled_bytes_total";
-/// What docs/operations.md tells people to watch.
-const WATCHED: [&str; 14] = [
+const EPOCH: &str = "wallaby_task_epoch";
+const CAPTURE: (&str, &str) = ("task", "shop.capture");
+/// What docs/operations.md tells people to watch, but for what counts from its first event on: tests of these events look at that.
+const WATCHED: [&str; 15] = [
     "wallaby_retained_wal_bytes",
     "wallaby_confirmed_lsn",
     "wallaby_staged_lsn",
@@ -19,6 +21,7 @@ const WATCHED: [&str; 14] = [
     "wallaby_sink_lag_seconds",
     "wallaby_commit_to_sink_seconds",
     "wallaby_tasks",
+    EPOCH,
     "wallaby_cache_bytes",
     "wallaby_log_appended_records_total",
     PULLED_BYTES,
@@ -28,6 +31,16 @@ const WATCHED: [&str; 14] = [
 async fn confirmed(system: &System) -> String {
     let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1";
     system.source().await.query_one(sql, &[&system.flow().slot_name()]).await.unwrap().get(0)
+}
+
+/// Waits until a metric of the first worker is above something; its value.
+async fn rises_above(system: &System, name: &str, labels: &[(&str, &str)], bound: f64) -> f64 {
+    let what = format!("{name} {labels:?} is above {bound}");
+    eventually(PATIENCE, &what, async || match system.workers[0].metric(name, labels).await {
+        Ok(value) if value > bound => Ok(value),
+        other => Err(other),
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -59,6 +72,12 @@ async fn three_sinks_pull_a_record_once_and_a_blocked_one_delays_nobody() {
     let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'second' AND wait_event_type = 'Lock'";
     let waiting: i64 = system.source().await.query_one(waits, &[]).await.unwrap().get(0);
     assert!(waiting > 0, "the second sink was not blocked");
+    // An alarm has what to go by: the blocked sink is behind, for longer and longer, and what is not confirmed yet holds WAL back.
+    let labels = [("task", "shop.apply.second")];
+    rises_above(&system, "wallaby_sink_lag_bytes", &labels, 0.0).await;
+    let behind = rises_above(&system, "wallaby_sink_lag_seconds", &labels, 0.0).await;
+    rises_above(&system, "wallaby_sink_lag_seconds", &labels, behind).await;
+    rises_above(&system, "wallaby_retained_wal_bytes", &[("flow", "shop")], 0.0).await;
     blocked.batch_execute("ROLLBACK").await.unwrap();
 
     let worker = system.workers[0].name().to_owned();
@@ -82,4 +101,13 @@ async fn three_sinks_pull_a_record_once_and_a_blocked_one_delays_nobody() {
         let labels: Vec<_> = task.map(|task| ("task", task)).into_iter().collect();
         assert!(worker.metric(lsn, &labels).await.unwrap() > 0.0, "{lsn} stands at nothing");
     }
+
+    // The capture changes hands: its epoch says so.
+    let epoch = worker.metric(EPOCH, &[CAPTURE]).await.unwrap();
+    let name = worker.name().to_owned();
+    system.kill_worker(&name).await;
+    system.start_worker("");
+    let next = rises_above(&system, EPOCH, &[CAPTURE], epoch).await;
+    println!("the capture's epoch went from {epoch} to {next}");
+    system.row_passes().await;
 }

@@ -79,7 +79,7 @@ struct Counted {
     bytes: u64,
     /// Bytes that were put from here since the shelf is known.
     put: u64,
-    /// Whether something was put since it was counted: what replaces an object counts twice until then.
+    /// Whether something was put or removed since it was counted: what replaces an object counts twice until then, and what is gone counts.
     is_tracked: bool,
     in_flight: u64,
     at: Instant,
@@ -213,7 +213,8 @@ impl ObjectSide {
                         counted.in_flight += bytes;
                         return Ok(Some(Room { shelf: self.shelf(shelf), bytes }));
                     }
-                    if age < COUNT_AGE_MIN && !counted.is_tracked {
+                    // Counted once more it is full, also where others went on putting meanwhile.
+                    if age < COUNT_AGE_MIN && (!counted.is_tracked || age_max == Duration::MAX) {
                         return Ok(None);
                     }
                 }
@@ -367,11 +368,9 @@ impl SideStore for ObjectSide {
 
     async fn delete(&self, group: SideGroup) -> Result<()> {
         self.remove_below(&path::group_path(&group, '/')).await?;
-        // Counted again before the next put.
-        if let Some(counted) = lock(self.shelf(group.shelf())).as_mut()
-            && let Some(long_ago) = Instant::now().checked_sub(COUNT_AGE_MAX)
-        {
-            counted.at = long_ago;
+        // Counted again before a put is refused: not before each put, of which many are on their way while room is made.
+        if let Some(counted) = lock(self.shelf(group.shelf())).as_mut() {
+            counted.is_tracked = true;
         }
         Ok(())
     }
