@@ -140,8 +140,7 @@ impl View {
         let of = |kind| TaskId { flow: entry.flow.clone(), kind };
         if view.may_read() && !self.pauses_for_the_slot(entry) {
             // More readers than rows a second would wait for each other, and keep places of their workers.
-            let readers = u64::from(spec.readers).min(spec.rows_per_second.unwrap_or(u64::MAX)).max(1);
-            let readers = usize::try_from(readers).unwrap_or(usize::MAX);
+            let readers = usize::try_from(spec.readers_at_once()).unwrap_or(usize::MAX);
             let chunk_tasks = view.pending().map(|chunk| of(TaskKind::Chunk(run, chunk)));
             let reading = self.chunks_reading(entry, run);
             let free = readers.min(self.chunks_fitting(entry, run, view)).saturating_sub(reading);

@@ -52,7 +52,7 @@ enum Idle {
 /// How a run is read that is to read slowly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Throttled {
-    /// So many chunks at a time: fewer than the run may, when each would read more than its share with one row a second.
+    /// So many chunks at a time.
     readers: usize,
     /// So many rows of each, a second.
     pub rows_per_second: u64,
@@ -62,7 +62,7 @@ impl Throttled {
     /// What all readers take together is no more than what was asked for. `None`: they take what they can.
     pub fn of(spec: &RunSpec) -> Option<Throttled> {
         let all = spec.rows_per_second?.max(1);
-        let readers = u64::from(spec.readers.max(1)).min(all);
+        let readers = spec.readers_at_once();
         Some(Throttled { readers: usize::try_from(readers).unwrap_or(usize::MAX), rows_per_second: all / readers })
     }
 }
@@ -126,7 +126,7 @@ pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
     failed(context, *run, &work, &error).await
 }
 
-/// Whether the chunk may be read now: not while so many readers came before this one that they take all that may be read. Whoever
+/// Whether the chunk may be read now. The controller offers no more than may be read, by what it sees; this holds whatever it saw: not while so many readers came before this one that they take all that may be read. Whoever
 /// owns a chunk came before those that do not see its lock yet, so the readers agree.
 async fn is_next(context: &TaskContext, run: RunId, spec: &RunSpec) -> bool {
     let Some(throttled) = Throttled::of(spec) else { return true };

@@ -286,15 +286,21 @@ async fn h16_a_part_that_lands_late_where_nothing_is_captured_is_swept_by_the_ne
     scene.equal(ALL).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn h09_a_chunk_that_lost_a_part_before_it_was_loaded_is_read_again() {
-    let scene = Arc::new(Scene::new("lost").await);
+/// A run whose chunks are all read, and none is loaded.
+async fn read_and_not_loaded(name: &str) -> (Arc<Scene>, AbortOnDropHandle<()>, Running) {
+    let scene = Arc::new(Scene::new(name).await);
     fill(&scene, 20_000).await;
     scene.offer_loads(false);
     scene.coordination.create_flow(scene.in_chunks("initial")).await.unwrap();
-    let _offers = scene.offering();
-    let _worker = scene.worker("w1");
+    let offers = scene.offering();
+    let worker = scene.worker("w1");
     scene.run_is(1, RunState::Loading).await;
+    (scene, offers, worker)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h09_a_chunk_that_lost_a_part_before_it_was_loaded_is_read_again() {
+    let (scene, _offers, _worker) = read_and_not_loaded("lost").await;
     let chunk = ChunkId { table: 0, restart: 0, number: 3 };
     let stream = scene.stream_of(Shelf::Chunks).await;
     let last = scene.shelf(Shelf::Chunks).await.last_sequence;
@@ -317,13 +323,7 @@ async fn h09_a_chunk_that_lost_a_part_before_it_was_loaded_is_read_again() {
 /// What stands there is an object of its own, whole and readable: only the chunk's mark says that it is another one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h09_a_chunk_with_a_part_of_other_rows_is_read_again() {
-    let scene = Arc::new(Scene::new("other").await);
-    fill(&scene, 20_000).await;
-    scene.offer_loads(false);
-    scene.coordination.create_flow(scene.in_chunks("initial")).await.unwrap();
-    let _offers = scene.offering();
-    let _worker = scene.worker("w1");
-    scene.run_is(1, RunState::Loading).await;
+    let (scene, _offers, _worker) = read_and_not_loaded("other").await;
     let flow = scene.coordination.flow(&scene.flow).await.unwrap();
     let log = &flow.record.document.spec.log;
     let side = open_side(&scene.flow, log, &scene.connections().await.unwrap()).unwrap();

@@ -86,6 +86,11 @@ impl RunSpec {
         self.sinks.is_empty() || self.sinks.contains(sink)
     }
 
+    /// How many chunks may be read at a time: fewer than `readers`, when each would read more than its share with one row a second.
+    pub fn readers_at_once(&self) -> u64 {
+        u64::from(self.readers).min(self.rows_per_second.unwrap_or(u64::MAX)).max(1)
+    }
+
     /// Whether two runs load into a sink that they share.
     pub fn shares_a_sink(&self, other: &RunSpec) -> bool {
         self.sinks.is_empty() || other.sinks.is_empty() || self.sinks.iter().any(|sink| other.sinks.contains(sink))
