@@ -9,6 +9,8 @@ import { createInterface } from "node:readline";
 const SLOWEST = 10;
 /** A binary that takes longer than this is killed and counts as failed, in seconds. */
 const TIMEOUT_S = Number(process.env.WALLABY_TEST_TIMEOUT_S ?? (process.env.WALLABY_PROVE ? 10800 : 1800));
+/** At full size, a test that took at least this many seconds is told of when it ends, with what it printed: takeover times, memory, rates. */
+const TELL_S = process.env.WALLABY_PROVE ? 5 : Infinity;
 
 const separator = process.argv.indexOf("--");
 const cargoOptions = process.argv.slice(2, separator < 0 ? undefined : separator);
@@ -84,6 +86,10 @@ function record(name, event) {
     totals.failed++;
     failures.push(name);
     console.log(`FAILED ${name}\n${event.stdout ?? event.message ?? ""}`);
+  }
+  if (event.event === "ok" && event.exec_time >= TELL_S) {
+    console.log(`${event.exec_time.toFixed(1).padStart(9)} s  ${name}`);
+    for (const line of event.stdout?.trimEnd().split("\n") ?? []) console.log(`             ${line}`);
   }
   if (event.exec_time !== undefined) times.push({ name, seconds: event.exec_time });
 }
