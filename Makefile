@@ -24,8 +24,10 @@ demo: ## Start everything here, kill a worker while rows flow, compare; KEEP=1 l
 test: tools ## Run all tests against real servers; prints the slowest ten and the totals
 	@tools/test.sh
 
-prove: tools ## Run the tests at their full sizes: every fault several times. Takes long
+prove: tools ## Run the tests at their full sizes, every fault several times, and what has a time bound in release mode. Takes long
 	@WALLABY_PROVE=1 tools/test.sh
+	@cargo build --locked --release --workspace --bins
+	@"$(CARGO_TARGET_DIR)/release/wallaby-loadtest" add-table
 
 loadtest: tools ## Measure on this machine, in release mode, and write a report (about twenty minutes, machine at rest)
 	@cargo build --locked --release --workspace --bins

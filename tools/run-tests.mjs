@@ -12,6 +12,9 @@ const TIMEOUT_S = Number(process.env.WALLABY_TEST_TIMEOUT_S ?? (process.env.WALL
 /** At full size, a test that took at least this many seconds is told of when it ends, with what it printed: takeover times, memory, rates. */
 const TELL_S = process.env.WALLABY_PROVE ? 5 : Infinity;
 
+/** A line of a program's log, with or without colours. */
+const LOGGED = /^(\x1b\[\d+m)?\d{4}-\d\d-\d\dT/;
+
 const separator = process.argv.indexOf("--");
 const cargoOptions = process.argv.slice(2, separator < 0 ? undefined : separator);
 const testOptions = separator < 0 ? [] : process.argv.slice(separator + 1);
@@ -89,7 +92,8 @@ function record(name, event) {
   }
   if (event.event === "ok" && event.exec_time >= TELL_S) {
     console.log(`${event.exec_time.toFixed(1).padStart(9)} s  ${name}`);
-    for (const line of event.stdout?.trimEnd().split("\n") ?? []) console.log(`             ${line}`);
+    const said = event.stdout?.split("\n").filter((line) => line && !LOGGED.test(line)) ?? [];
+    for (const line of said) console.log(`             ${line}`);
   }
   if (event.exec_time !== undefined) times.push({ name, seconds: event.exec_time });
 }

@@ -126,7 +126,12 @@ fn tls_options(tls: &Tls) -> etcd_client::TlsOptions {
 impl Link {
     /// A link that begins at a random endpoint. Does not connect yet, unless a name and password must be checked.
     pub(crate) async fn open(target: &Target, purpose: Purpose) -> Result<Link, Failure> {
-        let mut generation = u64::from(rand::random::<u32>());
+        Link::open_at(target, purpose, u64::from(rand::random::<u32>())).await
+    }
+
+    /// A link that begins at the endpoint whose turn it is when `generation` links were there before it: who counts them comes to each of
+    /// them in turn.
+    pub(crate) async fn open_at(target: &Target, purpose: Purpose, mut generation: u64) -> Result<Link, Failure> {
         let mut tried = 0;
         let client = loop {
             match target.client(purpose, generation).await {

@@ -240,6 +240,7 @@ impl SessionInner {
         let cause = match self.lease.validity().fence_reason() {
             Some(FenceReason::Revoked) => "it was given up",
             Some(FenceReason::LeaseGone) => "etcd says that it is gone",
+            Some(FenceReason::Stalled) => "this process gave its tasks no turn",
             _ => "no keepalive was answered in time",
         };
         Err(Error::LeaseLost { holder: self.holder(), cause: cause.to_owned() })

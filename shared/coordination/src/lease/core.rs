@@ -10,6 +10,10 @@ use crate::clock::BootTime;
 /// Not shorter than this, for machines that are busy.
 const ATTEMPT_MIN: Duration = Duration::from_millis(250);
 
+/// A process whose tasks had no turn for this long is stuck, and its lease is not kept alive for it: as long as the worker's watchdog
+/// lets a task be silent. A process that is only busy turns its tasks far sooner.
+const STALLED_AFTER: Duration = Duration::from_secs(30);
+
 /// Why a process must not act under its lease any more. Final: a new session is needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FenceReason {
@@ -19,6 +23,8 @@ pub enum FenceReason {
     LeaseGone,
     /// The process gave the lease up itself.
     Revoked,
+    /// Keepalives are answered, and the process has given none of its tasks a turn for long: others may do its work.
+    Stalled,
 }
 
 /// What the keeper does next.
@@ -37,6 +43,8 @@ pub(crate) struct LeaseCore {
     ttl: Duration,
     deadline: BootTime,
     next_keepalive: BootTime,
+    /// When the process was last seen to give its tasks a turn.
+    turned: BootTime,
     fenced: Option<FenceReason>,
     /// False only in tests of what refuses a zombie's writes.
     self_fencing: bool,
@@ -45,7 +53,8 @@ pub(crate) struct LeaseCore {
 impl LeaseCore {
     /// A lease that was asked for at `sent` and granted.
     pub(crate) fn granted(sent: BootTime, ttl: Duration, self_fencing: bool) -> LeaseCore {
-        let mut core = LeaseCore { ttl, deadline: sent, next_keepalive: sent, fenced: None, self_fencing };
+        let (deadline, next_keepalive, turned) = (sent, sent, sent);
+        let mut core = LeaseCore { ttl, deadline, next_keepalive, turned, fenced: None, self_fencing };
         core.renewed(sent);
         core
     }
@@ -68,6 +77,11 @@ impl LeaseCore {
         self.next_keepalive = now.plus(self.ttl / 60);
     }
 
+    /// The process gives its tasks turns.
+    pub(crate) fn turned(&mut self, now: BootTime) {
+        self.turned = self.turned.max(now);
+    }
+
     /// The lease is gone, or is given up. The first reason stays.
     pub(crate) fn end(&mut self, reason: FenceReason) {
         let is_ignored = !self.self_fencing && reason != FenceReason::Revoked;
@@ -80,6 +94,9 @@ impl LeaseCore {
     pub(crate) fn check(&mut self, now: BootTime) -> Option<FenceReason> {
         if now >= self.deadline {
             self.end(FenceReason::Deadline);
+        }
+        if self.turned.until(now) >= STALLED_AFTER {
+            self.end(FenceReason::Stalled);
         }
         self.fenced
     }
@@ -167,6 +184,23 @@ mod tests {
     }
 
     #[test]
+    fn a_stuck_process_is_not_kept_alive_and_a_busy_one_is() {
+        let mut lease = lease();
+        let answered = |lease: &mut LeaseCore, seconds: std::ops::Range<u64>| {
+            for now in seconds {
+                lease.answered(at(now), at(now));
+                assert_eq!(lease.check(at(now)), None, "after {now} s");
+            }
+        };
+        answered(&mut lease, 1..30);
+        lease.turned(at(29));
+        answered(&mut lease, 30..59);
+        assert_eq!(lease.step(at(59)), Step::Fenced(FenceReason::Stalled));
+        lease.turned(at(61));
+        assert_eq!(lease.check(at(61)), Some(FenceReason::Stalled), "what is fenced stays fenced");
+    }
+
+    #[test]
     fn without_self_fencing_only_giving_up_ends_it() {
         let mut lease = LeaseCore::granted(at(0), TTL, false);
         lease.end(FenceReason::LeaseGone);
@@ -208,7 +242,10 @@ mod tests {
                         last_sent = last_sent.max(sent);
                     }
                     Happens::Failure => lease.failed(now),
-                    Happens::Time { ms } => now = now.plus(Duration::from_millis(ms)),
+                    Happens::Time { ms } => {
+                        now = now.plus(Duration::from_millis(ms));
+                        lease.turned(now);
+                    }
                 }
                 let is_fenced = lease.check(now).is_some();
                 prop_assert!(is_fenced || last_sent.until(now) < TTL * 2 / 3);

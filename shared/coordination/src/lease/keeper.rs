@@ -1,10 +1,11 @@
 //! The shell around the lease core: grants, keeps alive on streams that it reopens after every failure, fences.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use etcd_client::{LeaseKeepAliveStream, LeaseKeeper};
+use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -18,7 +19,16 @@ use crate::{Error, Result, metrics};
 const CLOCK_TICK_MAX: Duration = Duration::from_millis(100);
 /// How long revoking is tried; the lease ends by itself otherwise.
 const REVOKE_PATIENCE: Duration = Duration::from_secs(3);
+/// How often a process shows that its tasks have turns; small against the time after which it counts as stalled.
+const TURN_EVERY: Duration = Duration::from_secs(1);
 const FOR_EVER: u64 = u64::MAX;
+
+/// Leases are kept alive on a thread of their own. Among the tasks of a process they would wait for every one of them that computes: a row
+/// of 200 MB that is hashed, packed and copied keeps a thread for longer than a short lease lasts where CPU time is scarce, the worker loses
+/// its lease over it, begins again with the same row, and never comes further.
+static RUNTIME: LazyLock<std::io::Result<Runtime>> = LazyLock::new(|| {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("lease").enable_all().build()
+});
 
 /// A cheap look at whether this process may still act under its lease. Clones look at the same lease.
 #[derive(Clone, Debug)]
@@ -86,6 +96,10 @@ impl Shared {
                 metrics::lease_lost();
                 tracing::warn!(%holder, "etcd says that the lease is gone: stopping all tasks");
             }
+            FenceReason::Stalled => {
+                metrics::self_fenced();
+                tracing::warn!(%holder, "this process gives its tasks no turn: giving the lease up, so that others can go on");
+            }
             FenceReason::Revoked => tracing::debug!(%holder, "lease given up"),
         }
         self.fence.cancel();
@@ -102,6 +116,7 @@ pub(crate) struct Lease {
     requests: Arc<Link>,
     _keeper: AbortOnDropHandle<()>,
     _clock: AbortOnDropHandle<()>,
+    _turns: AbortOnDropHandle<()>,
 }
 
 impl Lease {
@@ -113,6 +128,10 @@ impl Lease {
         ttl: Duration,
         self_fencing: bool,
     ) -> Result<Lease> {
+        let own_thread = RUNTIME.as_ref().map_err(|error| Error::Refused {
+            doing: "granting a lease",
+            cause: format!("no thread can be had to keep it alive on: {error}"),
+        })?;
         let seconds = i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX);
         let request = |client: etcd_client::Client| async move {
             let sent = BootTime::now();
@@ -133,10 +152,12 @@ impl Lease {
         shared.update(|_| ());
         let keeper =
             Keeper { target: target.clone(), id: granted.id(), holder: holder.clone(), shared: shared.clone() };
-        let keeper = AbortOnDropHandle::new(tokio::spawn(keeper.run()));
-        let clock = AbortOnDropHandle::new(tokio::spawn(watch_clock(shared.clone(), holder.clone())));
+        let keeper = AbortOnDropHandle::new(own_thread.spawn(keeper.run()));
+        let clock = AbortOnDropHandle::new(own_thread.spawn(watch_clock(shared.clone(), holder.clone())));
+        let turns = AbortOnDropHandle::new(tokio::spawn(show_turns(shared.clone())));
         let validity = Validity { shared };
-        Ok(Lease { id: granted.id(), ttl, holder, validity, requests, _keeper: keeper, _clock: clock })
+        let id = granted.id();
+        Ok(Lease { id, ttl, holder, validity, requests, _keeper: keeper, _clock: clock, _turns: turns })
     }
 
     pub(crate) fn id(&self) -> i64 {
@@ -185,6 +206,14 @@ async fn watch_clock(shared: Arc<Shared>, holder: String) {
     }
 }
 
+/// Runs among the tasks of the process, and shows by it that they have turns.
+async fn show_turns(shared: Arc<Shared>) {
+    while !shared.fence.is_cancelled() {
+        shared.update(|core| core.turned(BootTime::now()));
+        tokio::time::sleep(TURN_EVERY).await;
+    }
+}
+
 type Stream = (LeaseKeeper, LeaseKeepAliveStream);
 
 struct Keeper {
@@ -198,6 +227,7 @@ impl Keeper {
     async fn run(self) {
         let mut link: Option<Link> = None;
         let mut stream: Option<Stream> = None;
+        let mut generation = u64::from(rand::random::<u32>());
         loop {
             let step = self.shared.update(|core| core.step(BootTime::now()));
             let timeout = match step {
@@ -212,7 +242,7 @@ impl Keeper {
                 Step::KeepAlive(timeout) => timeout,
             };
             let sent = BootTime::now();
-            match tokio::time::timeout(timeout, self.keep_alive(&mut link, &mut stream)).await {
+            match tokio::time::timeout(timeout, self.keep_alive(&mut link, &mut stream, generation)).await {
                 Ok(Ok(())) => {
                     let now = BootTime::now();
                     let until = self.shared.update(|core| {
@@ -234,7 +264,9 @@ impl Keeper {
                     let cause =
                         if let Ok(Err(Attempt::Failed(cause))) = failed { cause } else { "no answer".to_owned() };
                     tracing::debug!(holder = %self.holder, %cause, "keepalive failed, opening a new stream");
-                    // Streams do not heal [m], and the connection may be the reason: both are new for the next attempt.
+                    // Streams do not heal [m], and the connection may be the reason: both are new for the next attempt, at the next
+                    // endpoint. A few attempts are all there is before the deadline, and chance may send each of them to the one that is dead.
+                    generation = link.as_ref().map_or(generation, |link| link.client().0).wrapping_add(1);
                     (link, stream) = (None, None);
                     self.shared.update(|core| core.failed(BootTime::now()));
                 }
@@ -243,7 +275,12 @@ impl Keeper {
     }
 
     /// Sends one keepalive and waits for its answer. One at a time, so that an answer belongs to what was sent last.
-    async fn keep_alive(&self, link: &mut Option<Link>, stream: &mut Option<Stream>) -> Result<(), Attempt> {
+    async fn keep_alive(
+        &self,
+        link: &mut Option<Link>,
+        stream: &mut Option<Stream>,
+        generation: u64,
+    ) -> Result<(), Attempt> {
         if let Some((keeper, answers)) = stream {
             keeper.keep_alive().await?;
             let answer = answers.message().await?;
@@ -251,7 +288,7 @@ impl Keeper {
             return if answer.ttl() > 0 { Ok(()) } else { Err(Attempt::LeaseGone) };
         }
         if link.is_none() {
-            *link = Some(Link::open(&self.target, Purpose::Streams).await?);
+            *link = Some(Link::open_at(&self.target, Purpose::Streams, generation).await?);
         }
         if let Some(link) = link {
             let (_, client) = link.client();
@@ -283,5 +320,46 @@ impl From<etcd_client::Error> for Attempt {
 impl From<Failure> for Attempt {
     fn from(failure: Failure) -> Self {
         Attempt::Failed(failure.text())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::options::Options;
+
+    /// Members that accept and say nothing, as frozen ones do: before the deadline each of them was asked.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn attempts_go_from_member_to_member() {
+        let (told, mut asked) = tokio::sync::mpsc::channel(16);
+        let (mut endpoints, mut members) = (Vec::new(), Vec::new());
+        for member in 0..3 {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            endpoints.push(format!("http://{}", listener.local_addr().unwrap()));
+            let told = told.clone();
+            members.push(AbortOnDropHandle::new(tokio::spawn(async move {
+                let mut open = Vec::new();
+                while let Ok((connection, _)) = listener.accept().await {
+                    open.push(connection);
+                    told.send(member).await.unwrap();
+                }
+            })));
+        }
+        let target = Target::new(&endpoints, Options::default()).unwrap();
+        let core = LeaseCore::granted(BootTime::now(), Duration::from_secs(9), true);
+        let (core, fence) = (Mutex::new(core), CancellationToken::new());
+        let shared = Arc::new(Shared { valid_until_nanos: AtomicU64::new(0), core, fence });
+        let keeper = Keeper { target, id: 7, holder: "a test".to_owned(), shared };
+        keeper.run().await;
+        let mut order = Vec::new();
+        while let Ok(member) = asked.try_recv() {
+            order.push(member);
+        }
+        assert!(order.len() >= 3, "{order:?}");
+        let turns = order.windows(2).all(|pair| (pair[0] + 1) % 3 == pair[1]);
+        assert!(turns, "{order:?}");
     }
 }

@@ -128,6 +128,25 @@ async fn a_frozen_member_of_three_is_left_aside() {
     assert!(lock.is_valid_now());
 }
 
+/// Every thread of the process computes for longer than the lease lasts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_busy_process_keeps_its_lease() {
+    let (_scope, coordination) = shared("busy").await;
+    let (flow, task) = shop(&coordination).await;
+    let session = worker(&coordination, "w1", lease(2, true)).await;
+    let lock = take(&session, &task, flow.revision).await;
+    let began = BootTime::now();
+    tokio::spawn(async move {
+        while BootTime::now() < began.plus(Duration::from_secs(5)) {
+            std::hint::spin_loop();
+        }
+    })
+    .await
+    .unwrap();
+    assert_eq!(session.fence_reason(), None);
+    lock.fix_epoch(None).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_lease_that_etcd_ended_is_noticed_at_the_next_keepalive() {
     let (scope, coordination) = shared("gone").await;
