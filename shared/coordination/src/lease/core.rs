@@ -11,7 +11,8 @@ use crate::clock::BootTime;
 const ATTEMPT_MIN: Duration = Duration::from_millis(250);
 
 /// A process whose tasks had no turn for this long is stuck, and its lease is not kept alive for it: as long as the worker's watchdog
-/// lets a task be silent. A process that is only busy turns its tasks far sooner.
+/// lets a task be silent, and not less than the TTL, within which a process that stood still as a whole meets its deadline. A process
+/// that is only busy turns its tasks far sooner.
 const STALLED_AFTER: Duration = Duration::from_secs(30);
 
 /// Why a process must not act under its lease any more. Final: a new session is needed.
@@ -95,7 +96,7 @@ impl LeaseCore {
         if now >= self.deadline {
             self.end(FenceReason::Deadline);
         }
-        if self.turned.until(now) >= STALLED_AFTER {
+        if self.turned.until(now) >= STALLED_AFTER.max(self.ttl) {
             self.end(FenceReason::Stalled);
         }
         self.fenced
@@ -198,6 +199,9 @@ mod tests {
         assert_eq!(lease.step(at(59)), Step::Fenced(FenceReason::Stalled));
         lease.turned(at(61));
         assert_eq!(lease.check(at(61)), Some(FenceReason::Stalled), "what is fenced stays fenced");
+
+        let mut long = LeaseCore::granted(at(0), Duration::from_secs(90), true);
+        assert_eq!(long.check(at(59)), None, "it stood still for less than its lease lasts");
     }
 
     #[test]
