@@ -126,8 +126,9 @@ pub async fn run(context: &Arc<TaskContext>) -> TaskEnd {
     failed(context, *run, &work, &error).await
 }
 
-/// Whether the chunk may be read now. The controller offers no more than may be read, by what it sees; this holds whatever it saw: not while so many readers came before this one that they take all that may be read. Whoever
-/// owns a chunk came before those that do not see its lock yet, so the readers agree.
+/// Whether the chunk may be read now: not while so many readers came before this one that they take all that may be read. Whoever
+/// owns a chunk came before those that do not see its lock yet, so the readers agree. The controller offers no more than may be read,
+/// by what it sees; this holds whatever it saw.
 async fn is_next(context: &TaskContext, run: RunId, spec: &RunSpec) -> bool {
     let Some(throttled) = Throttled::of(spec) else { return true };
     if throttled.readers >= spec.readers as usize {
