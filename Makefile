@@ -18,7 +18,7 @@ build: tools ## Build everything
 
 demo: ## Start everything here, kill a worker while rows flow, compare; KEEP=1 leaves it running
 	@tools/install.sh protoc nats-server etcd postgres
-	@cargo build --locked --workspace --bins
+	@cargo build --locked --workspace --bin wallaby --bin wallaby-controller --bin wallaby-worker --bin wallaby-demo
 	@"$(CARGO_TARGET_DIR)/debug/wallaby-demo"
 
 test: tools ## Run all tests against real servers; prints the slowest ten and the totals

@@ -1,11 +1,14 @@
 //! A table is added to a live flow of ten: how far the other tables fall behind meanwhile.
 //!
-//! A row with the time is written into each of the ten tables all the time; the lag of the sink is how old the newest row is of that
-//! table which is furthest behind. It is plotted over the time of the run, with the moment of the hand-over.
+//! Rows are written into the ten tables in turn all the time; the lag of the sink is how long the oldest row has been committed that is
+//! not there yet. It is plotted over the time of the run, with the moment of the hand-over. How long a commit itself takes at the source is
+//! not in it: on one machine the disk that is busy with what is loaded makes a commit slower, too.
 
+use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, ensure};
 use tokio_postgres::Client;
@@ -155,7 +158,9 @@ pub async fn run(options: &AddTableOptions, programs: &Programs, folder: &Path) 
     let servers = Servers::start(folder, &ServersOptions { postgres: PostgresOptions::default(), nats }).await?;
     let source = servers.source.connect(system::SOURCE_DATABASE).await?;
     for n in 0..TABLES {
-        let sql = format!("CREATE TABLE beat{n} (id bigserial PRIMARY KEY, at timestamptz NOT NULL)");
+        let sql = format!(
+            "CREATE TABLE beat{n} (id bigserial PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp())"
+        );
         source.batch_execute(&sql).await.context("making the ten tables")?;
     }
     typ::create_schema(&source).await?;
@@ -192,9 +197,10 @@ async fn watch(
     .await?;
     let begun = Instant::now();
     let stop = CancellationToken::new();
-    let beats = AbortOnDropHandle::new(tokio::spawn(beat(source, stop.clone())));
+    let waiting: Arc<Mutex<Waiting>> = Arc::default();
+    let beats = AbortOnDropHandle::new(tokio::spawn(beat(source, Arc::clone(&waiting), stop.clone())));
     let target = servers.target.connect(system::TARGET_DATABASE).await?;
-    let samples = tokio::spawn(sample(target, stop.clone(), begun));
+    let samples = tokio::spawn(sample(target, waiting, stop.clone(), begun));
     tokio::time::sleep(options.calm).await;
     let added_s = begun.elapsed().as_secs_f64();
     api.update(&wallaby_model::flow::parse(&flow_file(true), "the flow of eleven")?).await?;
@@ -229,40 +235,63 @@ async fn watch(
     Ok(Outcome { samples, added_s, handed_over_s, done_s, comparison })
 }
 
-async fn beat(source: Client, stop: CancellationToken) -> anyhow::Result<()> {
+/// The rows of the ten tables that are committed at the source and were not seen at the sink yet, oldest first: each with its id, and
+/// when its commit was answered.
+#[derive(Debug, Default)]
+struct Waiting([VecDeque<(i64, SystemTime)>; TABLES]);
+
+impl Waiting {
+    /// How long (ms) the oldest row has been waiting at `now` when each table was seen to end with the row `seen`.
+    fn lag_ms(&mut self, seen: &[i64], now: SystemTime) -> f64 {
+        let oldest = self.0.iter_mut().zip(seen).filter_map(|(rows, seen)| {
+            while rows.front().is_some_and(|(id, _)| id <= seen) {
+                rows.pop_front();
+            }
+            rows.front().map(|(_, committed)| *committed)
+        });
+        // A row that was committed after the look has not waited.
+        oldest.min().and_then(|committed| now.duration_since(committed).ok()).unwrap_or_default().as_secs_f64() * 1000.0
+    }
+}
+
+async fn beat(source: Client, waiting: Arc<Mutex<Waiting>>, stop: CancellationToken) -> anyhow::Result<()> {
     for n in (0..TABLES).cycle() {
         if stop.is_cancelled() {
             return Ok(());
         }
-        source.batch_execute(&format!("INSERT INTO beat{n} (at) VALUES (clock_timestamp())")).await?;
+        let row = source.query_one(&format!("INSERT INTO beat{n} DEFAULT VALUES RETURNING id"), &[]).await?;
+        let beat = (row.try_get(0)?, SystemTime::now());
+        waiting.lock().unwrap_or_else(PoisonError::into_inner).0[n].push_back(beat);
         tokio::time::sleep(BEAT_EVERY).await;
     }
     Ok(())
 }
 
-/// How old the newest beat is of that of the ten tables which is furthest behind: at least as old as a round of beats. Both servers have
-/// one clock. And when the table that is added was first seen to be part of the sink's main stream.
+/// The lag of the sink over time, and when the table that is added was first seen to be part of its main stream. The look's time is that
+/// of the target, which has one clock with us.
 async fn sample(
     target: Client,
+    waiting: Arc<Mutex<Waiting>>,
     stop: CancellationToken,
     begun: Instant,
 ) -> anyhow::Result<(Vec<(f64, f64)>, Option<f64>)> {
-    let newest: Vec<String> = (0..TABLES).map(|n| format!("SELECT max(at) AS at FROM beat{n}")).collect();
+    let newest: Vec<String> = (0..TABLES).map(|n| format!("(SELECT coalesce(max(id), 0) FROM beat{n})")).collect();
     let sql = format!(
-        "SELECT (extract(epoch FROM clock_timestamp() - min(at)) * 1000)::float8, \
-         EXISTS (SELECT FROM wallaby.tables WHERE format('%s.%s', source_schema, source_table) = '{}' AND stage = 'ready') \
-         FROM ({}) beats",
+        "SELECT ARRAY[{}], clock_timestamp(), EXISTS (SELECT FROM wallaby.tables \
+         WHERE format('%s.%s', source_schema, source_table) = '{}' AND stage = 'ready')",
+        newest.join(", "),
         typ::TABLE,
-        newest.join(" UNION ALL ")
     );
     let (mut samples, mut handed_over) = (Vec::new(), None);
     while !stop.is_cancelled() {
-        let row = target.query_one(&sql, &[]).await.context("reading the newest beat")?;
+        let row = target.query_one(&sql, &[]).await.context("reading the newest rows")?;
         let at = begun.elapsed().as_secs_f64();
-        if let Some(lag) = row.get::<_, Option<f64>>(0) {
-            samples.push((at, lag));
-        }
-        if row.get::<_, bool>(1) {
+        let lag = waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .lag_ms(&row.try_get::<_, Vec<i64>>(0)?, row.try_get(1)?);
+        samples.push((at, lag));
+        if row.get::<_, bool>(2) {
             handed_over.get_or_insert(at);
         }
         tokio::time::sleep(SAMPLE_EVERY).await;
@@ -293,6 +322,24 @@ mod tests {
         let once = outcome(&[&rests[..], &rise, &rests].concat());
         assert_eq!((once.excursions(), once.rise_ms()), (1, 700.0));
         assert_eq!(outcome(&[&rise[..], &rests, &rise].concat()).excursions(), 2);
+    }
+
+    #[test]
+    fn the_lag_is_that_of_the_oldest_committed_row_that_is_not_there() {
+        let at = |ms: u64| SystemTime::UNIX_EPOCH + Duration::from_millis(ms);
+        let mut waiting = Waiting::default();
+        assert_eq!(waiting.lag_ms(&[0; TABLES], at(5)), 0.0, "nothing was written");
+        waiting.0[0].extend([(1, at(100)), (2, at(300))]);
+        waiting.0[7].push_back((1, at(200)));
+        let mut seen = [0; TABLES];
+        assert_eq!(waiting.lag_ms(&seen, at(1000)), 900.0);
+        seen[0] = 1;
+        assert_eq!(waiting.lag_ms(&seen, at(1000)), 800.0, "the other table's is the oldest now");
+        seen[7] = 1;
+        assert_eq!(waiting.lag_ms(&seen, at(1000)), 700.0);
+        assert_eq!(waiting.lag_ms(&seen, at(250)), 0.0, "committed after the look");
+        seen[0] = 9;
+        assert_eq!(waiting.lag_ms(&seen, at(1000)), 0.0, "seen before its commit was answered");
     }
 
     #[test]
