@@ -57,19 +57,22 @@ impl PostgresSink {
             return Err(error);
         }
         open.session.transaction_ended().await?;
-        // The table may have been made or widened.
-        open.targets.clear();
+        // A table of the change may have been made or widened, here or by who loaded it. What is known of the others stays: the stream
+        // goes on, and reading each of them again is what it would wait for.
         match change {
-            Change::StartAnew => {
-                open.position = None;
-                open.owners = None;
-            }
-            Change::Mark { tables, stage: TableStage::Gone, .. } => {
-                if let Some(owners) = &mut open.owners {
+            Change::Prepare { shape, .. } => open.targets.retain(|known, _| known.table != shape.table),
+            Change::Mark { tables, stage, .. } => {
+                open.targets.retain(|known, _| !tables.contains(&known.table));
+                if let (TableStage::Gone, Some(owners)) = (stage, &mut open.owners) {
                     owners.retain(|_, owner| !tables.contains(owner));
                 }
             }
-            _ => {}
+            Change::Forget(_) => open.targets.clear(),
+            Change::StartAnew => {
+                open.targets.clear();
+                open.position = None;
+                open.owners = None;
+            }
         }
         self.open = Some(open);
         Ok(())

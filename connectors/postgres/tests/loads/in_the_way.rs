@@ -8,8 +8,8 @@ use wallaby_model::run::TableStage;
 use wallaby_model::{ColumnType, Epoch, RunId, TableName, TableSchema};
 use wallaby_postgres::PostgresSinkFactory;
 
-use crate::target::{Target, rows};
-use crate::{RUN, chunk, item, items, load};
+use crate::target::{Target, apply, rows};
+use crate::{LIMIT, RUN, chunk, events, item, items, load};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_persons_foreign_key_in_the_way_is_named() {
@@ -21,6 +21,26 @@ async fn a_persons_foreign_key_in_the_way_is_named() {
     let prepared = sink.loads().unwrap().prepare(RUN, 0, &items()).await;
     let Err(SinkError::Configuration { remedy, .. }) = prepared else { panic!("{prepared:?}") };
     assert!(remedy.contains(r#"ALTER TABLE "public"."lines" DROP CONSTRAINT "of_item""#), "{remedy}");
+}
+
+/// The stream goes on while a table is added: to look at every other table anew is seconds of waiting on a busy machine.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_known_of_a_table_outlives_the_load_of_another() {
+    let target = Target::fresh("other_tables").await;
+    let mut log = Log::new();
+    let mut sink = target.opened(&log).await;
+    log.transaction([Change::insert(&events(), [1.into()])]);
+    apply(&mut sink, &log.batch()).await;
+    let loads = sink.loads().unwrap();
+    loads.prepare(RUN, 0, &items()).await.unwrap();
+    loads.mark(std::slice::from_ref(&items().table), TableStage::CatchingUp, log.start()).await.unwrap();
+    // Who looks at a table notes here what it has.
+    target.sql("BEGIN; LOCK TABLE wallaby.columns IN ACCESS EXCLUSIVE MODE").await;
+    log.transaction([Change::insert(&events(), [2.into()])]);
+    let goes_on = tokio::time::timeout(LIMIT, apply(&mut sink, &log.batch())).await;
+    target.sql("ROLLBACK").await;
+    assert!(goes_on.is_ok(), "the sink looks again at a table that nobody changed");
+    assert_eq!(target.rows(&events().table).await, rows(&[&["1"], &["2"]]));
 }
 
 /// What two tables that go to one here are told.
