@@ -11,6 +11,7 @@
 //! | `load` | one chunk of a run, from the side store into a sink |
 //! | `detach` | sinks that need more of the log than it can hold |
 //! | `verify` | compares the source with a sink, once |
+//! | `background` | where the work runs that the stream goes before |
 //! | `failures` | how long a task rests that failed here |
 //! | `flows` | what the flows ask of each task |
 //! | `memory` | the limit of this process, and how much of it goes where |
@@ -21,6 +22,7 @@
 //! What decides is pure and tested by itself: `apply/assemble.rs`, `apply/tables.rs`, `run/core.rs`, `detach.rs`, `pulse.rs`, `backoff.rs`, `flows.rs::demand`.
 
 mod apply;
+mod background;
 mod backoff;
 mod cache;
 mod capture;

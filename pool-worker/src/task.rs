@@ -16,7 +16,7 @@ use crate::pulse::{Pulse, SILENCE_MAX};
 use crate::runs::RunBoard;
 use crate::shared::Shared;
 use crate::status::{StatusBoard, WRITE_EVERY};
-use crate::{apply, capture, chunk, load, metrics, run, verify};
+use crate::{apply, background, capture, chunk, load, metrics, run, verify};
 
 /// What a task is given.
 pub struct TaskContext {
@@ -143,7 +143,7 @@ pub async fn own(context: TaskContext) {
     let context = Arc::new(context);
     let task = context.task.clone();
     let _status = AbortOnDropHandle::new(tokio::spawn(write_status(Arc::clone(&context))));
-    let mut run = AbortOnDropHandle::new(tokio::spawn(run(Arc::clone(&context))));
+    let mut run = AbortOnDropHandle::new(background::spawn(&task.kind, run(Arc::clone(&context))));
     let end = tokio::select! {
         end = &mut run => match end {
             Ok(end) => end,
