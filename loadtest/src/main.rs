@@ -224,10 +224,13 @@ async fn add_table(arguments: AddTableArguments) -> anyhow::Result<()> {
     }
     std::fs::write(plot, outcome.plot()).with_context(|| format!("writing {}", plot.display()))?;
     println!(
-        "the other ten tables: at most {:.0} ms behind before, {:.0} ms while the table was added ({:.1} s); plot in {}\n{}",
+        "the other ten tables: at most {:.0} ms behind before, {:.0} ms while the table was added ({:.1} s), {} times; the disk stood still \
+         for at most {:.0} ms; plot in {}\n{}",
         outcome.calm_max_ms(),
         outcome.run_max_ms(),
         outcome.done_s - outcome.added_s,
+        outcome.excursions(),
+        outcome.stalled_max_ms(),
         plot.display(),
         outcome.comparison
     );

@@ -2,10 +2,12 @@
 //!
 //! Rows are written into the ten tables in turn all the time; the lag of the sink is how long the oldest row has been committed that is
 //! not there yet. It is plotted over the time of the run, with the moment of the hand-over. How long a commit itself takes at the source is
-//! not in it: on one machine the disk that is busy with what is loaded makes a commit slower, too.
+//! not in it: on one machine the disk that is busy with what is loaded makes a commit slower, too. It makes the log's servers slower as well, which
+//! sync each write here; so it is watched beside them for how long it stands still.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -33,6 +35,9 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(20);
 pub const RISE_MAX_MS: f64 = 1000.0;
 /// What the lag rises by before it is called a rise: below it is what the machine does while rows are read and loaded.
 const RISE_SEEN_MS: f64 = RISE_MAX_MS / 4.0;
+/// How often the disk is asked to sync a few bytes, and from when on it is said to have stood still.
+const PROBE_EVERY: Duration = Duration::from_millis(20);
+const STALL_SEEN: Duration = Duration::from_millis(50);
 /// For how long the lag has to be down again before another rise is one more.
 const REST_S: f64 = 1.0;
 
@@ -54,6 +59,8 @@ pub struct AddTableOptions {
 pub struct Outcome {
     /// Seconds since the beginning, lag in milliseconds.
     pub samples: Vec<(f64, f64)>,
+    /// When the disk stood still, from and to, in seconds since the beginning.
+    pub stalls: Vec<(f64, f64)>,
     /// When the table was added, in seconds since the beginning.
     pub added_s: f64,
     /// When the sink was seen to have handed the table over: P.
@@ -80,10 +87,24 @@ impl Outcome {
         self.run_max_ms() - self.calm_max_ms()
     }
 
-    /// How often the lag rose above what it was before the table was added, and came down again.
+    /// The longest time for which the disk stood still during the run.
+    pub fn stalled_max_ms(&self) -> f64 {
+        let during = self.stalls.iter().filter(|(from, _)| *from >= self.added_s);
+        during.map(|(from, to)| (to - from) * 1000.0).fold(0.0, f64::max)
+    }
+
+    /// For how long of a time the disk stood still, all in seconds.
+    fn stalled_s(&self, from: f64, to: f64) -> f64 {
+        self.stalls.iter().map(|stall| (stall.1.min(to) - stall.0.max(from)).max(0.0)).sum()
+    }
+
+    /// How often the lag rose above what it was before the table was added, and came down again. The time for which the disk stood still
+    /// while a row waited is left out: the disk is everybody's here.
     pub fn excursions(&self) -> usize {
         let high = self.calm_max_ms() + RISE_SEEN_MS;
-        let above = self.samples.iter().filter(|(at, lag)| *at > self.added_s && *lag > high).map(|(at, _)| *at);
+        let waited = |at: f64, lag: f64| lag - self.stalled_s(at - lag / 1000.0, at) * 1000.0;
+        let above = self.samples.iter().filter(|(at, lag)| *at > self.added_s && waited(*at, *lag) > high);
+        let above = above.map(|(at, _)| *at);
         let (mut count, mut last) = (0, f64::NEG_INFINITY);
         for at in above {
             count += usize::from(at - last > REST_S);
@@ -166,7 +187,7 @@ pub async fn run(options: &AddTableOptions, programs: &Programs, folder: &Path) 
     typ::create_schema(&source).await?;
     typ::fill(&source, 0, options.rows, 10_000).await?;
     let wallaby = Wallaby::start(&servers, programs, folder, &["worker-1", "worker-2"])?;
-    let outcome = watch(options, &servers, &wallaby, source).await;
+    let outcome = watch(options, &servers, &wallaby, source, folder).await;
     outcome.map_err(|error| anyhow::anyhow!("{error:#}{}", wallaby.last_words()))
 }
 
@@ -175,6 +196,7 @@ async fn watch(
     servers: &Servers,
     wallaby: &Wallaby,
     source: Client,
+    folder: &Path,
 ) -> anyhow::Result<Outcome> {
     let alive = || check_alive(servers, wallaby);
     let flow = FlowId::new(FLOW)?;
@@ -199,6 +221,9 @@ async fn watch(
     let stop = CancellationToken::new();
     let waiting: Arc<Mutex<Waiting>> = Arc::default();
     let beats = AbortOnDropHandle::new(tokio::spawn(beat(source, Arc::clone(&waiting), stop.clone())));
+    let probe = std::fs::File::create(folder.join("probe")).context("making a file to watch the disk with")?;
+    let stopped = stop.clone();
+    let stalls = tokio::task::spawn_blocking(move || probe_disk(probe, &stopped, begun));
     let target = servers.target.connect(system::TARGET_DATABASE).await?;
     let samples = tokio::spawn(sample(target, waiting, stop.clone(), begun));
     tokio::time::sleep(options.calm).await;
@@ -220,6 +245,7 @@ async fn watch(
     let (samples, handed_over_s) = samples.await??;
     let handed_over_s = handed_over_s.context("the table was not seen to be handed over")?;
     beats.await??;
+    let stalls = stalls.await?.context("watching the disk")?;
     let source = servers.source.connect(system::SOURCE_DATABASE).await?;
     let row = source.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await?;
     let end: wallaby_model::Lsn = row.try_get::<_, String>(0)?.parse()?;
@@ -232,7 +258,7 @@ async fn watch(
     let names: Vec<String> = (0..TABLES).map(|n| format!("public.beat{n}")).chain([typ::TABLE.to_owned()]).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let comparison = compare(&servers.source_dsn(), &servers.target_dsn(), &names).await?;
-    Ok(Outcome { samples, added_s, handed_over_s, done_s, comparison })
+    Ok(Outcome { samples, stalls, added_s, handed_over_s, done_s, comparison })
 }
 
 /// The rows of the ten tables that are committed at the source and were not seen at the sink yet, oldest first: each with its id, and
@@ -265,6 +291,22 @@ async fn beat(source: Client, waiting: Arc<Mutex<Waiting>>, stop: CancellationTo
         tokio::time::sleep(BEAT_EVERY).await;
     }
     Ok(())
+}
+
+/// Lets a file grow, which waits for the file system's journal as the log's servers do; when that took long.
+fn probe_disk(mut file: std::fs::File, stop: &CancellationToken, begun: Instant) -> std::io::Result<Vec<(f64, f64)>> {
+    let mut stalls = Vec::new();
+    while !stop.is_cancelled() {
+        let from = begun.elapsed();
+        file.write_all(&[0; 8])?;
+        file.sync_data()?;
+        let to = begun.elapsed();
+        if to - from > STALL_SEEN {
+            stalls.push((from.as_secs_f64(), to.as_secs_f64()));
+        }
+        std::thread::sleep(PROBE_EVERY);
+    }
+    Ok(stalls)
 }
 
 /// The lag of the sink over time, and when the table that is added was first seen to be part of its main stream. The look's time is that
@@ -309,7 +351,14 @@ mod tests {
         let run = during.iter().zip(20_u32..).map(|(lag, n)| (f64::from(n) / 10.0 + 0.01, *lag));
         let samples: Vec<_> = calm.chain(run).collect();
         let done_s = samples.last().map_or(0.0, |(at, _)| *at);
-        Outcome { samples, added_s: 2.0, handed_over_s: 2.5, done_s, comparison: Comparison::default() }
+        Outcome {
+            samples,
+            stalls: Vec::new(),
+            added_s: 2.0,
+            handed_over_s: 2.5,
+            done_s,
+            comparison: Comparison::default(),
+        }
     }
 
     #[test]
@@ -322,6 +371,15 @@ mod tests {
         let once = outcome(&[&rests[..], &rise, &rests].concat());
         assert_eq!((once.excursions(), once.rise_ms()), (1, 700.0));
         assert_eq!(outcome(&[&rise[..], &rests, &rise].concat()).excursions(), 2);
+        // The second one's highest sample, at 3.7 s, has waited 900 ms: 300 of them for the disk, and 600.
+        let stalled = |from| Outcome { stalls: vec![(from, 3.5)], ..outcome(&[&rise[..], &rests, &rise].concat()) };
+        assert_eq!((stalled(3.2).excursions(), stalled(3.2).rise_ms()), (2, 700.0));
+        assert_eq!(
+            (stalled(2.9).excursions(), stalled(2.9).rise_ms()),
+            (1, 700.0),
+            "the bound holds whatever the disk does"
+        );
+        assert_eq!(stalled(2.9).stalled_max_ms().round(), 600.0);
     }
 
     #[test]
