@@ -26,7 +26,7 @@ test: tools ## Run all tests against real servers; prints the slowest ten and th
 
 prove: tools ## Run the tests at their full sizes, every fault several times, and what has a time bound in release mode. Takes long
 	@WALLABY_PROVE=1 tools/test.sh
-	@cargo build --locked --release --workspace --bin wallaby-controller --bin wallaby-worker --bin wallaby-loadtest
+	@cargo build --locked --release --workspace --bin wallaby --bin wallaby-controller --bin wallaby-worker --bin wallaby-loadtest
 	@"$(CARGO_TARGET_DIR)/release/wallaby-loadtest" add-table
 
 loadtest: tools ## Measure on this machine, in release mode, and write a report (about twenty minutes, machine at rest)

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use wallaby_coordination::{Acquired, Coordination, FenceReason, SessionOptions, WorkerInfo, WorkerSession};
 use wallaby_model::{TaskId, WorkerId};
 
+use crate::background;
 use crate::failpoint::{Failpoint, Failpoints};
 use crate::flows::{Demand, Flow, FlowWatch, Flows, demand};
 use crate::memory::{self, Sizes};
@@ -65,8 +66,11 @@ pub async fn run(start: Start, shutdown: CancellationToken) -> Result<Outcome, w
         draining: false,
         started_at: now(),
     };
-    let session_options =
-        SessionOptions { ttl: options.lease_ttl.0, self_fencing: !failpoints.is_on(Failpoint::NoSelfFencing) };
+    let session_options = SessionOptions {
+        ttl: options.lease_ttl.0,
+        self_fencing: !failpoints.is_on(Failpoint::NoSelfFencing),
+        second_runtime: background::runtime(),
+    };
     let session = WorkerSession::start(&coordination, name, info.clone(), session_options).await?;
     tracing::info!(worker = %session.worker(), ttl_ms = session.ttl().as_millis() as u64, "worker started");
     let watch = FlowWatch::start(&coordination);

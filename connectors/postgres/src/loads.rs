@@ -67,7 +67,8 @@ impl PostgresSink {
                     owners.retain(|_, owner| !tables.contains(owner));
                 }
             }
-            Change::Forget(_) => open.targets.clear(),
+            // Which chunks are loaded says nothing of a table.
+            Change::Forget(_) => {}
             Change::StartAnew => {
                 open.targets.clear();
                 open.position = None;

@@ -80,7 +80,7 @@ mod tests {
             draining: false,
             started_at: wall_clock_now(),
         };
-        let lease = SessionOptions { ttl: Duration::from_secs(10), self_fencing: true };
+        let lease = SessionOptions::default();
         let session = WorkerSession::start(&coordination, WorkerId::new("w1").unwrap(), info, lease).await.unwrap();
         match session.acquire(&TaskId::capture(&flow.flow), flow.revision).await.unwrap() {
             Acquired::Lock(lock) => (session, lock),

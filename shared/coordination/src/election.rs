@@ -11,6 +11,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::client::encode;
 use crate::keys::Key;
 use crate::lease::Lease;
+use crate::session::SessionOptions;
 use crate::watch::{Change, WatchEvent};
 use crate::{Coordination, Error, Result};
 
@@ -104,7 +105,8 @@ impl Campaign {
         let target = self.coordination.target();
         let requests = self.coordination.requests().clone();
         let holder = format!("controller {}", self.candidate.id);
-        let lease = Lease::grant(target, requests, holder, self.ttl, true).await?;
+        let options = SessionOptions { ttl: self.ttl, ..SessionOptions::default() };
+        let lease = Lease::grant(target, requests, holder, options).await?;
         let fence = lease.validity().fence().clone();
         let outcome = tokio::select! {
             () = self.resign.cancelled() => Ok(()),

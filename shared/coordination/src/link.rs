@@ -9,7 +9,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions};
+use tokio::runtime::Handle;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::error::{Failure, tonic_code};
 use crate::options::{Options, Tls};
@@ -42,6 +44,8 @@ pub(crate) struct Link {
     target: Target,
     purpose: Purpose,
     current: RwLock<Current>,
+    /// Where its connections live, whoever finds that a new one is needed.
+    runtime: Handle,
 }
 
 struct Current {
@@ -143,7 +147,8 @@ impl Link {
                 Err(failure) => return Err(failure),
             }
         };
-        Ok(Link { target: target.clone(), purpose, current: RwLock::new(Current { generation, client }) })
+        let current = RwLock::new(Current { generation, client });
+        Ok(Link { target: target.clone(), purpose, current, runtime: Handle::current() })
     }
 
     /// The present connection and its number, for [`Link::replace`].
@@ -158,7 +163,9 @@ impl Link {
             return;
         }
         let next = generation.wrapping_add(1);
-        if let Ok(client) = self.target.client(self.purpose, next).await {
+        let (target, purpose) = (self.target.clone(), self.purpose);
+        let connecting = self.runtime.spawn(async move { target.client(purpose, next).await });
+        if let Ok(Ok(client)) = AbortOnDropHandle::new(connecting).await {
             let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
             if current.generation == generation {
                 *current = Current { generation: next, client };

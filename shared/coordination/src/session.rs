@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -21,7 +22,7 @@ use crate::watch::{Change, WatchEvent, decode};
 use crate::{Coordination, Error, Result, Revision};
 
 /// Settings of a worker's lease.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct SessionOptions {
     /// How long after the last keepalive etcd frees the worker's tasks; whole seconds, at least 2.
     pub ttl: Duration,
@@ -29,11 +30,14 @@ pub struct SessionOptions {
     /// makes the zombie that log, sinks and guarded writes must refuse. Then nothing in this process notices a lost lease:
     /// neither the deadline, nor etcd's word that the lease is gone, nor a deleted lock.
     pub self_fencing: bool,
+    /// A second runtime that the worker's tasks run on, beside that of the caller: a worker whose tasks have no turn on one of the two for
+    /// 30 s gives its lease up.
+    pub second_runtime: Option<Handle>,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        SessionOptions { ttl: Duration::from_secs(10), self_fencing: true }
+        SessionOptions { ttl: Duration::from_secs(10), self_fencing: true, second_runtime: None }
     }
 }
 
@@ -80,14 +84,14 @@ impl WorkerSession {
         if options.ttl < Duration::from_secs(2) {
             return Err(Error::Settings(format!("a lease of {:?} is too short: use 2 s or more", options.ttl)));
         }
-        let holder = format!("worker {worker}");
+        let (holder, self_fencing) = (format!("worker {worker}"), options.self_fencing);
         let target = coordination.target();
         let requests = coordination.requests().clone();
-        let lease = Lease::grant(target, requests, holder, options.ttl, options.self_fencing).await?;
+        let lease = Lease::grant(target, requests, holder, options).await?;
         let registry = Arc::new(Registry::default());
         let drain = CancellationToken::new();
         let mut watches = vec![spawn(watch_drain(coordination.clone(), worker.clone(), drain.clone()))];
-        if options.self_fencing {
+        if self_fencing {
             watches.push(spawn(lock_watch::run(coordination.clone(), registry.clone())));
         }
         let inner = SessionInner {
@@ -95,7 +99,7 @@ impl WorkerSession {
             worker,
             address: info.address.clone(),
             lease,
-            self_fencing: options.self_fencing,
+            self_fencing,
             registry,
             drain,
             _watches: watches,

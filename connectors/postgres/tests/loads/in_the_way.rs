@@ -34,6 +34,7 @@ async fn what_is_known_of_a_table_outlives_the_load_of_another() {
     let loads = sink.loads().unwrap();
     loads.prepare(RUN, 0, &items()).await.unwrap();
     loads.mark(std::slice::from_ref(&items().table), TableStage::CatchingUp, log.start()).await.unwrap();
+    loads.forget(RUN).await.unwrap();
     // Who looks at a table notes here what it has.
     target.sql("BEGIN; LOCK TABLE wallaby.columns IN ACCESS EXCLUSIVE MODE").await;
     log.transaction([Change::insert(&events(), [2.into()])]);

@@ -5,7 +5,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use etcd_client::{LeaseKeepAliveStream, LeaseKeeper};
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -13,6 +13,7 @@ use super::core::{FenceReason, LeaseCore, Step};
 use crate::clock::BootTime;
 use crate::error::{Failure, tonic_code};
 use crate::link::{Link, Purpose, Target};
+use crate::session::SessionOptions;
 use crate::{Error, Result, metrics};
 
 /// The longest between two looks at the clock: timers run on CLOCK_MONOTONIC, which stops with the machine.
@@ -120,14 +121,14 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
-    /// Asks for a lease and keeps it alive. `ttl` is taken in whole seconds; etcd may give more (it has a least of its own).
+    /// Asks for a lease and keeps it alive. `options.ttl` is taken in whole seconds; etcd may give more (it has a least of its own).
     pub(crate) async fn grant(
         target: &Target,
         requests: Arc<Link>,
         holder: String,
-        ttl: Duration,
-        self_fencing: bool,
+        options: SessionOptions,
     ) -> Result<Lease> {
+        let SessionOptions { ttl, self_fencing, second_runtime } = options;
         let own_thread = RUNTIME.as_ref().map_err(|error| Error::Refused {
             doing: "granting a lease",
             cause: format!("no thread can be had to keep it alive on: {error}"),
@@ -154,7 +155,7 @@ impl Lease {
             Keeper { target: target.clone(), id: granted.id(), holder: holder.clone(), shared: shared.clone() };
         let keeper = AbortOnDropHandle::new(own_thread.spawn(keeper.run()));
         let clock = AbortOnDropHandle::new(own_thread.spawn(watch_clock(shared.clone(), holder.clone())));
-        let turns = AbortOnDropHandle::new(tokio::spawn(show_turns(shared.clone())));
+        let turns = AbortOnDropHandle::new(tokio::spawn(show_turns(shared.clone(), second_runtime)));
         let validity = Validity { shared };
         let id = granted.id();
         Ok(Lease { id, ttl, holder, validity, requests, _keeper: keeper, _clock: clock, _turns: turns })
@@ -206,9 +207,13 @@ async fn watch_clock(shared: Arc<Shared>, holder: String) {
     }
 }
 
-/// Runs among the tasks of the process, and shows by it that they have turns.
-async fn show_turns(shared: Arc<Shared>) {
+/// Runs among the tasks of the process, of both runtimes where there are two, and shows by it that they have turns.
+async fn show_turns(shared: Arc<Shared>, second_runtime: Option<Handle>) {
     while !shared.fence.is_cancelled() {
+        if let Some(second) = &second_runtime {
+            // One that is shut down runs nobody's tasks any more.
+            let _ = second.spawn(async {}).await;
+        }
         shared.update(|core| core.turned(BootTime::now()));
         tokio::time::sleep(TURN_EVERY).await;
     }

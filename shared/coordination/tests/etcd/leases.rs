@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use wallaby_coordination::{BootTime, Coordination, Error, FenceReason, Key};
+use wallaby_coordination::{BootTime, Coordination, Error, FenceReason, Key, SessionOptions};
 use wallaby_model::WorkerId;
 use wallaby_testkit::eventually;
 
@@ -145,6 +145,22 @@ async fn a_busy_process_keeps_its_lease() {
     .unwrap();
     assert_eq!(session.fence_reason(), None);
     lock.fix_epoch(None).await.unwrap();
+}
+
+/// The tasks of its second runtime would be held by a worker that does nothing for them. Takes the 30 s after which it counts as stalled.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_whose_second_runtime_stands_still_gives_its_lease_up() {
+    let (_scope, coordination) = shared("stalled").await;
+    let second = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+    let options = SessionOptions { second_runtime: Some(second.handle().clone()), ..lease(2, true) };
+    let session = worker(&coordination, "w1", options).await;
+    let (let_go, stands) = std::sync::mpsc::channel::<()>();
+    second.spawn(async move { stands.recv() });
+    let fenced = tokio::time::timeout(Duration::from_secs(120), session.fence().cancelled()).await;
+    drop(let_go);
+    second.shutdown_background();
+    assert!(fenced.is_ok(), "it keeps the tasks for ever");
+    assert_eq!(session.fence_reason(), Some(FenceReason::Stalled));
 }
 
 #[tokio::test]

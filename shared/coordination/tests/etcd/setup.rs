@@ -81,7 +81,7 @@ pub fn info() -> WorkerInfo {
 }
 
 pub fn lease(ttl_seconds: u64, self_fencing: bool) -> SessionOptions {
-    SessionOptions { ttl: Duration::from_secs(ttl_seconds), self_fencing }
+    SessionOptions { ttl: Duration::from_secs(ttl_seconds), self_fencing, ..SessionOptions::default() }
 }
 
 pub async fn worker(coordination: &Coordination, name: &str, options: SessionOptions) -> WorkerSession {
