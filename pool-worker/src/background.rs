@@ -66,6 +66,8 @@ where
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+
     use wallaby_model::{ChunkId, RunId, SinkId};
 
     use super::*;
