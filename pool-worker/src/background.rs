@@ -26,7 +26,9 @@ static RUNTIME: LazyLock<Option<Runtime>> = LazyLock::new(|| {
     // It panics where a thread is refused.
     let runtime = catch_unwind(AssertUnwindSafe(|| builder.build())).ok().and_then(Result::ok);
     if runtime.is_none() {
-        tracing::warn!("no threads for existing rows: they share those of the stream, which waits for them");
+        tracing::warn!(
+            "no threads for existing rows: they share those of the stream, which waits for them. Raise the limit of threads (pids) and start the worker again"
+        );
     }
     runtime
 });
@@ -39,7 +41,7 @@ fn step_back() {
         let own = rustix::process::getpriority_process(None);
         let set = own.and_then(|own| rustix::process::setpriority_process(None, (own + NICE).min(NICE_MAX)));
         if let Err(error) = set {
-            tracing::warn!(%error, "a thread for existing rows has the priority of the stream");
+            tracing::warn!(%error, "a thread for existing rows has the priority of the stream: allow setpriority, or give the worker more cores");
         }
     }
 }

@@ -1,9 +1,9 @@
-//! What `wallaby-loadtest` measures with a whole WALlaby, in small forms: everything runs, and every row is counted. Times mean nothing here.
-//! What an added table costs the others is held to its bounds by `wallaby-loadtest add-table` of a release build, with which `make prove` ends.
+//! What `wallaby-loadtest` measures with a whole WALlaby, in small forms: everything runs, and every row is counted. Times mean nothing here;
+//! in the full form only what an added table costs the others is held to its bound, which a debug build meets less easily than a release.
 
 use std::time::Duration;
 
-use wallaby_loadtest::first_load::add_table::{self, AddTableOptions};
+use wallaby_loadtest::first_load::add_table::{self, AddTableOptions, RISE_MAX_MS};
 use wallaby_loadtest::measure::figures::{Figures, Kind};
 use wallaby_loadtest::measure::report::TO_SINK;
 use wallaby_loadtest::measure::sink::{SinkBench, SinkOptions};
@@ -58,6 +58,10 @@ async fn m3_the_lag_of_ten_tables_is_watched_while_one_is_added() {
     }
     assert!((outcome.added_s..=outcome.done_s + 1.0).contains(&outcome.handed_over_s), "{}", outcome.handed_over_s);
     println!("{:.0} ms further behind, {} times", outcome.rise_ms(), outcome.excursions());
+    if is_full_size() {
+        assert!(outcome.rise_ms() <= RISE_MAX_MS, "the other tables fell {:.0} ms further behind", outcome.rise_ms());
+        assert!(outcome.excursions() <= 1, "the other tables fell behind {} times", outcome.excursions());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
