@@ -81,12 +81,8 @@ impl Wired {
     async fn ready(scopes: &Scopes) -> Wired {
         let etcd = Wire::to(&scopes.place.etcd[0]).await;
         let nats = Wire::to(&scopes.place.nats).await;
-        let place = Place {
-            etcd: vec![etcd.url().replace("nats://", "http://")],
-            prefix: scopes.place.prefix.clone(),
-            nats: nats.url(),
-            pool: scopes.place.pool.clone(),
-        };
+        let place =
+            Place { etcd: vec![etcd.url().replace("nats://", "http://")], nats: nats.url(), ..scopes.place.clone() };
         let running = Running::ready(&place).await;
         reaches_nats(&running).await;
         Wired { running, etcd, nats }

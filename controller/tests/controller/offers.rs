@@ -160,9 +160,8 @@ async fn no_offer_waits_for_what_is_not_urgent() {
     let etcd = Wire::slow(&scopes.place.etcd[0], Duration::from_millis(400)).await;
     let place = Place {
         etcd: vec![etcd.url().replace("nats://", "http://")],
-        prefix: scopes.place.prefix.clone(),
-        nats: scopes.place.nats.clone(),
-        pool: scopes.place.pool.clone(),
+        leader_ttl: Duration::from_secs(10),
+        ..scopes.place.clone()
     };
     let _running = Running::ready(&place).await;
     let coordination = scopes.place.coordination().await;

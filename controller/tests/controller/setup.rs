@@ -20,11 +20,14 @@ use wallaby_testkit::{EtcdScope, NatsScope, eventually, unique};
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where a controller works: one test's part of etcd, and a pool of its own.
+#[derive(Clone)]
 pub struct Place {
     pub etcd: Vec<String>,
     pub prefix: String,
     pub nats: String,
     pub pool: PoolId,
+    /// Short, so that a test sees one replica take over from another. Over a slow wire a replica would lose it all the time.
+    pub leader_ttl: Duration,
 }
 
 /// What a controller serves of ours.
@@ -56,14 +59,14 @@ impl Scopes {
 impl Place {
     pub fn new(etcd: Vec<String>, prefix: &str, nats: String) -> Place {
         let pool = PoolId::new(unique("pool").replace('_', "-")).unwrap();
-        Place { etcd, prefix: prefix.trim_end_matches('/').to_owned(), nats, pool }
+        Place { etcd, prefix: prefix.trim_end_matches('/').to_owned(), nats, pool, leader_ttl: Duration::from_secs(2) }
     }
 
     pub fn options(&self) -> Options {
         let arguments = [
             "wallaby-controller",
             "--listen=127.0.0.1:0",
-            "--leader-ttl=2s",
+            &format!("--leader-ttl={}s", self.leader_ttl.as_secs()),
             &format!("--etcd={}", self.etcd.join(",")),
             &format!("--etcd-prefix={}", self.prefix),
             &format!("--nats={}", self.nats),
