@@ -131,6 +131,9 @@ struct AddTableArguments {
     /// NATS servers: 1 or 3.
     #[arg(long, default_value_t = 1)]
     nodes: usize,
+    /// Postgres leaves flushing to the operating system, as in most tests. In production it does not.
+    #[arg(long)]
+    no_fsync: bool,
     /// Where the plot goes.
     #[arg(long, default_value = "target/loadtest/add-table.svg")]
     plot: PathBuf,
@@ -216,6 +219,7 @@ async fn add_table(arguments: AddTableArguments) -> anyhow::Result<()> {
         per_second: arguments.per_second,
         calm: Duration::from_secs(arguments.calm_seconds),
         nodes: arguments.nodes,
+        fsync: !arguments.no_fsync,
     };
     let outcome = wallaby_loadtest::first_load::add_table::run(&options, &programs, folder.path()).await?;
     let plot = &arguments.plot;

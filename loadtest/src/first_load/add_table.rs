@@ -53,6 +53,9 @@ pub struct AddTableOptions {
     pub calm: Duration,
     /// NATS servers.
     pub nodes: usize,
+    /// Whether both Postgres flush what they write to disk, as in production. Without it the operating system does, later and in bursts that
+    /// the log's servers wait for.
+    pub fsync: bool,
 }
 
 /// The lag of the ten tables over time.
@@ -185,7 +188,8 @@ fn flow_file(with_typ: bool) -> String {
 /// When something dies that should not, or does not happen in time.
 pub async fn run(options: &AddTableOptions, programs: &Programs, folder: &Path) -> anyhow::Result<Outcome> {
     let nats = NatsOptions { nodes: options.nodes, ..NatsOptions::default() };
-    let servers = Servers::start(folder, &ServersOptions { postgres: PostgresOptions::default(), nats }).await?;
+    let postgres = PostgresOptions { fsync: options.fsync, ..PostgresOptions::default() };
+    let servers = Servers::start(folder, &ServersOptions { postgres, nats }).await?;
     let source = servers.source.connect(system::SOURCE_DATABASE).await?;
     for n in 0..TABLES {
         let sql = format!(

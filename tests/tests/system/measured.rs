@@ -47,6 +47,7 @@ async fn m3_the_lag_of_ten_tables_is_watched_while_one_is_added() {
         per_second: if is_full_size() { 200 } else { 50 },
         calm: Duration::from_secs(if is_full_size() { 10 } else { 2 }),
         nodes: 1,
+        fsync: true,
     };
     let outcome = add_table::run(&options, &programs(), folder.path()).await.unwrap();
     assert!(outcome.comparison.is_equal(), "{}", outcome.comparison);
