@@ -220,6 +220,8 @@ JOIN pg_catalog.pg_namespace rn ON rn.oid = r.relnamespace
 WHERE n.nspname = $1 AND c.relname = $2 AND k.contype = 'f' AND k.convalidated
 ORDER BY 1";
 
+/// Not those that take the next number of a sequence (`bigserial`): the sequence counts here, and each row comes with its number. Those of
+/// identity columns are no defaults to begin with.
 const DEFAULTS_SQL: &str = "
 SELECT a.attname::text, pg_get_expr(d.adbin, d.adrelid)
 FROM pg_catalog.pg_attrdef d
@@ -227,6 +229,8 @@ JOIN pg_catalog.pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
 JOIN pg_catalog.pg_class c ON c.oid = d.adrelid
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = $1 AND c.relname = $2 AND a.attgenerated = '' AND NOT a.attisdropped
+  AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend u JOIN pg_catalog.pg_class s ON s.oid = u.refobjid AND s.relkind = 'S'
+                  WHERE u.classid = 'pg_catalog.pg_attrdef'::regclass AND u.objid = d.oid AND u.refclassid = 'pg_catalog.pg_class'::regclass)
 ORDER BY a.attnum";
 
 /// What rows have in columns that are newer than they. The value is kept in an array of one element, and for each partition by itself:

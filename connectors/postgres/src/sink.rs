@@ -71,9 +71,9 @@ pub fn capabilities() -> Capabilities {
             "A table that is loaded into a live sink catches up from its snapshot on, and becomes part of the main stream in \
              one transaction, at a position where both stand.",
             "Tables that the sink made get the source's indexes and unique constraints (built CONCURRENTLY), check and \
-             exclusion constraints, defaults, and foreign keys to tables that it loaded too (DEFERRABLE INITIALLY DEFERRED, \
-             without actions: the log brings what those did) once they are handed over. What cannot be added is reported with \
-             its statement.",
+             exclusion constraints, defaults (but for the next number of a sequence: rows bring theirs), and foreign keys to \
+             tables that it loaded too (DEFERRABLE INITIALLY DEFERRED, without actions: the log brings what those did) once \
+             they are handed over. What cannot be added is reported with its statement.",
             "`synchronous_commit` stays as the server or role has it, except that `off` becomes `on`: only a commit that \
              survives a crash may move a checkpoint.",
         ],
