@@ -87,7 +87,7 @@ reasons! {
     FlowTooLarge = "FLOW_TOO_LARGE", InvalidArgument, "name tables by schema, or add and remove fewer sinks at a time";
     /// The log moved on while a new sink was being added.
     LogMoved = "LOG_MOVED", Aborted, "try again";
-    /// etcd does not answer. Flows that run go on.
+    /// etcd does not answer the controller. Flows go on while it answers the workers; if it answers nobody, they stop before their leases end and go on by themselves later.
     EtcdUnreachable = "ETCD_UNREACHABLE", Unavailable, "check etcd; the controller recovers by itself";
     /// NATS does not answer.
     NatsUnreachable = "NATS_UNREACHABLE", Unavailable, "check the NATS servers; the controller recovers by itself";

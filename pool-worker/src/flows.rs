@@ -231,7 +231,7 @@ mod tests {
     use super::*;
     use wallaby_model::RunId;
     use wallaby_model::condition::Timestamp;
-    use wallaby_model::flow::change::{Effect, flow_change};
+    use wallaby_model::flow::change::{Effect, UnderWay, flow_change};
     use wallaby_model::flow::{ByteSize, Span, page::EXAMPLE, parse};
 
     fn flow(document: FlowDocument) -> Flow {
@@ -246,49 +246,51 @@ mod tests {
         Flow { record, revision: Revision(2), created: Revision(1) }
     }
 
-    /// What `wallaby diff` says of a change is what becomes of the tasks; an open run loses its snapshot by none but those named.
+    /// What `wallaby diff` says of a change is what becomes of the tasks.
     #[test]
     fn the_tasks_that_begin_again_are_those_that_a_diff_names() {
-        type Edit = (&'static str, fn(&mut FlowDocument), bool);
-        let edits: [Edit; 9] = [
-            ("labels", |flow| drop(flow.metadata.labels.insert("a".into(), "b".into())), false),
-            ("maxBytes", |flow| flow.spec.log.max_bytes = ByteSize(9 << 30), false),
-            ("replayWindow", |flow| flow.spec.log.replay_window = Span(std::time::Duration::from_secs(7)), false),
-            (
-                "chunksMax",
-                |flow| {
-                    let side = r#"{ "jetstream": { "chunksMax": "3Gi", "transactionsMax": "2Gi" } }"#;
-                    flow.spec.log.side_store = serde_json::from_str(side).unwrap();
-                },
-                false,
-            ),
-            ("safety", |flow| flow.spec.source.postgres.safety.retained_wal_max = ByteSize(1 << 30), false),
-            (
-                "largeTransactionBytes",
-                |flow| flow.spec.source.postgres.large_transaction_bytes = ByteSize(9 << 20),
-                false,
-            ),
-            ("tables", |flow| flow.spec.source.postgres.publication.tables.push("shop.orders".into()), false),
-            ("dsn", |flow| flow.spec.source.postgres.dsn = SecretRef::Env("OTHER".into()), true),
-            ("onOverrun", |flow| flow.spec.sinks[0].on_overrun = wallaby_model::flow::OnOverrun::Backpressure, false),
+        type Edit = (&'static str, fn(&mut FlowDocument));
+        let edits: [Edit; 11] = [
+            ("labels", |flow| drop(flow.metadata.labels.insert("a".into(), "b".into()))),
+            ("maxBytes", |flow| flow.spec.log.max_bytes = ByteSize(9 << 30)),
+            ("replayWindow", |flow| flow.spec.log.replay_window = Span(std::time::Duration::from_secs(7))),
+            ("chunksMax", |flow| {
+                let side = r#"{ "jetstream": { "chunksMax": "3Gi", "transactionsMax": "2Gi" } }"#;
+                flow.spec.log.side_store = serde_json::from_str(side).unwrap();
+            }),
+            ("safety", |flow| flow.spec.source.postgres.safety.retained_wal_max = ByteSize(1 << 30)),
+            ("largeTransactionBytes", |flow| flow.spec.source.postgres.large_transaction_bytes = ByteSize(9 << 20)),
+            ("tables", |flow| flow.spec.source.postgres.publication.tables.push("shop.orders".into())),
+            ("dsn", |flow| flow.spec.source.postgres.dsn = SecretRef::Env("OTHER".into())),
+            ("paused", |flow| flow.spec.paused = true),
+            ("sink paused", |flow| flow.spec.sinks[0].paused = true),
+            ("onOverrun", |flow| flow.spec.sinks[0].on_overrun = wallaby_model::flow::OnOverrun::Backpressure),
         ];
-        for (name, edit, ends_runs) in edits {
+        for (name, edit) in edits {
             let before = parse(EXAMPLE, "-").unwrap();
             let mut after = before.clone();
             edit(&mut after);
-            let change = flow_change(Some(&before), &after);
+            let under_way = UnderWay { runs: vec![RunId(1)], comparisons: vec![1] };
+            let change = flow_change(Some(&before), &after, &under_way);
             assert!(change.refused.is_empty(), "{name}: {change:?}");
             let sink = before.spec.sinks[0].name.clone();
             let says = |subject: String| {
-                change.effects.iter().any(|effect| effect.subject == subject && effect.effect == Effect::Restarts)
+                change.effects.iter().any(|effect| {
+                    effect.subject == subject && matches!(effect.effect, Effect::Restarts | Effect::Paused)
+                })
             };
             let id = before.metadata.name.clone();
             let (before, after) = (flow(before), flow(after));
             let differs = |task: TaskId| demand(Some(&before), &task) != demand(Some(&after), &task);
             assert_eq!(differs(TaskId::capture(&id)), says("capture".to_owned()), "the capture, by {name}");
             assert_eq!(differs(TaskId::apply(&id, &sink)), says(format!("sink {sink}")), "the sink, by {name}");
-            let run = TaskId { flow: id, kind: TaskKind::Run(RunId(1)) };
-            assert_eq!(differs(run), ends_runs, "the run, by {name}");
+            let task = |kind| TaskId { flow: id.clone(), kind };
+            assert_eq!(differs(task(TaskKind::Run(RunId(1)))), says("run 1".to_owned()), "the run, by {name}");
+            assert_eq!(
+                differs(task(TaskKind::Verify(1))),
+                says("comparison 1".to_owned()),
+                "the comparison, by {name}"
+            );
         }
     }
 }

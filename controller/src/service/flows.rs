@@ -2,7 +2,7 @@
 
 use tonic::{Request, Response, Status};
 use wallaby_coordination::FlowEntry;
-use wallaby_model::flow::change::flow_change;
+use wallaby_model::flow::change::{UnderWay, flow_change};
 use wallaby_model::flow::{FlowDocument, Problem};
 use wallaby_model::{FlowId, api};
 use wallaby_proto::v1;
@@ -108,7 +108,11 @@ impl FlowApi {
             Err(error) => return Err(error),
         };
         seen.as_ref().map_or(Ok(()), not_deleting)?;
-        let change = flow_change(seen.as_ref().map(|seen| &seen.record.document), &document);
+        let under_way = match &seen {
+            Some(_) => self.store.under_way(&document.metadata.name).await?,
+            None => UnderWay::default(),
+        };
+        let change = flow_change(seen.as_ref().map(|seen| &seen.record.document), &document, &under_way);
         let changes = change.changes.into_iter().map(|change| v1::FieldChange {
             path: change.path,
             before: change.before.unwrap_or_default(),

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use wallaby_coordination::{Error as CoordinationError, FlowEntry};
 use wallaby_model::flow::FlowDocument;
+use wallaby_model::flow::change::UnderWay;
 use wallaby_model::{FlowId, Position, SinkId};
 use wallaby_proto::v1;
 
@@ -24,6 +25,16 @@ impl Store {
     /// Reads a flow from etcd itself, so that what was just written is seen.
     pub async fn read(&self, flow: &FlowId) -> Result<FlowEntry, ApiError> {
         Ok(self.backend.etcd()?.coordination.flow(flow).await?)
+    }
+
+    /// What of a flow is not over yet.
+    pub async fn under_way(&self, flow: &FlowId) -> Result<UnderWay, ApiError> {
+        let coordination = &self.backend.etcd()?.coordination;
+        let (runs, operations) = (coordination.runs(flow).await?, coordination.operations(flow).await?);
+        Ok(UnderWay {
+            runs: runs.iter().filter(|run| !run.is_over()).map(|run| run.run).collect(),
+            comparisons: operations.iter().filter(|made| !made.is_over()).map(|made| made.number).collect(),
+        })
     }
 
     /// A flow as the API shows it.

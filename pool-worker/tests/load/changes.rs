@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use wallaby_model::flow::change::{Effect, flow_change};
+use wallaby_model::flow::change::{Effect, UnderWay, flow_change};
 use wallaby_model::flow::{FlowDocument, SnapshotMode};
 use wallaby_model::run::{RunReason, RunState};
 use wallaby_model::{Reader, RunId, TaskId};
@@ -164,7 +164,7 @@ async fn a_flow_that_loaded_nothing_loads_everything_once_its_file_says_so() {
     let seen = scene.coordination.flow(&scene.flow).await.unwrap();
     let mut after = seen.record.document.clone();
     after.spec.source.postgres.snapshot = SnapshotMode::Initial;
-    let shown = flow_change(Some(&seen.record.document), &after);
+    let shown = flow_change(Some(&seen.record.document), &after, &UnderWay::default());
     assert!(shown.refused.is_empty(), "{shown:?}");
     let effects: Vec<_> = shown.effects.iter().map(|effect| (effect.subject.as_str(), effect.effect)).collect();
     let wanted = [("capture", Effect::Restarts), ("sink target", Effect::Restarts), ("run", Effect::Created)];

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::condition::Timestamp;
 use crate::flow::{FlowDocument, FlowSpec, HIDDEN, Problem, PublicationSpec, SinkSpec, SnapshotMode};
-use crate::ids::SinkId;
+use crate::ids::{RunId, SinkId};
 use crate::run::{RunReason, RunSpec, RunWish};
 
 /// One key of the flow file that differs.
@@ -49,10 +49,19 @@ impl Effect {
     }
 }
 
+/// What of a flow is under way beside the tasks that never end by themselves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UnderWay {
+    /// Snapshot runs that are not over.
+    pub runs: Vec<RunId>,
+    /// Comparisons that are not over, by the numbers of their operations.
+    pub comparisons: Vec<u32>,
+}
+
 /// What becomes of one task, or of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChangeEffect {
-    /// `capture`, `sink warehouse`, `run`.
+    /// `capture`, `sink warehouse`, `run` (a new one), `run 3`, `comparison 2`.
     pub subject: String,
     /// What becomes of it.
     pub effect: Effect,
@@ -71,10 +80,13 @@ pub struct FlowChange {
     pub refused: Vec<Problem>,
 }
 
-/// What making `after`, or changing `before` into it, does.
-pub fn flow_change(before: Option<&FlowDocument>, after: &FlowDocument) -> FlowChange {
+/// What making `after`, or changing `before` into it, does, also to what is `under_way`.
+pub fn flow_change(before: Option<&FlowDocument>, after: &FlowDocument, under_way: &UnderWay) -> FlowChange {
     let refused = before.map(|before| before.refused_changes(after)).unwrap_or_default();
     let mut effects = effects_on_tasks(before.map(|before| &before.spec), &after.spec);
+    if let Some(before) = before {
+        effects.extend(effects_on_what_is_under_way(&before.spec, &after.spec, under_way));
+    }
     let runs = planned_runs(before.map(|before| &before.spec), &after.spec, Timestamp(0));
     effects.extend(runs.iter().map(|run| effect("run", Effect::Created, run_text(run, &after.spec))));
     FlowChange { changes: field_changes(before, after), effects, refused }
@@ -158,6 +170,35 @@ fn effects_on_tasks(before: Option<&FlowSpec>, after: &FlowSpec) -> Vec<ChangeEf
     effects
 }
 
+/// Runs read from the source, and comparisons from it and from every sink.
+fn effects_on_what_is_under_way(before: &FlowSpec, after: &FlowSpec, under_way: &UnderWay) -> Vec<ChangeEffect> {
+    let is_moved = before.source.postgres.dsn != after.source.postgres.dsn;
+    let run = match (before.paused, after.paused) {
+        (false, true) => Some((
+            Effect::Paused,
+            "it stops and lets its snapshot go; when it goes on it takes another one, and tables without a key begin again",
+        )),
+        (true, false) => Some((Effect::Resumed, "it takes another snapshot; tables without a key begin again")),
+        (false, false) if is_moved => Some((
+            Effect::Restarts,
+            "it takes another snapshot at the source's new address; tables without a key begin again",
+        )),
+        _ => None,
+    };
+    let comparison = match (before.paused, after.paused) {
+        (false, true) => Some((Effect::Paused, "it stops, and begins again when the flow goes on")),
+        (true, false) => Some((Effect::Resumed, "it begins again")),
+        (false, false) if is_moved || before.sinks != after.sinks => {
+            Some((Effect::Restarts, "it begins again: what it compares changes"))
+        }
+        _ => None,
+    };
+    let each = |subject: String, does: Option<(Effect, &str)>| does.map(|(is, message)| effect(subject, is, message));
+    let runs = under_way.runs.iter().filter_map(|number| each(format!("run {number}"), run));
+    runs.chain(under_way.comparisons.iter().filter_map(|number| each(format!("comparison {number}"), comparison)))
+        .collect()
+}
+
 fn sink_subject(sink: &SinkSpec) -> String {
     format!("sink {}", sink.name)
 }
@@ -220,11 +261,16 @@ fn collect(path: String, value: &Value, found: &mut BTreeMap<String, Value>) {
 /// What changing a part of the flow file does, for the docs. A test holds each row against [`flow_change`].
 pub const RULES: &[(&str, &str)] = &[
     ("`metadata.labels`", "nothing: no task looks at them"),
-    ("`spec.paused`", "every task stops and keeps where it was, or goes on there; the slot holds WAL back meanwhile"),
+    (
+        "`spec.paused`",
+        "every task stops and keeps where it was, or goes on there; the slot holds WAL back meanwhile. Open runs let their snapshot go and \
+         take another one later (tables without a key begin again), comparisons begin again",
+    ),
     ("`spec.source` (safety, largeTransactionBytes)", "the capture restarts where it was; sinks and runs go on"),
     (
         "`spec.source.postgres.dsn`",
-        "capture and sinks restart where they were, and open runs take another snapshot (tables without a key begin again)",
+        "capture and sinks restart where they were, open runs take another snapshot (tables without a key begin again), and \
+         comparisons begin again",
     ),
     (
         "`spec.source.postgres.dsn`: another database or server",
@@ -259,7 +305,10 @@ pub const RULES: &[(&str, &str)] = &[
          there is room: then the sink is cut off, and loaded anew when it goes on",
     ),
     ("`spec.sinks[].postgres.schema`", "refused: give the sink a new name, it is then a new sink"),
-    ("`spec.sinks[]`: anything else", "this sink restarts where it was; nobody else notices"),
+    (
+        "`spec.sinks[]`: anything else",
+        "this sink restarts where it was; no other one notices. Any change of `spec.sinks` lets comparisons begin again",
+    ),
 ];
 
 /// Chunks that are read at a time when nobody says.

@@ -12,10 +12,13 @@ fn flow() -> FlowDocument {
 
 /// What a change does, as `subject WORD` in order; refusals as `refused path`.
 fn does(edit: impl FnOnce(&mut FlowDocument)) -> Vec<String> {
-    let before = flow();
+    does_while(&UnderWay::default(), flow(), edit)
+}
+
+fn does_while(under_way: &UnderWay, before: FlowDocument, edit: impl FnOnce(&mut FlowDocument)) -> Vec<String> {
     let mut after = before.clone();
     edit(&mut after);
-    let change = flow_change(Some(&before), &after);
+    let change = flow_change(Some(&before), &after, under_way);
     assert_eq!(change.changes.is_empty(), before == after);
     let effects = change.effects.iter().map(|effect| format!("{} {}", effect.subject, effect.effect.word()));
     let refused = change.refused.iter().map(|problem| format!("refused {}", problem.path));
@@ -61,6 +64,24 @@ fn each_change_does_what_the_docs_say() {
 }
 
 #[test]
+fn a_change_says_what_becomes_of_runs_and_comparisons_that_are_under_way() {
+    let under_way = UnderWay { runs: vec![RunId(3), RunId(5)], comparisons: vec![2] };
+    let does = |edit: fn(&mut FlowDocument)| does_while(&under_way, flow(), edit);
+    let all = |word: &str| ["run 3", "run 5", "comparison 2"].map(|subject| format!("{subject} {word}"));
+    assert_eq!(does(|flow| flow.spec.paused = true)[2..], all("PAUSED"));
+    assert_eq!(does(|flow| flow.spec.source.postgres.dsn = SecretRef::Env("OTHER".into()))[2..], all("RESTARTS"));
+    assert_eq!(does(another_sink), ["sink second CREATED", "comparison 2 RESTARTS", "run CREATED"]);
+    assert_eq!(does(|flow| flow.spec.sinks[0].paused = true), ["sink warehouse PAUSED", "comparison 2 RESTARTS"]);
+    assert_eq!(does(|flow| flow.spec.log.max_bytes = ByteSize(1 << 30)), ["capture RESTARTS"]);
+    let mut paused = flow();
+    paused.spec.paused = true;
+    let resumed = does_while(&under_way, paused.clone(), |flow| flow.spec.paused = false);
+    assert_eq!(resumed[2..], all("RESUMED"));
+    let moved = does_while(&under_way, paused, |flow| flow.spec.source.postgres.dsn = SecretRef::Env("OTHER".into()));
+    assert_eq!(moved, [""; 0], "nobody is at it");
+}
+
+#[test]
 fn another_database_is_refused_where_it_can_be_seen() {
     let with = |url: &str| {
         let mut document = flow();
@@ -68,23 +89,23 @@ fn another_database_is_refused_where_it_can_be_seen() {
         document
     };
     let before = with("postgres://u:old-secret@h:1/shop?sslmode=disable");
-    let moved = flow_change(Some(&before), &with("postgres://u:new-secret@other:2/shop"));
+    let moved = flow_change(Some(&before), &with("postgres://u:new-secret@other:2/shop"), &UnderWay::default());
     assert!(moved.refused.is_empty());
     assert_eq!(moved.changes.len(), 1);
     assert!(!format!("{moved:?}").contains("secret"), "{moved:?}");
-    let other = flow_change(Some(&before), &with("postgres://u@h:1/crm"));
+    let other = flow_change(Some(&before), &with("postgres://u@h:1/crm"), &UnderWay::default());
     assert_eq!(other.refused[0].path, "spec.source.postgres.dsn");
 }
 
 #[test]
 fn a_flow_that_is_made_is_loaded_unless_told_never() {
-    let made = flow_change(None, &flow());
+    let made = flow_change(None, &flow(), &UnderWay::default());
     let subjects: Vec<&str> = made.effects.iter().map(|effect| effect.subject.as_str()).collect();
     assert_eq!(subjects, ["capture", "sink warehouse", "run"]);
     let mut never = flow();
     never.spec.source.postgres.snapshot = SnapshotMode::Never;
-    assert_eq!(flow_change(None, &never).effects.len(), 2);
-    let asked = flow_change(Some(&never), &flow());
+    assert_eq!(flow_change(None, &never, &UnderWay::default()).effects.len(), 2);
+    let asked = flow_change(Some(&never), &flow(), &UnderWay::default());
     assert!(asked.refused.is_empty() && asked.effects.iter().any(|effect| effect.subject == "run"));
     let runs = planned_runs(Some(&never.spec), &flow().spec, Timestamp(1));
     assert_eq!((runs[0].tables.as_slice(), runs[0].reason), (["public.*".to_owned()].as_slice(), RunReason::FirstLoad));
