@@ -375,6 +375,10 @@ fn slot_health(stage: &Stage<'_>, figures: &SourceStatus) {
             stage.demand.slot, figures.retained_bytes
         );
         stage.context.status.condition(ConditionType::SlotHealthy, false, "RetainedWal", &message);
+    } else if stage.syncing.is_unknown() {
+        let message = "a NATS server that holds the log does not say when it syncs: Postgres is told of what is staged four minutes later, and \
+            keeps its WAL for so long. Give the workers --nats-monitoring for every NATS server, or run those with sync_interval: always";
+        stage.context.status.condition(ConditionType::SlotHealthy, true, "SyncUnknown", message);
     } else {
         stage.context.status.condition(ConditionType::SlotHealthy, true, "WithinBound", "");
     }

@@ -38,6 +38,11 @@ impl Syncing {
         Syncing { log, side, source, known, turn: Mutex::new(()) }
     }
 
+    /// Whether a server does not say when it syncs: Postgres is told minutes later then.
+    pub fn is_unknown(&self) -> bool {
+        *self.known.borrow() == SyncPolicy::Unknown
+    }
+
     /// Asks now.
     ///
     /// # Errors
@@ -63,7 +68,7 @@ impl Syncing {
                     tracing::debug!(flow = %syncing.log.flow(), %error, "it was not learned when the log's servers sync");
                 }
                 // Where nobody can be asked, nobody is silent.
-                let is_silent = learned.is_err() || *syncing.known.borrow() == SyncPolicy::Unknown;
+                let is_silent = learned.is_err() || syncing.is_unknown();
                 let is_asked = !matches!(syncing.source, SyncSource::Unknown);
                 tokio::select! {
                     () = tokio::time::sleep(if is_silent && is_asked { ASK_SILENT_EVERY } else { ASK_EVERY }) => {}

@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio_util::task::AbortOnDropHandle;
+use wallaby_model::condition::Timestamp;
 use wallaby_model::flow::{ByteSize, Span};
 use wallaby_model::run::RunState;
+use wallaby_model::verify::{OperationResult, OperationSpec, OperationState, Verdict, VerifyPhase, VerifySpec};
 use wallaby_model::{Attempt, Manifest, Position};
 use wallaby_pool_worker::failpoint::{Failpoint, Failpoints};
 use wallaby_staging::Shelf;
@@ -98,6 +100,43 @@ async fn h13_paused_with_half_a_transaction_in_the_log_nothing_of_it_is_shown_un
     pause(&half.scene, false).await;
     half.comes_whole().await;
     assert_eq!(half.scene.fences().await, 2, "nobody took the log over, or somebody more than once");
+}
+
+/// The comparison is what asks a sink how far it is: it waits for the whole of what the source shows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h13_compared_with_half_a_transaction_in_the_log_the_sink_is_read_once_it_has_the_whole() {
+    let half = half_in_log("half-compared").await;
+    let scene = Arc::clone(&half.scene);
+    let flow = scene.coordination.flow(&scene.flow).await.unwrap();
+    let sink = flow.record.document.spec.sinks[0].name.clone();
+    let verify = VerifySpec { sink, tables: Vec::new(), show: 10, timeout_seconds: 600 };
+    let asked = OperationSpec { verify, cancelled: false, created_at: Timestamp(1) };
+    let number = scene.coordination.create_operation(&flow, asked).await.unwrap().number;
+    let result = async || {
+        let operations = scene.coordination.operations(&scene.flow).await.map_err(|error| error.to_string())?;
+        operations.into_iter().find(|made| made.number == number).map(|made| made.result).ok_or("it is gone".to_owned())
+    };
+    scene
+        .until("the comparison waits for the sink", async || match result().await? {
+            result if result.progress.phase == VerifyPhase::WaitingForSink => Ok(()),
+            result => Err(format!("{result:?}")),
+        })
+        .await;
+    let seen = half.seen.lock().unwrap().clone();
+    assert_eq!(seen, BTreeSet::from([0]), "half a transaction was seen at the sink");
+    drop(half.worker);
+    let half = Half { worker: scene.worker("w2"), ..half };
+    let report = scene
+        .until("the comparison is done", async || match result().await? {
+            OperationResult { state: OperationState::Done, report: Some(report), .. } => Ok(report),
+            result => Err(format!("{result:?}")),
+        })
+        .await;
+    assert_eq!(report.verdict(), Verdict::Equal, "{report:?}");
+    assert!(half.end < report.position && report.position <= report.sink_position, "{:?}: {report:?}", half.end);
+    let all: i64 = scene.source.query_one("SELECT count(*) FROM ledger", &[]).await.unwrap().get(0);
+    assert_eq!(report.tables.iter().map(|table| table.rows_source).sum::<u64>(), all as u64, "{report:?}");
+    half.comes_whole().await;
 }
 
 async fn pause(scene: &Scene, paused: bool) {

@@ -126,22 +126,9 @@ async fn a_run_gives_its_snapshot_up_while_the_slot_holds_back_too_much_wal() {
         document.spec.source.postgres.safety.on_exceeded = OnExceeded::PauseSnapshot;
         scene.coordination.update_flow(&seen, document, &BTreeMap::new()).await.unwrap();
     };
-    let health = async |reason: &str| {
-        let capture = TaskId::capture(&scene.flow);
-        scene
-            .until(&format!("the slot's health is {reason}"), async || {
-                let status = scene.status_of(&capture).await?;
-                let said = status.conditions.iter().find(|said| said.kind == ConditionType::SlotHealthy);
-                match said.map(|said| said.reason.as_str()) {
-                    Some(said) if said == reason => Ok(()),
-                    said => Err(format!("{said:?}")),
-                }
-            })
-            .await;
-    };
-    health("WithinBound").await;
+    scene.slot_is("WithinBound").await;
     bound(1).await;
-    health("RetainedWal").await;
+    scene.slot_is("RetainedWal").await;
     no_session_is_left(&scene).await;
     assert_eq!(scene.plan(1).await.unwrap().snapshot(), None);
     let read = chunks(&scene).await;

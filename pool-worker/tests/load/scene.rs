@@ -11,7 +11,7 @@ use clap::Parser;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::{Coordination, Key};
-use wallaby_model::condition::{TaskPhase, TaskStatus};
+use wallaby_model::condition::{ConditionType, TaskPhase, TaskStatus};
 use wallaby_model::flow::{FlowDocument, SnapshotMode};
 use wallaby_model::offer::{OFFER_CONSUMER, Offer, offer_stream, offer_subject, offer_subjects};
 use wallaby_model::run::{RunPlan, RunState, RunWish, TableStage};
@@ -182,6 +182,9 @@ spec:
             wanted.extend(spec.sinks.iter().map(|sink| TaskId::apply(&self.flow, &sink.name)));
         }
         wanted.extend(self.run_tasks().await.map_err(|error| error.to_string())?);
+        let operations = self.coordination.operations(&self.flow).await.map_err(|error| error.to_string())?;
+        let open = operations.iter().filter(|operation| !operation.is_over());
+        wanted.extend(open.map(|operation| self.comparison(operation.number)));
         let locks = self.coordination.locks(&self.flow).await.map_err(|error| error.to_string())?;
         let owned: BTreeSet<TaskId> = locks.into_iter().map(|lock| lock.task).collect();
         let context = self.nats.jetstream();
@@ -192,6 +195,11 @@ spec:
             sent.await.map_err(|error| error.to_string())?;
         }
         Ok(())
+    }
+
+    /// The task that does a comparison.
+    pub fn comparison(&self, number: u32) -> TaskId {
+        TaskId { flow: self.flow.clone(), kind: TaskKind::Verify(number) }
     }
 
     async fn has_open_run(&self) -> Result<bool, String> {
@@ -424,6 +432,20 @@ spec:
     }
 
     /// The end of the source's WAL.
+    /// Waits until the capture gives this reason for the slot's health.
+    pub async fn slot_is(&self, reason: &str) {
+        let capture = TaskId::capture(&self.flow);
+        self.until(&format!("the slot's health is {reason}"), async || {
+            let status = self.status_of(&capture).await?;
+            let said = status.conditions.iter().find(|said| said.kind == ConditionType::SlotHealthy);
+            match said.map(|said| said.reason.as_str()) {
+                Some(said) if said == reason => Ok(()),
+                said => Err(format!("{said:?}")),
+            }
+        })
+        .await;
+    }
+
     pub async fn wal_end(&self) -> Lsn {
         wal_end(&self.source).await
     }

@@ -71,8 +71,10 @@ async fn postgres_is_told_by_what_the_servers_say_of_their_syncs_now() {
     scene.staged(end).await;
     let confirmed = scene.confirmed().await;
     assert!(confirmed < end, "{confirmed}: Postgres was told before anything was known of the server's disk");
+    scene.slot_is("SyncUnknown").await;
     wire.hold(Held::Nothing);
     scene.told(end).await;
+    scene.slot_is("WithinBound").await;
 }
 
 /// Waits until a worker has the capture.

@@ -261,6 +261,13 @@ pub const GROUPS: &[(&str, &[Reason])] = &[
         &[
             reason("WithinBound", &[SlotHealthy], "The slot holds back less than `safety.retainedWalMax`.", "nothing"),
             reason(
+                "SyncUnknown",
+                &[SlotHealthy],
+                "The slot holds back less than that; but a NATS server that holds the log does not say when it syncs, so that Postgres is told \
+                 of what is staged four minutes later.",
+                "give the workers `--nats-monitoring` for every NATS server, or run those with `sync_interval: always`",
+            ),
+            reason(
                 "RetainedWal",
                 &[SlotHealthy],
                 "The slot holds back more WAL than `safety.retainedWalMax`.",
