@@ -2,15 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::process::Command;
 use wallaby_coordination::{Coordination, Key};
 use wallaby_loadtest::{compare, shop};
 use wallaby_model::condition::TaskStatus;
+use wallaby_model::flow::parse;
 use wallaby_model::{FlowId, SinkId, TaskId};
 use wallaby_stack::{EtcdCluster, EtcdOptions, Folder, NatsCluster, NatsOptions, PortLease, Postgres, PostgresOptions};
-use wallaby_staging::{Connections, Log, NatsTarget};
+use wallaby_staging::{Connections, Log, NatsTarget, SideStore, open_side};
 use wallaby_testkit::{eventually, seed};
 
 use crate::PATIENCE;
@@ -150,11 +152,22 @@ impl System {
         (system, traffic)
     }
 
-    /// Waits until the log has three copies on three servers: with fewer a fence is not put to the test.
-    pub async fn log_is_on_three_servers(&self) {
+    /// Connections of the test's own to the log's servers.
+    pub async fn log_connections(&self) -> Connections {
         let servers = self.nats.client_url().split(',').map(str::to_owned).collect();
         let target = NatsTarget { servers, name: "the test".to_owned(), ..NatsTarget::default() };
-        let log = Log::new(self.flow(), Connections::open(&target).await.unwrap());
+        Connections::open(&target).await.unwrap()
+    }
+
+    /// The side store of the plan's flow.
+    pub async fn side_store(&self) -> Arc<dyn SideStore> {
+        let document = parse(&self.plan.flow.to_string(), "flow.yaml").unwrap();
+        open_side(&self.flow(), &document.spec.log, &self.log_connections().await).unwrap()
+    }
+
+    /// Waits until the log has three copies on three servers: with fewer a fence is not put to the test.
+    pub async fn log_is_on_three_servers(&self) {
+        let log = Log::new(self.flow(), self.log_connections().await);
         eventually(PATIENCE, "three copies on three servers", async || {
             let info = log.info().await.map_err(|error| error.to_string())?;
             let servers: BTreeSet<&String> = info.servers.iter().collect();

@@ -3,6 +3,7 @@
 
 mod altered;
 mod bad_input;
+mod bound;
 mod demo;
 mod detach;
 mod documented;
@@ -19,6 +20,7 @@ mod recreated;
 mod roles;
 mod s3;
 mod sharing;
+mod sub_transactions;
 mod tables;
 mod traces;
 mod verify;

@@ -1,29 +1,21 @@
 //! The memory of one worker under a limit: transactions and rows that are larger than it.
-//!
-//! The worker, which captures and applies, runs in a cgroup of its own. Where there can be none, that half counts as skipped, and what
-//! the kernel says of the process is still held against the limit.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 use tokio_postgres::Client;
-use wallaby_loadtest::compare;
 use wallaby_model::flow::{FlowDocument, parse};
 use wallaby_model::{Position, RecordKind, SegmentBody, Splice, TableChanges};
 use wallaby_staging::{Connections, Log, LogReader, NatsTarget, ReaderOptions, SideKey, SideStore, Start, open_side};
-use wallaby_testkit::{NatsOptions, eventually, is_root, skipped};
-use wallaby_tests::cgroup::{Cgroup, Memory};
+use wallaby_testkit::{eventually, is_root, skipped};
 use wallaby_tests::flow::FlowFile;
-use wallaby_tests::program::Program;
-use wallaby_tests::system::{Plan, System};
+use wallaby_tests::system::System;
 use wallaby_tests::{PATIENCE, alone, is_full_size};
 use wallaby_wire::splice::{SpliceReader, decode_manifest};
 
-const MIB: u64 = 1 << 20;
-const GIB: u64 = 1 << 30;
-/// How long a transaction may take from its commit to the sink: the machine may be busy with a build.
-const PATIENCE_LARGE: Duration = Duration::from_secs(if cfg!(debug_assertions) { 3600 } else { 1800 });
+use crate::bound::{Bound, MIB, PATIENCE_LARGE, are_equal, small};
 
+const GIB: u64 = 1 << 30;
 /// Texts of 1 KB, different and hardly to be packed, outside of what is published.
 const FILLERS: &str = "\
     CREATE SCHEMA fill; CREATE TABLE fill.texts (n int PRIMARY KEY, text text NOT NULL); \
@@ -38,96 +30,11 @@ const FILL_WIDE: &str = "\
     INSERT INTO wide SELECT $1::bigint, 'wide', left(string_agg(md5(random()::text), ''), $2::int) \
     FROM generate_series(1, $2::int / 32 + 1)";
 
-/// One controller, one log server, no worker yet.
-fn small(flow: FlowFile) -> Plan {
-    let flow = FlowFile { replicas: 1, ..flow };
-    Plan { workers: Vec::new(), nats: NatsOptions::default(), flow, ..Plan::default() }
-}
-
-/// The one worker of a system, which gets no more memory than the limit. Outlives the system.
-struct Bound {
-    limit: u64,
-    cgroup: Option<Cgroup>,
-}
-
-impl Bound {
-    fn new(limit: u64) -> Bound {
-        let cgroup = if is_root() { Cgroup::limited_to(limit) } else { Err("needs root".to_owned()) };
-        let cgroup = match cgroup {
-            Ok(cgroup) => Some(cgroup),
-            Err(why) => {
-                skipped!("no cgroup bounds the worker ({why}): only what it had at its peak is checked");
-                None
-            }
-        };
-        Bound { limit, cgroup }
-    }
-
-    /// Starts the worker, and makes sure that it is bounded and knows it.
-    async fn start_worker(&self, system: &mut System) {
-        let name = match &self.cgroup {
-            Some(cgroup) => system.start_worker_behind(&cgroup.launcher(), &[]),
-            None => system.start_worker_with(&[("WALLABY_MEMORY_LIMIT", &self.limit.to_string())]),
-        };
-        let worker = system.worker(&name);
-        eventually(PATIENCE, "the worker sizes itself by its limit", async || {
-            let said = worker.metric("wallaby_memory_limit_bytes", &[]).await?;
-            if said == self.limit as f64 { Ok(()) } else { Err(format!("{said}: {:?}", worker.process().exit())) }
-        })
-        .await;
-        if let Some(cgroup) = &self.cgroup {
-            assert!(cgroup.holds(worker.process().pid()), "the worker is not in its cgroup");
-        }
-        self.check(system, "at its start");
-    }
-
-    /// That the worker lives, and never had more than the limit.
-    fn check(&self, system: &System, when: &str) {
-        let worker: &Program = system.workers.first().unwrap();
-        let kills = self.cgroup.as_ref().map_or(0, Cgroup::kills);
-        assert_eq!(kills, 0, "{when}: the kernel killed the worker, which wanted more than {} MiB", self.limit / MIB);
-        let exit = worker.process().exit();
-        assert!(exit.is_none(), "{when}: the worker ended by itself: {exit:?}");
-        let memory = Memory::of(worker.process().pid()).unwrap();
-        let counted = self.cgroup.as_ref().and_then(Cgroup::peak_bytes);
-        let counted = counted.map_or_else(String::new, |peak| {
-            format!("; the cgroup's peak, files included, {:.1} MiB", peak as f64 / MIB as f64)
-        });
-        println!("{when}: limit {} MiB, {memory}{counted}", self.limit / MIB);
-        assert!(memory.peak <= self.limit, "{when}: more than the limit of {} MiB: {memory}", self.limit / MIB);
-    }
-
-    /// Waits until the target has what `sql` asks for; ends early when the worker did.
-    async fn until(&self, system: &System, target: &Client, what: &str, sql: &str) {
-        let at = Instant::now();
-        eventually(PATIENCE_LARGE, what, async || {
-            let kills = self.cgroup.as_ref().map_or(0, Cgroup::kills);
-            let exit = system.workers.first().and_then(|worker| worker.process().exit());
-            if kills > 0 || exit.is_some() {
-                self.check(system, what);
-            }
-            match target.query(sql, &[]).await {
-                Ok(rows) if !rows.is_empty() => Ok(()),
-                other => Err(format!("{:?}", other.map(|rows| rows.len()))),
-            }
-        })
-        .await;
-        println!("{what} after {:.1} s", at.elapsed().as_secs_f64());
-        self.check(system, what);
-    }
-}
-
 /// How many transactions the server sent while they were in progress, and how many it kept on disk until their end.
 async fn streamed_and_spilled(source: &Client) -> (i64, i64) {
     let sql = "SELECT coalesce(sum(stream_txns), 0)::bigint, coalesce(sum(spill_txns), 0)::bigint FROM pg_stat_replication_slots";
     let row = source.query_one(sql, &[]).await.unwrap();
     (row.get(0), row.get(1))
-}
-
-async fn are_equal(system: &System, tables: &[&str]) {
-    let comparison = compare(&system.source_dsn(), &system.target_dsn(), tables).await.unwrap();
-    assert!(comparison.is_equal(), "{comparison}");
-    println!("{comparison}");
 }
 
 /// A transaction of so many rows, each with so many bytes of text, arrives whole.

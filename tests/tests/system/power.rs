@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 use wallaby_loadtest::compare;
 use wallaby_model::Lsn;
 use wallaby_model::condition::TaskStatus;
-use wallaby_model::flow::{FlowDocument, parse};
-use wallaby_staging::{Connections, NatsTarget, Shelf, SideStore, open_side};
+use wallaby_staging::{Shelf, SideStore};
 use wallaby_testkit::{NatsOptions, PostgresOptions, SyncInterval, eventually, requires_root, skipped};
 use wallaby_tests::disk::Disk;
 use wallaby_tests::flow::FlowFile;
@@ -98,7 +97,6 @@ async fn with_side_store() -> Option<(Disk, System, Arc<dyn SideStore>)> {
     let store_folders = vec![disk.path().join("store")];
     let sync_interval = SyncInterval::Every(Duration::from_secs(120));
     let flow = FlowFile { replicas: 1, large_transaction_bytes: "1Mi".to_owned(), ..FlowFile::default() };
-    let document: FlowDocument = parse(&flow.to_string(), "flow.yaml").unwrap();
     let plan = Plan {
         nats: NatsOptions { sync_interval, store_folders, ..NatsOptions::default() },
         postgres: PostgresOptions::default().setting("logical_decoding_work_mem", "64kB"),
@@ -110,10 +108,7 @@ async fn with_side_store() -> Option<(Disk, System, Arc<dyn SideStore>)> {
     system.source().await.batch_execute(&large(1, 3000)).await.unwrap();
     system.row_passes().await;
     disk.sync().unwrap();
-    let servers = vec![system.nats.client_url()];
-    let nats = NatsTarget { servers, name: "a test".to_owned(), ..NatsTarget::default() };
-    let connections = Connections::open(&nats).await.unwrap();
-    let side = open_side(&system.flow(), &document.spec.log, &connections).unwrap();
+    let side = system.side_store().await;
     Some((disk, system, side))
 }
 
