@@ -3,10 +3,16 @@
 use std::time::Instant;
 
 use wallaby_coordination::{Candidate, Key};
-use wallaby_testkit::eventually;
+use wallaby_staging::Shelf;
+use wallaby_testkit::{PostgresOptions, eventually};
+use wallaby_tests::flow::FlowFile;
 use wallaby_tests::system::{Plan, System};
 use wallaby_tests::traffic::Traffic;
 use wallaby_tests::{PATIENCE, alone, rounds};
+
+use crate::bound::MIB;
+use crate::memory::streamed_and_spilled;
+use crate::power::{holds, large};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h13_kills_while_rows_flow_lose_nothing_double_nothing_and_show_no_half() {
@@ -25,6 +31,45 @@ async fn h13_kills_while_rows_flow_lose_nothing_double_nothing_and_show_no_half(
         drain(&mut system, &traffic).await;
         walsender_with_kill_9(&mut system, &traffic).await;
     }
+    system.all_is_equal(traffic).await;
+}
+
+/// A large transaction is on its way into the side store, or out of it, when the worker that has it dies.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h12_kills_while_a_large_transaction_passes_lose_nothing_and_double_nothing() {
+    let _alone = alone().await;
+    let plan = Plan {
+        workers: vec![""; 3],
+        postgres: PostgresOptions::default().setting("logical_decoding_work_mem", "64kB"),
+        flow: FlowFile { large_transaction_bytes: "1Mi".to_owned(), ..FlowFile::default() },
+        ..Plan::default()
+    };
+    let (mut system, traffic) = System::start_with_traffic(plan, 100).await;
+    system.log_is_on_three_servers().await;
+    system.row_passes().await;
+    let side = system.side_store().await;
+    let mut rows = 0;
+    let mut more = |count: u32| {
+        rows += count;
+        large(rows - count + 1, rows)
+    };
+    for _ in 0..rounds(5) {
+        let writer = system.source().await;
+        let known = side.usage(Shelf::Transactions).await.unwrap().bytes;
+        writer.batch_execute(&format!("BEGIN; {}", more(6_000))).await.unwrap();
+        holds(side.as_ref(), known + 2 * MIB).await;
+        capturing_worker(&mut system, &traffic).await;
+        // Its parts are of no use any more: the next owner puts what it is sent, and dies over it as well.
+        let known = side.usage(Shelf::Transactions).await.unwrap().bytes;
+        writer.batch_execute(&format!("{}; COMMIT", more(6_000))).await.unwrap();
+        holds(side.as_ref(), known + MIB).await;
+        capturing_worker(&mut system, &traffic).await;
+        // Without a pause: the transaction may be at the sink, on its way there, or still with the next owner.
+        writer.batch_execute(&more(6_000)).await.unwrap();
+        applying_worker(&mut system, &traffic).await;
+    }
+    let (streamed, _) = streamed_and_spilled(&system.source().await).await;
+    assert!(streamed > 0, "no transaction was sent while it was in progress");
     system.all_is_equal(traffic).await;
 }
 

@@ -31,7 +31,7 @@ const FILL_WIDE: &str = "\
     FROM generate_series(1, $2::int / 32 + 1)";
 
 /// How many transactions the server sent while they were in progress, and how many it kept on disk until their end.
-async fn streamed_and_spilled(source: &Client) -> (i64, i64) {
+pub async fn streamed_and_spilled(source: &Client) -> (i64, i64) {
     let sql = "SELECT coalesce(sum(stream_txns), 0)::bigint, coalesce(sum(spill_txns), 0)::bigint FROM pg_stat_replication_slots";
     let row = source.query_one(sql, &[]).await.unwrap();
     (row.get(0), row.get(1))

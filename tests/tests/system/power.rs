@@ -13,7 +13,8 @@ use wallaby_tests::flow::FlowFile;
 use wallaby_tests::system::{Plan, System};
 use wallaby_tests::{PATIENCE, alone, rounds};
 
-const MIB: u64 = 1 << 20;
+use crate::bound::MIB;
+
 /// The folder that has the shelf of large transactions.
 const SIDE: &str = "SIDE_shop";
 
@@ -78,7 +79,7 @@ async fn tail_was_lost(system: &System) {
 }
 
 /// Rows of 1 KB of a large transaction, which hardly pack.
-fn large(from: u32, to: u32) -> String {
+pub fn large(from: u32, to: u32) -> String {
     format!(
         "INSERT INTO ledger SELECT -1000000 - i, -1000000, 1, \
          (SELECT string_agg(md5(i::text || '/' || j), '') FROM generate_series(1, 32) j) FROM generate_series({from}, {to}) i"
@@ -113,7 +114,7 @@ async fn with_side_store() -> Option<(Disk, System, Arc<dyn SideStore>)> {
 }
 
 /// Waits until the side store holds more than so many bytes.
-async fn holds(side: &dyn SideStore, bytes: u64) {
+pub async fn holds(side: &dyn SideStore, bytes: u64) {
     eventually(PATIENCE, "parts are acknowledged", async || match side.usage(Shelf::Transactions).await {
         Ok(usage) if usage.bytes > bytes => Ok(()),
         other => Err(format!("{other:?}")),
