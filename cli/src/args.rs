@@ -101,7 +101,8 @@ pub enum Command {
     /// Stop a flow and drop its slot, its publication and its log. Rows at the sinks stay.
     #[command(after_help = "Examples:\n  wallaby delete shop --wait\n  wallaby delete -f flow.yaml")]
     Delete(Delete),
-    /// Stop a flow, or one sink of it. Slot, log and positions stay. A paused sink that the log has no room for is cut off, and
+    /// Stop a flow, or one sink of it. Slot, log and positions stay. A run that reads lets its snapshot go, and comparisons begin again
+    /// later: `wallaby diff` says what becomes of each. A paused sink that the log has no room for is cut off, and
     /// loaded anew once it is resumed, unless the flow file says `onOverrun: backpressure`.
     #[command(after_help = "Examples:\n  wallaby pause shop\n  wallaby pause shop/warehouse")]
     Pause(Named),

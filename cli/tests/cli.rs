@@ -318,6 +318,18 @@ async fn a_diff_shows_what_an_apply_would_do_and_does_nothing() {
     let value: serde_json::Value = serde_json::from_str(&json.out).unwrap();
     assert_eq!((&value[0]["exists"], &value[0]["effects"][0]["effect"]), (&true.into(), &"RESTARTS".into()));
 
+    // What is under way is named, too.
+    shell.run(&["snapshot", "start", "shop"]).await.is(0, &[]);
+    let comparing = shell.command(&["verify", "shop"]).spawn().unwrap();
+    let stops = FLOW.replace("spec:\n", "spec:\n  paused: true\n");
+    eventually(PATIENCE, "the diff names the run and the comparison", async || {
+        let said = shell.run_with(&["diff", "-f", "-"], &stops).await.out;
+        let is_there = ["run 1", "comparison 1"].iter().all(|subject| said.contains(&format!("{subject} ")));
+        if is_there { Ok(()) } else { Err(said) }
+    })
+    .await;
+    drop(comparing);
+
     // Paused by hand: the file does not speak of it, so nothing would change.
     shell.run(&["pause", "shop"]).await.is(0, &[]);
     shell.run_with(&["diff", "-f", "-"], FLOW).await.is(0, &["as the file says", "stays paused"]);

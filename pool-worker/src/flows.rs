@@ -144,7 +144,7 @@ pub fn demand(flow: Option<&Flow>, task: &TaskId) -> Demand {
         TaskKind::Verify(_) => Demand::Verify(Box::new(VerifyDemand {
             dsn: document.spec.source.postgres.dsn.clone(),
             publication: document.publication_name(),
-            sinks: document.spec.sinks.clone(),
+            sinks: document.spec.sinks_by_name().into_iter().cloned().collect(),
         })),
     }
 }
@@ -231,7 +231,7 @@ mod tests {
     use super::*;
     use wallaby_model::RunId;
     use wallaby_model::condition::Timestamp;
-    use wallaby_model::flow::change::{Effect, UnderWay, flow_change};
+    use wallaby_model::flow::change::{ComparisonUnderWay, Effect, RunUnderWay, UnderWay, flow_change};
     use wallaby_model::flow::{ByteSize, Span, page::EXAMPLE, parse};
 
     fn flow(document: FlowDocument) -> Flow {
@@ -250,7 +250,7 @@ mod tests {
     #[test]
     fn the_tasks_that_begin_again_are_those_that_a_diff_names() {
         type Edit = (&'static str, fn(&mut FlowDocument));
-        let edits: [Edit; 11] = [
+        let edits: [Edit; 13] = [
             ("labels", |flow| drop(flow.metadata.labels.insert("a".into(), "b".into()))),
             ("maxBytes", |flow| flow.spec.log.max_bytes = ByteSize(9 << 30)),
             ("replayWindow", |flow| flow.spec.log.replay_window = Span(std::time::Duration::from_secs(7))),
@@ -263,14 +263,22 @@ mod tests {
             ("tables", |flow| flow.spec.source.postgres.publication.tables.push("shop.orders".into())),
             ("dsn", |flow| flow.spec.source.postgres.dsn = SecretRef::Env("OTHER".into())),
             ("paused", |flow| flow.spec.paused = true),
+            ("sinks in another order", |flow| flow.spec.sinks.reverse()),
+            ("another sink removed", |flow| drop(flow.spec.sinks.pop())),
             ("sink paused", |flow| flow.spec.sinks[0].paused = true),
             ("onOverrun", |flow| flow.spec.sinks[0].on_overrun = wallaby_model::flow::OnOverrun::Backpressure),
         ];
         for (name, edit) in edits {
-            let before = parse(EXAMPLE, "-").unwrap();
+            let mut before = parse(EXAMPLE, "-").unwrap();
+            let mut second = before.spec.sinks[0].clone();
+            second.name = wallaby_model::SinkId::new("a-second").unwrap();
+            before.spec.sinks.push(second);
             let mut after = before.clone();
             edit(&mut after);
-            let under_way = UnderWay { runs: vec![RunId(1)], comparisons: vec![1] };
+            let sinks = before.spec.sinks.iter().map(|sink| sink.name.clone()).collect();
+            let run = RunUnderWay { run: RunId(1), sinks, is_paused: false, holds_snapshot: true };
+            let comparison = ComparisonUnderWay { number: 1, sink: before.spec.sinks[0].name.clone() };
+            let under_way = UnderWay { runs: vec![run], comparisons: vec![comparison] };
             let change = flow_change(Some(&before), &after, &under_way);
             assert!(change.refused.is_empty(), "{name}: {change:?}");
             let sink = before.spec.sinks[0].name.clone();

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use wallaby_coordination::{Error as CoordinationError, FlowEntry};
 use wallaby_model::flow::FlowDocument;
-use wallaby_model::flow::change::UnderWay;
+use wallaby_model::flow::change::{ComparisonUnderWay, RunUnderWay, UnderWay};
+use wallaby_model::run::RunWish;
 use wallaby_model::{FlowId, Position, SinkId};
 use wallaby_proto::v1;
 
@@ -31,9 +32,20 @@ impl Store {
     pub async fn under_way(&self, flow: &FlowId) -> Result<UnderWay, ApiError> {
         let coordination = &self.backend.etcd()?.coordination;
         let (runs, operations) = (coordination.runs(flow).await?, coordination.operations(flow).await?);
+        let going_on = runs.into_iter().filter(|run| !run.is_over() && run.spec.wish != RunWish::Cancel);
+        let open = operations.into_iter().filter(|made| !made.is_over());
         Ok(UnderWay {
-            runs: runs.iter().filter(|run| !run.is_over()).map(|run| run.run).collect(),
-            comparisons: operations.iter().filter(|made| !made.is_over()).map(|made| made.number).collect(),
+            runs: going_on
+                .map(|run| RunUnderWay {
+                    run: run.run,
+                    is_paused: run.spec.wish == RunWish::Pause,
+                    sinks: run.spec.sinks,
+                    holds_snapshot: run.plan.is_some_and(|plan| plan.snapshot().is_some()),
+                })
+                .collect(),
+            comparisons: open
+                .map(|made| ComparisonUnderWay { number: made.number, sink: made.spec.verify.sink })
+                .collect(),
         })
     }
 

@@ -68,6 +68,15 @@ pub struct FlowSpec {
     pub paused: bool,
 }
 
+impl FlowSpec {
+    /// The sinks in the order of their names: in the file their order says nothing.
+    pub fn sinks_by_name(&self) -> Vec<&SinkSpec> {
+        let mut sinks: Vec<&SinkSpec> = self.sinks.iter().collect();
+        sinks.sort_by(|a, b| a.name.cmp(&b.name));
+        sinks
+    }
+}
+
 /// The source of a flow. Exactly one kind.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

@@ -52,10 +52,32 @@ impl Effect {
 /// What of a flow is under way beside the tasks that never end by themselves.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UnderWay {
-    /// Snapshot runs that are not over.
-    pub runs: Vec<RunId>,
-    /// Comparisons that are not over, by the numbers of their operations.
-    pub comparisons: Vec<u32>,
+    /// Snapshot runs that go on.
+    pub runs: Vec<RunUnderWay>,
+    /// Comparisons that are not over.
+    pub comparisons: Vec<ComparisonUnderWay>,
+}
+
+/// A snapshot run that goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunUnderWay {
+    /// Its number.
+    pub run: RunId,
+    /// The sinks that it loads.
+    pub sinks: Vec<SinkId>,
+    /// Whether somebody paused it by itself: it stands still whatever becomes of the flow.
+    pub is_paused: bool,
+    /// Whether it holds a snapshot that chunks are read under. One that is read whole does not.
+    pub holds_snapshot: bool,
+}
+
+/// A comparison that is not over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ComparisonUnderWay {
+    /// The number of its operation.
+    pub number: u32,
+    /// The sink that is compared with the source.
+    pub sink: SinkId,
 }
 
 /// What becomes of one task, or of a run.
@@ -170,33 +192,68 @@ fn effects_on_tasks(before: Option<&FlowSpec>, after: &FlowSpec) -> Vec<ChangeEf
     effects
 }
 
-/// Runs read from the source, and comparisons from it and from every sink.
+/// What a run does under its next snapshot.
+const BEGINS_AGAIN: &str =
+    "tables without a key that are not read whole begin again, with `snapshot: only` any that are not";
+
 fn effects_on_what_is_under_way(before: &FlowSpec, after: &FlowSpec, under_way: &UnderWay) -> Vec<ChangeEffect> {
-    let is_moved = before.source.postgres.dsn != after.source.postgres.dsn;
-    let run = match (before.paused, after.paused) {
-        (false, true) => Some((
-            Effect::Paused,
-            "it stops and lets its snapshot go; when it goes on it takes another one, and tables without a key begin again",
-        )),
-        (true, false) => Some((Effect::Resumed, "it takes another snapshot; tables without a key begin again")),
-        (false, false) if is_moved => Some((
-            Effect::Restarts,
-            "it takes another snapshot at the source's new address; tables without a key begin again",
-        )),
-        _ => None,
+    let runs = under_way.runs.iter().filter_map(|run| {
+        let (does, message) = fate_of_run(before, after, run)?;
+        Some(effect(format!("run {}", run.run), does, message))
+    });
+    let comparisons = under_way.comparisons.iter().filter_map(|comparison| {
+        let (does, message) = fate_of_comparison(before, after, &comparison.sink)?;
+        Some(effect(format!("comparison {}", comparison.number), does, message))
+    });
+    runs.chain(comparisons).collect()
+}
+
+fn is_moved(before: &FlowSpec, after: &FlowSpec) -> bool {
+    before.source.postgres.dsn != after.source.postgres.dsn
+}
+
+/// A run reads from the source. What its sinks load are tasks of theirs.
+fn fate_of_run(before: &FlowSpec, after: &FlowSpec, run: &RunUnderWay) -> Option<(Effect, String)> {
+    if !run.sinks.iter().any(|name| after.sinks.iter().any(|sink| sink.name == *name)) {
+        return Some((Effect::Removed, "it is cancelled: it loads no other sink".to_owned()));
+    }
+    let (does, message) = match (before.paused, after.paused) {
+        _ if run.is_paused => return None,
+        (false, true) if run.holds_snapshot => {
+            (Effect::Paused, format!("it stops and lets its snapshot go, and takes another one later: {BEGINS_AGAIN}"))
+        }
+        (false, true) => (Effect::Paused, "it stops and keeps where it was".to_owned()),
+        (true, false) => (Effect::Resumed, "it goes on where it was".to_owned()),
+        (false, false) if is_moved(before, after) && run.holds_snapshot => {
+            (Effect::Restarts, format!("it takes another snapshot, for the source's address changes: {BEGINS_AGAIN}"))
+        }
+        (false, false) if is_moved(before, after) => {
+            (Effect::Restarts, "it goes on where it was, for the source's address changes".to_owned())
+        }
+        _ => return None,
     };
-    let comparison = match (before.paused, after.paused) {
+    Some((does, message))
+}
+
+/// A comparison reads from the source and from its sink; which sink that is, its task does not know before it begins.
+fn fate_of_comparison(before: &FlowSpec, after: &FlowSpec, sink: &SinkId) -> Option<(Effect, &'static str)> {
+    let Some(sink) = after.sinks.iter().find(|known| known.name == *sink) else {
+        return Some((Effect::Removed, "it fails: its sink is gone"));
+    };
+    match (before.paused, after.paused) {
         (false, true) => Some((Effect::Paused, "it stops, and begins again when the flow goes on")),
         (true, false) => Some((Effect::Resumed, "it begins again")),
-        (false, false) if is_moved || before.sinks != after.sinks => {
-            Some((Effect::Restarts, "it begins again: what it compares changes"))
+        (false, false) if is_moved(before, after) => {
+            Some((Effect::Restarts, "it begins again: the source's address changes"))
+        }
+        (false, false) if before.sinks_by_name() != after.sinks_by_name() && sink.paused => {
+            Some((Effect::Restarts, "it begins again, and waits for its sink, which is paused"))
+        }
+        (false, false) if before.sinks_by_name() != after.sinks_by_name() => {
+            Some((Effect::Restarts, "it begins again: the flow's sinks change"))
         }
         _ => None,
-    };
-    let each = |subject: String, does: Option<(Effect, &str)>| does.map(|(is, message)| effect(subject, is, message));
-    let runs = under_way.runs.iter().filter_map(|number| each(format!("run {number}"), run));
-    runs.chain(under_way.comparisons.iter().filter_map(|number| each(format!("comparison {number}"), comparison)))
-        .collect()
+    }
 }
 
 fn sink_subject(sink: &SinkSpec) -> String {
@@ -263,14 +320,14 @@ pub const RULES: &[(&str, &str)] = &[
     ("`metadata.labels`", "nothing: no task looks at them"),
     (
         "`spec.paused`",
-        "every task stops and keeps where it was, or goes on there; the slot holds WAL back meanwhile. Open runs let their snapshot go and \
-         take another one later (tables without a key begin again), comparisons begin again",
+        "every task stops and keeps where it was, or goes on there; the slot holds WAL back meanwhile. A run that reads lets its snapshot go and \
+         takes another one later: tables without a key that are not read whole begin again, with `snapshot: only` any that are not. Comparisons \
+         begin again",
     ),
     ("`spec.source` (safety, largeTransactionBytes)", "the capture restarts where it was; sinks and runs go on"),
     (
         "`spec.source.postgres.dsn`",
-        "capture and sinks restart where they were, open runs take another snapshot (tables without a key begin again), and \
-         comparisons begin again",
+        "capture and sinks restart where they were, a run that reads takes another snapshot (as with `spec.paused`), and comparisons begin again",
     ),
     (
         "`spec.source.postgres.dsn`: another database or server",
@@ -298,7 +355,10 @@ pub const RULES: &[(&str, &str)] = &[
         "`spec.sinks`: one added",
         "its task is made; with `snapshot: initial` or `only` a run loads everything into it, else it starts at the log's end",
     ),
-    ("`spec.sinks`: one removed", "its task ends, and its hold on the log goes; its rows stay"),
+    (
+        "`spec.sinks`: one removed",
+        "its task ends, and its hold on the log goes; its rows stay. A run that loads no other sink is cancelled, a comparison of it fails",
+    ),
     (
         "`spec.sinks[].paused`",
         "this sink stops and keeps where it was, or goes on there; the log holds what it needs. With `onOverrun: detach` only while \

@@ -65,20 +65,62 @@ fn each_change_does_what_the_docs_say() {
 
 #[test]
 fn a_change_says_what_becomes_of_runs_and_comparisons_that_are_under_way() {
-    let under_way = UnderWay { runs: vec![RunId(3), RunId(5)], comparisons: vec![2] };
-    let does = |edit: fn(&mut FlowDocument)| does_while(&under_way, flow(), edit);
+    let name = |text: &str| SinkId::new(text).unwrap();
+    let run = |number, sinks: &[&str]| RunUnderWay {
+        run: RunId(number),
+        sinks: sinks.iter().map(|sink| name(sink)).collect(),
+        is_paused: false,
+        holds_snapshot: true,
+    };
+    let under_way = UnderWay {
+        runs: vec![
+            run(3, &["warehouse", "second"]),
+            RunUnderWay { is_paused: true, ..run(4, &["warehouse"]) },
+            run(5, &["second"]),
+        ],
+        comparisons: vec![ComparisonUnderWay { number: 2, sink: name("warehouse") }],
+    };
+    let mut before = flow();
+    another_sink(&mut before);
+    let does = |edit: fn(&mut FlowDocument)| does_while(&under_way, before.clone(), edit);
     let all = |word: &str| ["run 3", "run 5", "comparison 2"].map(|subject| format!("{subject} {word}"));
-    assert_eq!(does(|flow| flow.spec.paused = true)[2..], all("PAUSED"));
-    assert_eq!(does(|flow| flow.spec.source.postgres.dsn = SecretRef::Env("OTHER".into()))[2..], all("RESTARTS"));
-    assert_eq!(does(another_sink), ["sink second CREATED", "comparison 2 RESTARTS", "run CREATED"]);
+    assert_eq!(does(|flow| flow.spec.paused = true)[3..], all("PAUSED"));
+    assert_eq!(does(|flow| flow.spec.source.postgres.dsn = SecretRef::Env("OTHER".into()))[3..], all("RESTARTS"));
     assert_eq!(does(|flow| flow.spec.sinks[0].paused = true), ["sink warehouse PAUSED", "comparison 2 RESTARTS"]);
     assert_eq!(does(|flow| flow.spec.log.max_bytes = ByteSize(1 << 30)), ["capture RESTARTS"]);
-    let mut paused = flow();
+    let second_gone = does(|flow| drop(flow.spec.sinks.pop()));
+    assert_eq!(second_gone, ["sink second REMOVED", "run 5 REMOVED", "comparison 2 RESTARTS"]);
+    let first_gone = does(|flow| drop(flow.spec.sinks.remove(0)));
+    assert_eq!(first_gone, ["sink warehouse REMOVED", "run 4 REMOVED", "comparison 2 REMOVED"]);
+    let mut paused = before.clone();
     paused.spec.paused = true;
-    let resumed = does_while(&under_way, paused.clone(), |flow| flow.spec.paused = false);
-    assert_eq!(resumed[2..], all("RESUMED"));
+    assert_eq!(does_while(&under_way, paused.clone(), |flow| flow.spec.paused = false)[3..], all("RESUMED"));
     let moved = does_while(&under_way, paused, |flow| flow.spec.source.postgres.dsn = SecretRef::Env("OTHER".into()));
     assert_eq!(moved, [""; 0], "nobody is at it");
+
+    // Only what holds a snapshot loses it.
+    let said = |holds_snapshot| {
+        let under_way =
+            UnderWay { runs: vec![RunUnderWay { holds_snapshot, ..run(3, &["warehouse"]) }], ..UnderWay::default() };
+        let mut after = before.clone();
+        after.spec.paused = true;
+        flow_change(Some(&before), &after, &under_way).effects.pop().unwrap().message
+    };
+    assert!(said(true).contains("lets its snapshot go") && !said(false).contains("snapshot"), "{}", said(false));
+}
+
+#[test]
+fn another_order_of_the_sinks_is_no_change() {
+    let mut before = flow();
+    another_sink(&mut before);
+    let under_way = UnderWay {
+        comparisons: vec![ComparisonUnderWay { number: 1, sink: SinkId::new("second").unwrap() }],
+        ..UnderWay::default()
+    };
+    let mut after = before.clone();
+    after.spec.sinks.reverse();
+    let change = flow_change(Some(&before), &after, &under_way);
+    assert_eq!((change.changes.len(), change.effects.len()), (0, 0), "{change:?}");
 }
 
 #[test]
