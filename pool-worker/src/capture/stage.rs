@@ -376,8 +376,8 @@ fn slot_health(stage: &Stage<'_>, figures: &SourceStatus) {
         );
         stage.context.status.condition(ConditionType::SlotHealthy, false, "RetainedWal", &message);
     } else if stage.syncing.is_unknown() {
-        let message = "a NATS server that holds the log does not say when it syncs: Postgres is told of what is staged four minutes later, and \
-            keeps its WAL for so long. Give the workers --nats-monitoring for every NATS server, or run those with sync_interval: always";
+        let message = "a NATS server that holds the log or the side store does not say when it syncs: Postgres is told of what is staged four minutes \
+            later, and keeps its WAL for so long. Give the workers the monitoring URL of every NATS server (--nats-monitoring), and see that each answers";
         stage.context.status.condition(ConditionType::SlotHealthy, true, "SyncUnknown", message);
     } else {
         stage.context.status.condition(ConditionType::SlotHealthy, true, "WithinBound", "");

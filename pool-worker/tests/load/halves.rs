@@ -124,8 +124,7 @@ async fn h13_compared_with_half_a_transaction_in_the_log_the_sink_is_read_once_i
         .await;
     let seen = half.seen.lock().unwrap().clone();
     assert_eq!(seen, BTreeSet::from([0]), "half a transaction was seen at the sink");
-    drop(half.worker);
-    let half = Half { worker: scene.worker("w2"), ..half };
+    half.failpoints.let_go(Failpoint::StopInsideTransaction);
     let report = scene
         .until("the comparison is done", async || match result().await? {
             OperationResult { state: OperationState::Done, report: Some(report), .. } => Ok(report),

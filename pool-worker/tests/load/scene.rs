@@ -431,7 +431,6 @@ spec:
         entry.ok_or("it says nothing")?.decode().map_err(|error| error.to_string())
     }
 
-    /// The end of the source's WAL.
     /// Waits until the capture gives this reason for the slot's health.
     pub async fn slot_is(&self, reason: &str) {
         let capture = TaskId::capture(&self.flow);
@@ -446,6 +445,7 @@ spec:
         .await;
     }
 
+    /// The end of the source's WAL.
     pub async fn wal_end(&self) -> Lsn {
         wal_end(&self.source).await
     }

@@ -263,9 +263,9 @@ pub const GROUPS: &[(&str, &[Reason])] = &[
             reason(
                 "SyncUnknown",
                 &[SlotHealthy],
-                "The slot holds back less than that; but a NATS server that holds the log does not say when it syncs, so that Postgres is told \
-                 of what is staged four minutes later.",
-                "give the workers `--nats-monitoring` for every NATS server, or run those with `sync_interval: always`",
+                "The slot holds back less than that; but a NATS server that holds the log or the side store does not say when it syncs, so that \
+                 Postgres is told of what is staged four minutes later.",
+                "give the workers the monitoring URL of every NATS server (`--nats-monitoring`), and see that each answers",
             ),
             reason(
                 "RetainedWal",
