@@ -114,7 +114,7 @@ async fn with_side_store() -> Option<(Disk, System, Arc<dyn SideStore>)> {
 }
 
 /// Waits until the side store holds more than so many bytes.
-pub async fn holds(side: &dyn SideStore, bytes: u64) {
+async fn holds(side: &dyn SideStore, bytes: u64) {
     eventually(PATIENCE, "parts are acknowledged", async || match side.usage(Shelf::Transactions).await {
         Ok(usage) if usage.bytes > bytes => Ok(()),
         other => Err(format!("{other:?}")),

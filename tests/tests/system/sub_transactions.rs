@@ -3,13 +3,16 @@
 use futures::future::{join_all, try_join_all};
 use std::time::Instant;
 
-use wallaby_staging::Shelf;
+use wallaby_staging::{Shelf, SideGroup, SideKey};
 use wallaby_testkit::PostgresOptions;
 use wallaby_tests::flow::FlowFile;
 use wallaby_tests::system::{Plan, System};
 use wallaby_tests::{alone, is_full_size};
 
+use wallaby_wire::splice::decode_manifest;
+
 use crate::bound::{Bound, MIB, are_equal, small};
+use crate::memory::streamed_and_spilled;
 
 /// The source sends each change of a transaction in progress at once: the worst that it can do.
 const AT_ONCE: &str = "immediate";
@@ -34,7 +37,7 @@ async fn with_streaming(streaming: &str, bound: &Bound) -> System {
     system
 }
 
-/// One row of each thousand stays.
+/// One row of five hundred stays, a larger one than the others: it makes the source send what it has.
 async fn rolled_back(streaming: &str, count: u64) {
     let bound = Bound::new(128 * MIB);
     let system = with_streaming(streaming, &bound).await;
@@ -43,8 +46,9 @@ async fn rolled_back(streaming: &str, count: u64) {
     let sql = format!(
         "DO $$ BEGIN FOR i IN 1..{count} LOOP
             BEGIN
-                INSERT INTO bulk VALUES (i, repeat(md5(i::text), 10));
-                IF i % 1000 <> 0 THEN RAISE EXCEPTION 'rolled back'; END IF;
+                INSERT INTO bulk SELECT i, string_agg(md5(i::text || '/' || j), '')
+                    FROM generate_series(1, CASE WHEN i % 500 = 0 THEN 60 ELSE 8 END) j;
+                IF i % 500 <> 0 THEN RAISE EXCEPTION 'rolled back'; END IF;
             EXCEPTION WHEN raise_exception THEN NULL;
             END;
         END LOOP; END $$"
@@ -54,12 +58,23 @@ async fn rolled_back(streaming: &str, count: u64) {
     let last = format!("SELECT FROM bulk WHERE id = {count}");
     bound.until(&system, &target, "what was not rolled back is at the sink", &last).await;
     are_equal(&system, &["public.bulk"]).await;
+    let (streamed, _) = streamed_and_spilled(&source).await;
+    assert!(streamed > 0, "the transaction was not sent while it was in progress");
     // Rolled-back rows are sent, and some of them put, before it is known that they are: each takes less than half a KiB.
-    let put = side.usage(Shelf::Transactions).await.unwrap().bytes;
-    let groups = side.list(Shelf::Transactions).await.unwrap().len();
-    println!("{} KiB and {groups} groups in the side store", put >> 10);
-    assert!(put < count * 512 + MIB, "{put} bytes");
-    assert!(groups <= 2, "one transaction, and not {groups}");
+    // A transaction that is small without them comes through the log.
+    let (mut parts, mut ranges) = (Vec::new(), 0);
+    for group in side.list(Shelf::Transactions).await.unwrap() {
+        let SideGroup::Manifest(commit) = group else { continue };
+        let manifest = side.get(SideKey::Manifest { commit }).await.unwrap().expect("it is there");
+        let manifest = decode_manifest(commit, &manifest).unwrap();
+        ranges += manifest.aborted.len() as u64;
+        parts.push(manifest.parts.len() as u64);
+    }
+    assert!(parts.len() <= 1, "one transaction, and {parts:?} parts");
+    let parts: u64 = parts.iter().sum();
+    println!("{parts} parts, {ranges} rolled-back ranges");
+    assert!(parts <= count * 512 / MIB + 2, "{parts} parts");
+    assert!(ranges <= count / 500 + 2, "{ranges} ranges: more than there are rows that stay");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
