@@ -10,7 +10,8 @@
 //! needs nothing but that the epoch stays, and locks it FOR KEY SHARE: it and the main stream never wait for each other here, however
 //! long the transaction of either takes.
 
-use std::time::Duration;
+use std::collections::HashSet;
+use std::time::{Duration, SystemTime};
 
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
@@ -158,32 +159,41 @@ pub(crate) async fn take_over(
     // One that works beside another session of its own owner has nothing to take over: it does not wait for the transaction of that
     // one, which may be a large one.
     let is_beside = !end_sessions && epoch >= sink.since && last_epoch(client, task).await? == Some(epoch);
-    let mut ended = if is_beside { 0 } else { move_epoch(client, sink, epoch, end_sessions).await? };
+    let mut ended = Ended::default();
+    if !is_beside {
+        move_epoch(client, sink, epoch, end_sessions.then_some(&mut ended)).await?;
+    }
     // A predecessor may have connected between the first look and the commit of the epoch.
     if end_sessions {
-        ended += end_older_sessions(client, task, epoch).await?;
+        end_older_sessions(client, task, epoch, &mut ended).await?;
     }
+    let sessions_ended = u32::try_from(ended.len()).unwrap_or(u32::MAX);
     let found = read(client, task).await?;
     match found {
-        Some((found, position, log_epoch)) if found == epoch => {
-            Ok(Opened { position, log_epoch, sessions_ended: ended })
-        }
+        Some((found, position, log_epoch)) if found == epoch => Ok(Opened { position, log_epoch, sessions_ended }),
         _ => Err(fenced(task, epoch, found.map(|(found, ..)| found)).into()),
     }
 }
 
-/// Makes the task this epoch's; returns how many sessions of older owners were ended for it.
-async fn move_epoch(client: &Client, sink: &SinkTask, epoch: Epoch, end_sessions: bool) -> Result<u32, PostgresError> {
-    let (mut ended, mut tries) = (0, 0);
+/// Sessions of older owners that were ended: pid and when the backend started. One that takes its time to end is met again.
+type Ended = HashSet<(i32, SystemTime)>;
+
+/// Makes the task this epoch's, and ends sessions of older owners for it unless `ended` is none.
+async fn move_epoch(
+    client: &Client,
+    sink: &SinkTask,
+    epoch: Epoch,
+    mut ended: Option<&mut Ended>,
+) -> Result<(), PostgresError> {
+    let mut tries = 0;
     loop {
         tries += 1;
-        if end_sessions {
-            ended += end_older_sessions(client, &sink.task, epoch).await?;
+        if let Some(ended) = ended.as_deref_mut() {
+            end_older_sessions(client, &sink.task, epoch, ended).await?;
         }
         match commit_epoch(client, &sink.task, sink.since, epoch).await {
-            Ok(()) => return Ok(ended),
             Err(error) if error.sqlstate() == Some(&SqlState::LOCK_NOT_AVAILABLE) && tries < TAKEOVER_TRIES => {}
-            Err(error) => return Err(error),
+            outcome => return outcome,
         }
     }
 }
@@ -227,14 +237,18 @@ async fn commit_epoch(client: &Client, task: &TaskId, since: Epoch, epoch: Epoch
 
 /// Ends sessions of this task whose epoch is not above ours, ourselves apart: of older owners, and of a connection of
 /// our own that was cut and whose backend does not know it yet. Only in this database: a task of the same name in
-/// another one is another installation's. Returns how many there were of older owners.
-async fn end_older_sessions(client: &Client, task: &TaskId, epoch: Epoch) -> Result<u32, PostgresError> {
+/// another one is another installation's. Those of older owners are put into `ended`.
+async fn end_older_sessions(
+    client: &Client,
+    task: &TaskId,
+    epoch: Epoch,
+    ended: &mut Ended,
+) -> Result<(), PostgresError> {
     let doing = || "ending sessions of older owners at the sink".to_owned();
     let prefix = task.session_prefix();
     let query = "SELECT pid, backend_start, application_name FROM pg_stat_activity \
         WHERE starts_with(application_name, $1) AND datname = current_database() AND pid <> pg_backend_pid()";
     let sessions = client.query(query, &[&prefix]).await.doing(doing)?;
-    let mut ended = 0;
     for session in sessions {
         let name: &str = session.get(2);
         let Some(theirs) = name.strip_prefix(&prefix).and_then(|text| text.parse::<u64>().ok()) else { continue };
@@ -245,15 +259,14 @@ async fn end_older_sessions(client: &Client, task: &TaskId, epoch: Epoch) -> Res
         let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
             WHERE pid = $1 AND backend_start = $2 AND application_name = $3";
         let pid: i32 = session.get(0);
-        let start: std::time::SystemTime = session.get(1);
+        let start: SystemTime = session.get(1);
         let gone = client.query_opt(end, &[&pid, &start, &name]).await.doing(doing)?;
         let was_ended = gone.is_some_and(|row| row.get(0));
-        if was_ended && theirs < epoch.0 {
-            ended += 1;
+        if was_ended && theirs < epoch.0 && ended.insert((pid, start)) {
             tracing::warn!(%task, pid, epoch = theirs, "ended the session of an older owner at the sink");
         }
     }
-    Ok(ended)
+    Ok(())
 }
 
 type Checkpoint = (Epoch, Option<Position>, Option<Epoch>);

@@ -233,6 +233,22 @@ async fn h14_a_frozen_owner_that_holds_locks_is_ended() {
     assert_eq!(target.rows(&items.table).await, rows(&[&["1", "2", "b"]]));
 }
 
+/// Sessions are looked for before the epoch is moved and after it: one that takes its time to end is met by both looks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h14_a_session_that_does_not_end_at_once_is_counted_once() {
+    let target = Target::fresh("h14_slow_end").await;
+    let _first = target.opened(&Log::new()).await;
+    let pid = "SELECT pid::text FROM pg_stat_activity WHERE application_name LIKE 'wallaby/%/1' AND datname = current_database()";
+    let pid: String = target.database.query_one(pid, &[]).await.unwrap().get(0);
+    let signal =
+        |name: &str| assert!(std::process::Command::new("kill").args([name, &pid]).status().unwrap().success());
+    signal("-STOP");
+    let mut young = target.sink();
+    let opened = tokio::time::timeout(Duration::from_secs(10), young.open(Epoch(2))).await;
+    signal("-CONT");
+    assert_eq!(opened.unwrap().unwrap().sessions_ended, 1);
+}
+
 /// Sessions of older owners are left alone, so the zombie lives, and its own commit is refused by the epoch.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h14_a_zombies_commit_is_refused_by_the_epoch() {
