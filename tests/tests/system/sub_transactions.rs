@@ -1,14 +1,13 @@
 //! Very many transactions inside of one, and very many beside each other, through one small worker.
 
-use futures::future::{join_all, try_join_all};
 use std::time::Instant;
 
+use futures::future::{join_all, try_join_all};
 use wallaby_staging::{Shelf, SideGroup, SideKey};
 use wallaby_testkit::PostgresOptions;
 use wallaby_tests::flow::FlowFile;
 use wallaby_tests::system::{Plan, System};
 use wallaby_tests::{alone, is_full_size};
-
 use wallaby_wire::splice::decode_manifest;
 
 use crate::bound::{Bound, MIB, are_equal, small};
