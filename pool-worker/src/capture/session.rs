@@ -306,9 +306,9 @@ async fn writer_options(context: &TaskContext, log: &Log, side: &dyn SideStore) 
     if context.shared.failpoints.is_on(Failpoint::HoldAppend) {
         options.tail_check_interval = Duration::from_secs(3600);
     }
-    if let Ok(policy) = sync::ask(log, side, &context.shared.sync_source()).await {
-        tracing::info!(task = %context.task, ?policy, "when the log's servers sync");
-        options.sync = policy;
+    if let Ok(report) = sync::ask(log, side, &context.shared.sync_source()).await {
+        tracing::info!(task = %context.task, policy = ?report.policy, silent = ?report.silent(), "when the log's servers sync");
+        options.sync = report.policy;
     }
     options
 }

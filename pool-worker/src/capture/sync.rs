@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::{Mutex, watch};
 use tokio_util::task::AbortOnDropHandle;
-use wallaby_staging::{Log, Shelf, SideStore, StagingError, SyncPolicy, SyncSource, sync_policy_with};
+use wallaby_staging::{Log, Shelf, SideStore, StagingError, SyncPolicy, SyncReport, SyncSource, sync_policy_with};
 
 /// How often it is asked.
 const ASK_EVERY: Duration = Duration::from_secs(60);
@@ -16,10 +16,10 @@ const ASK_SILENT_EVERY: Duration = Duration::from_secs(10);
 
 /// Asks the servers that hold the log, and those that hold the large transactions once there is a shelf for them: a splice is durable
 /// only when its parts are.
-pub async fn ask(log: &Log, side: &dyn SideStore, source: &SyncSource) -> Result<SyncPolicy, StagingError> {
+pub async fn ask(log: &Log, side: &dyn SideStore, source: &SyncSource) -> Result<SyncReport, StagingError> {
     let info = log.info().await?;
     let holders = side.holders(Shelf::Transactions).await?;
-    Ok(sync_policy_with(&info, &holders, source).await.policy)
+    Ok(sync_policy_with(&info, &holders, source).await)
 }
 
 /// Tells a log's writer what is known of the servers.
@@ -49,10 +49,13 @@ impl Syncing {
     /// When it is not said who holds the log or the side store: what was known stays.
     pub async fn learn(&self) -> Result<(), StagingError> {
         let _turn = self.turn.lock().await;
-        let policy = ask(&self.log, self.side.as_ref(), &self.source).await?;
+        let report = ask(&self.log, self.side.as_ref(), &self.source).await?;
+        let policy = report.policy;
         let is_new = self.known.send_if_modified(|known| std::mem::replace(known, policy) != policy);
         if is_new {
-            tracing::info!(flow = %self.log.flow(), ?policy, "when the log's servers sync");
+            tracing::info!(flow = %self.log.flow(), ?policy, silent = ?report.silent(), "when the log's servers sync");
+        } else {
+            tracing::debug!(flow = %self.log.flow(), ?report, "when the log's servers sync, as before");
         }
         Ok(())
     }
@@ -111,7 +114,7 @@ mod tests {
             let (log, side) = stores(&nats, number).await;
             let at = nats.cluster().leader_of_stream(log.stream()).await.unwrap();
             let source = SyncSource::Monitoring(vec![nats.cluster().monitoring_urls()[at].clone()]);
-            let alone = ask(&log, side.as_ref(), &source).await.unwrap();
+            let alone = ask(&log, side.as_ref(), &source).await.unwrap().policy;
             assert_ne!(alone, SyncPolicy::Unknown, "the log's own server says it");
             side.ensure(Shelf::Transactions).await.unwrap();
             let holders = side.holders(Shelf::Transactions).await.unwrap();
@@ -120,10 +123,11 @@ mod tests {
             log.delete().await.unwrap();
             side.remove().await.unwrap();
             if is_apart {
-                assert_eq!(with_side, SyncPolicy::Unknown, "{holders:?} cannot be asked");
+                assert_eq!(with_side.policy, SyncPolicy::Unknown, "{holders:?} cannot be asked");
+                assert_eq!(with_side.silent(), holders);
                 return;
             }
-            assert_eq!(with_side, alone);
+            assert_eq!(with_side.policy, alone);
         }
         panic!("log and side store always stood on one server: the test shows nothing");
     }
@@ -134,7 +138,7 @@ mod tests {
         let (log, side) = stores(&nats, 0).await;
         let wire = Wire::to(&nats.cluster().monitoring_urls()[0]).await;
         let source = SyncSource::Monitoring(vec![wire.url().replace("nats://", "http://")]);
-        let said = ask(&log, side.as_ref(), &source).await.unwrap();
+        let said = ask(&log, side.as_ref(), &source).await.unwrap().policy;
         assert_ne!(said, SyncPolicy::Unknown);
         wire.hold(Held::Answers);
         let (known, moves) = (watch::Sender::new(said), watch::Sender::new(0));

@@ -1,7 +1,8 @@
 //! What the servers that hold the log say of their fsync.
 //!
 //! `sync_interval` and `sync_always` stand in VARZ, which a server gives on its monitoring port (`/varz`) and to the system
-//! account (`$SYS.REQ.SERVER.PING.VARZ`). Of the servers that hold a copy the longest interval counts; one that cannot be
+//! account (`$SYS.REQ.SERVER.PING.VARZ`). On the port it puts them together once, at the first question: asked before its JetStream was
+//! up (by an exporter, or a probe) it leaves them out for as long as it runs, and `/jsz` has them. Of the servers that hold a copy the longest interval counts; one that cannot be
 //! asked counts as the server's own default, two minutes.
 
 use std::collections::BTreeMap;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use async_nats::Client;
 use futures::StreamExt;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -75,6 +77,14 @@ pub struct SyncReport {
     pub servers: BTreeMap<String, SyncPolicy>,
 }
 
+impl SyncReport {
+    /// The servers that do not say it, or that nobody asked.
+    pub fn silent(&self) -> Vec<&str> {
+        let silent = self.servers.iter().filter(|(_, policy)| **policy == SyncPolicy::Unknown);
+        silent.map(|(name, _)| name.as_str()).collect()
+    }
+}
+
 /// Asks the servers that hold a copy of the log. Never fails: who does not answer is unknown.
 pub async fn sync_policy(log: &LogInfo, source: &SyncSource) -> SyncReport {
     sync_policy_with(log, &[], source).await
@@ -132,9 +142,9 @@ struct SystemAnswer {
     data: Varz,
 }
 
-impl Varz {
+impl JetStreamVarz {
     fn policy(&self) -> SyncPolicy {
-        match self.jetstream.as_ref().and_then(|jetstream| jetstream.config.as_ref()) {
+        match &self.config {
             Some(config) if config.sync_always => SyncPolicy::Always,
             Some(config) if config.sync_interval > 0 => {
                 SyncPolicy::Interval(Duration::from_nanos(config.sync_interval))
@@ -144,10 +154,16 @@ impl Varz {
     }
 }
 
+impl Varz {
+    fn policy(&self) -> SyncPolicy {
+        self.jetstream.as_ref().map_or(SyncPolicy::Unknown, JetStreamVarz::policy)
+    }
+}
+
 async fn ask_monitoring(urls: &[String]) -> BTreeMap<String, SyncPolicy> {
     let asked = urls.iter().map(|url| async move {
-        match tokio::time::timeout(ASK_TIMEOUT, varz(url)).await {
-            Ok(Ok(varz)) => Some((varz.server_name.clone(), varz.policy())),
+        match tokio::time::timeout(ASK_TIMEOUT, ask_port(url)).await {
+            Ok(Ok(said)) => Some(said),
             Ok(Err(error)) => {
                 tracing::warn!(%url, %error, "a NATS server does not say how it syncs: it counts as two minutes");
                 None
@@ -161,14 +177,24 @@ async fn ask_monitoring(urls: &[String]) -> BTreeMap<String, SyncPolicy> {
     futures::future::join_all(asked).await.into_iter().flatten().collect()
 }
 
-/// One GET of `/varz`. HTTP/1.0, so that the answer ends with the connection and is not chunked.
-async fn varz(url: &str) -> std::io::Result<Varz> {
+/// The server's name, and what it says.
+async fn ask_port(url: &str) -> std::io::Result<(String, SyncPolicy)> {
+    let varz: Varz = get(url, "/varz").await?;
+    let mut policy = varz.policy();
+    if policy == SyncPolicy::Unknown {
+        policy = get::<JetStreamVarz>(url, "/jsz").await?.policy();
+    }
+    Ok((varz.server_name, policy))
+}
+
+/// One GET. HTTP/1.0, so that the answer ends with the connection and is not chunked.
+async fn get<T: DeserializeOwned>(url: &str, path: &str) -> std::io::Result<T> {
     let Some(address) = url.strip_prefix("http://") else {
         return Err(std::io::Error::other("only http:// can be asked; use the system account instead"));
     };
     let address = address.split('/').next().unwrap_or_default();
     let mut stream = TcpStream::connect(address).await?;
-    let request = format!("GET /varz HTTP/1.0\r\nHost: {address}\r\nAccept: application/json\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\nAccept: application/json\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer).await?;
@@ -228,6 +254,7 @@ mod tests {
         assert_eq!(judge(&holders(&["a", "b"]), &answers).policy, short);
         assert_eq!(judge(&holders(&["a", "b", "c"]), &answers).policy, long);
         assert_eq!(judge(&holders(&["a", "b", "d"]), &answers).policy, SyncPolicy::Unknown);
+        assert_eq!(judge(&holders(&["a", "b", "d"]), &answers).silent(), ["d"]);
         assert_eq!(judge(&holders(&["c", "d"]), &answers).policy, long);
         assert_eq!(judge(&[], &answers).policy, long);
         assert_eq!(judge(&[], &BTreeMap::new()).policy, SyncPolicy::Unknown);

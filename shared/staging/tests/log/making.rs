@@ -3,10 +3,12 @@
 use async_nats::jetstream::stream::Config;
 use wallaby_model::FlowId;
 use wallaby_model::flow::Replicas;
-use wallaby_staging::{Connections, Log, LogConfig, StagingError, SyncPolicy, SyncSource, sync_policy};
-use wallaby_testkit::{NatsCluster, NatsOptions, NatsScope, unique};
+use wallaby_staging::{Connections, Log, LogConfig, LogInfo, StagingError, SyncPolicy, SyncSource, sync_policy};
+use wallaby_testkit::{
+    Folder, NatsCluster, NatsOptions, NatsScope, PortLease, Process, ProcessSpec, Toolbox, eventually, unique,
+};
 
-use crate::support::{Flow, MAX_BYTES, target};
+use crate::support::{Flow, MAX_BYTES, PATIENCE, target};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_is_made_once_and_checked_ever_after() {
@@ -85,4 +87,55 @@ async fn the_servers_say_how_they_sync() {
     // One that cannot be asked counts as two minutes.
     let two = SyncSource::Monitoring(cluster.monitoring_urls().into_iter().take(2).collect());
     assert_eq!(sync_policy(&info, &two).await.policy, SyncPolicy::Unknown);
+}
+
+/// A server that was asked on its monitoring port before its JetStream was up says nothing of JetStream's settings at `/varz` for as long as
+/// it runs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_was_asked_too_early_says_how_it_syncs() {
+    let folder = Folder::temporary("early").unwrap();
+    let (client, monitor) = (PortLease::free().unwrap(), PortLease::free().unwrap());
+    let config = folder.path().join("nats.conf");
+    let with = |enabled: bool| {
+        let text = format!(
+            "server_name: \"early\"\nlisten: \"127.0.0.1:{}\"\nhttp: \"127.0.0.1:{}\"\n\
+             jetstream {{ enabled: {enabled}, store_dir: \"{}\", sync_interval: always }}\n",
+            client.port(),
+            monitor.port(),
+            folder.path().join("store").display()
+        );
+        std::fs::write(&config, text).unwrap();
+    };
+    with(false);
+    let binary = Toolbox::find().unwrap().nats_server().unwrap();
+    let spec =
+        ProcessSpec::new("nats-early", binary, folder.path()).args(["-c".to_owned(), config.display().to_string()]);
+    let server = Process::spawn(&spec).unwrap();
+    let source = SyncSource::Monitoring(vec![format!("http://127.0.0.1:{}", monitor.port())]);
+    let alone = LogInfo {
+        replicas: 1,
+        leader: None,
+        servers: Vec::new(),
+        has_quorum: true,
+        messages: 0,
+        bytes: 0,
+        max_bytes: 0,
+        first_sequence: 0,
+        last_sequence: 0,
+    };
+    let asked = async || sync_policy(&alone, &source).await;
+    eventually(PATIENCE, "it answers, without JetStream", async || {
+        let report = asked().await;
+        let is_there = report.servers.contains_key("early");
+        if is_there && report.policy == SyncPolicy::Unknown { Ok(()) } else { Err(report) }
+    })
+    .await;
+    with(true);
+    let pid = server.pid().to_string();
+    assert!(std::process::Command::new("kill").args(["-HUP", &pid]).status().unwrap().success());
+    eventually(PATIENCE, "it says it once JetStream is up", async || {
+        let report = asked().await;
+        if report.policy == SyncPolicy::Always { Ok(()) } else { Err(report) }
+    })
+    .await;
 }
