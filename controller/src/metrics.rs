@@ -4,6 +4,7 @@ use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
 
 const OFFERS: &str = "wallaby_controller_offers_total";
 const OFFER_FAILURES: &str = "wallaby_controller_offer_failures_total";
+const QUEUE_RENEWED: &str = "wallaby_controller_offer_consumers_renewed_total";
 const UNOWNED: &str = "wallaby_controller_unowned_tasks";
 const FLOWS: &str = "wallaby_controller_flows";
 const WORKERS: &str = "wallaby_controller_workers";
@@ -14,6 +15,11 @@ const REQUESTS_REFUSED: &str = "wallaby_controller_requests_refused_total";
 pub fn describe() {
     describe_counter!(OFFERS, Unit::Count, "Offers published: tasks without an owner, offered to the pool.");
     describe_counter!(OFFER_FAILURES, Unit::Count, "Offers that could not be published; they are tried again.");
+    describe_counter!(
+        QUEUE_RENEWED,
+        Unit::Count,
+        "Times that the queue's consumer was made anew: it delivered no offer although workers waited."
+    );
     describe_gauge!(UNOWNED, Unit::Count, "Tasks that should run and have no owner.");
     describe_gauge!(FLOWS, Unit::Count, "Flows.");
     describe_gauge!(WORKERS, Unit::Count, "Workers that are alive.");
@@ -27,6 +33,10 @@ pub(crate) fn offered() {
 
 pub(crate) fn offer_failed() {
     counter!(OFFER_FAILURES).increment(1);
+}
+
+pub(crate) fn queue_renewed() {
+    counter!(QUEUE_RENEWED).increment(1);
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts of tasks are far below 2^52")]

@@ -113,6 +113,31 @@ impl OfferQueue {
         acked.map(drop).map_err(|error| self.error("publishing", &error))
     }
 
+    /// How many offers the consumer has delivered, if others lie there while workers wait for one. A moment of this is nothing.
+    ///
+    /// # Errors
+    /// When JetStream does not answer.
+    pub async fn undelivered(&self) -> Result<Option<u64>, QueueError> {
+        let Some(stream) = &self.stream else { return Ok(None) };
+        let state = stream.get_info().await.map_err(|error| self.error("reading it", &error))?.state;
+        let consumer = stream.consumer_info(OFFER_CONSUMER).await;
+        let consumer = consumer.map_err(|error| self.error("reading its consumer", &error))?;
+        let is_behind = state.messages > 0 && state.last_sequence > consumer.delivered.stream_sequence;
+        Ok((is_behind && consumer.num_waiting > 0).then_some(consumer.delivered.consumer_sequence))
+    }
+
+    /// Makes the consumer anew, maybe on another server. Workers find it again; what they had pulled is offered again.
+    ///
+    /// # Errors
+    /// When JetStream does not answer or refuses.
+    pub async fn renew_consumer(&mut self) -> Result<(), QueueError> {
+        if let Some(stream) = &self.stream {
+            let deleted = stream.delete_consumer(OFFER_CONSUMER).await;
+            deleted.map_err(|error| self.error("deleting its consumer", &error))?;
+        }
+        self.ensure().await
+    }
+
     async fn purge(&self, task: &TaskId) -> Result<(), QueueError> {
         let Some(stream) = &self.stream else {
             return Err(self.error("purging", &"it was not made yet"));

@@ -115,6 +115,39 @@ async fn h18_an_offer_past_its_deliveries_blocks_nothing() {
     assert!(started.elapsed() < Duration::from_secs(6), "only its age freed the subject: {:?}", started.elapsed());
 }
 
+/// The queue's consumer lives and delivers nothing, as one on a server whose copy of the queue stands still: here the server is told to
+/// pause it.
+#[tokio::test]
+async fn a_queue_that_delivers_nothing_gets_another_consumer() {
+    let scopes = Scopes::create("silent").await;
+    let running = Running::ready(&scopes.place).await;
+    let _worker = scopes.place.worker("w1").await;
+    let queue = queue(&scopes).await;
+    let stream = scopes.nats.jetstream().get_stream(&offer_stream(&scopes.place.pool)).await.unwrap();
+    let until = stream.cached_info().created + Duration::from_secs(3600);
+    assert!(stream.pause_consumer(OFFER_CONSUMER, until).await.unwrap().paused);
+    running.create(&document("silent")).await.unwrap();
+    let capture = task("silent.capture");
+    let offer = async {
+        loop {
+            // As a worker: without a word from the consumer, or told that it is gone, it finds the queue again.
+            let found = stream.get_consumer::<pull::Config>(OFFER_CONSUMER).await;
+            let Ok(queue) = found else { continue };
+            let batch = queue.fetch().max_messages(1).expires(Duration::from_secs(2)).messages().await;
+            let Ok(mut batch) = batch else { continue };
+            if let Some(Ok(message)) = batch.next().await
+                && Offer::from_bytes(&message.payload).unwrap().task == capture
+            {
+                return;
+            }
+        }
+    };
+    // The queue is looked at every minute, and its consumer's settings are put right then: not that is shown.
+    let sooner = Duration::from_secs(40);
+    tokio::time::timeout(sooner, offer).await.expect("the offer is not delivered");
+    drop(queue);
+}
+
 #[tokio::test]
 async fn of_two_replicas_both_serve_and_when_one_dies_the_other_offers() {
     let scopes = Scopes::create("replicas").await;

@@ -24,6 +24,7 @@ const DROPPED: &str = "wallaby_log_read_dropped_total";
 const RECOVERIES: &str = "wallaby_log_reader_recoveries_total";
 const REWOUND: &str = "wallaby_log_rewinds_seen_total";
 const GAPS: &str = "wallaby_log_gaps_total";
+const COPIES_LEFT: &str = "wallaby_log_copies_left_total";
 const SIDE_DAMAGED: &str = "wallaby_side_damaged_objects_total";
 const SIDE_FULL: &str = "wallaby_side_full_total";
 const PURGED: &str = "wallaby_log_purged_records_total";
@@ -62,6 +63,11 @@ pub fn describe() {
     describe_counter!(REWOUND, Unit::Count, "Rewinds after a lost tail that lay before a reader's end");
     describe_counter!(GAPS, Unit::Count, "Readers that stopped at a gap");
     describe_counter!(
+        COPIES_LEFT,
+        Unit::Count,
+        "Times that a reader went round a server's copy of the log, by reason: silent (it delivers nothing of what the leader has), gap (it lacks records that the leader has)"
+    );
+    describe_counter!(
         SIDE_DAMAGED,
         Unit::Count,
         "Reads of the side store that met a damaged or half-written object, by shelf: transactions, chunks"
@@ -92,6 +98,15 @@ impl Refusal {
             Refusal::Other => "other",
         }
     }
+}
+
+/// A server's copy delivered nothing of what the leader has.
+pub(crate) fn copy_is_silent(flow: &FlowId) {
+    copy_left(flow, "silent");
+}
+
+fn copy_left(flow: &FlowId, reason: &'static str) {
+    counter!(COPIES_LEFT, "flow" => label(flow), "reason" => reason).increment(1);
 }
 
 fn label(flow: &FlowId) -> String {
@@ -231,5 +246,9 @@ impl ReaderMetrics {
 
     pub(crate) fn gap(&self) {
         counter!(GAPS, "flow" => label(&self.flow)).increment(1);
+    }
+
+    pub(crate) fn gap_of_a_copy(&self) {
+        copy_left(&self.flow, "gap");
     }
 }

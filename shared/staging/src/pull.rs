@@ -1,7 +1,9 @@
 //! One consumer of a reader: made, pulled from within a bound of bytes, and given up at the first thing that is not right.
 //!
 //! The consumer is ephemeral, without acknowledgements, one replica in memory: its whole state is the next sequence, which the
-//! reader knows. So nothing is repaired here: the reader makes another one.
+//! reader knows. So nothing is repaired here: the reader makes another one. It lives on one of the servers that hold a copy, not always
+//! the leader, and one that is alive may still deliver nothing: its server's copy stands still, or the log lost its tail and begins
+//! again below what the consumer waits for. So during a silence the leader is asked what there is.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -17,6 +19,7 @@ use tokio::time::Instant;
 
 use crate::error::{Result, StagingError};
 use crate::log::Log;
+use crate::metrics;
 use crate::record::{self, Staged};
 
 /// Pulls that wait at the server at a time: one that fills, one that follows without a pause.
@@ -29,6 +32,9 @@ const EXPIRES: Duration = Duration::from_secs(30);
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Silence for longer means that the consumer is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// After so long without a record the leader is asked whether there is one, and as often from then on. Two looks in a row must see it:
+/// what has just been appended is on its way.
+const LOOK_EVERY: Duration = Duration::from_secs(4);
 /// A consumer that nobody pulls from is deleted by the server after this.
 const INACTIVE: Duration = Duration::from_secs(120);
 const CREATE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -56,6 +62,8 @@ pub(crate) struct PullSession {
     log: Log,
     context: jetstream::Context,
     consumer: String,
+    /// The server that it lives on; empty where one stands alone.
+    server: String,
     inbox: String,
     messages: Subscriber,
     pulls: VecDeque<Outstanding>,
@@ -63,8 +71,12 @@ pub(crate) struct PullSession {
     pull_bytes: usize,
     /// The consumer's own count of what it delivered.
     delivered: u64,
-    /// The last sequence of the stream that it delivered.
-    sequence: u64,
+    /// The sequence of the stream that it delivers next, or the first one behind it.
+    expected: u64,
+    /// When it delivered last, or when the leader was asked since.
+    looked_at: Instant,
+    /// The leader had a record for it at the last look.
+    is_behind: bool,
 }
 
 impl PullSession {
@@ -86,7 +98,8 @@ impl PullSession {
             ..pull::Config::default()
         };
         let made = context.create_consumer_on_stream(config, log.stream()).await;
-        made.map_err(|error| StagingError::unavailable(what(), error))?;
+        let made = made.map_err(|error| StagingError::unavailable(what(), error))?;
+        let server = made.cached_info().cluster.as_ref().and_then(|cluster| cluster.leader.clone()).unwrap_or_default();
         let inbox = client.new_inbox();
         let messages = client.subscribe(format!("{inbox}.*")).await;
         let messages = messages.map_err(|error| StagingError::unavailable(what(), error))?;
@@ -96,13 +109,16 @@ impl PullSession {
             log,
             context,
             consumer,
+            server,
             inbox,
             messages,
             pulls,
             next_pull: 0,
             pull_bytes,
             delivered: 0,
-            sequence: 0,
+            expected: sequence.max(1),
+            looked_at: Instant::now(),
+            is_behind: false,
         })
     }
 
@@ -115,14 +131,40 @@ impl PullSession {
                 Ok(None) => return Err(self.gone("the connection was closed")),
                 Err(_) => return Err(self.gone("it says nothing any more")),
             };
-            if let Some(staged) = self.take(message)? {
-                return Ok(staged);
+            match self.take(message)? {
+                Some(staged) => return Ok(staged),
+                // Only now: before what a reader that was not polled for long finds here, every log would seem to have more.
+                None if self.looked_at.elapsed() >= LOOK_EVERY => self.look().await?,
+                None => {}
             }
         }
     }
 
     fn gone(&self, reason: &str) -> StagingError {
         StagingError::unavailable(format!("the consumer of {}", self.log.stream()), reason)
+    }
+
+    /// Asks the leader whether the log has what this consumer should have delivered.
+    async fn look(&mut self) -> Result<()> {
+        self.looked_at = Instant::now();
+        // Without an answer nothing is known: the consumer is alive.
+        let Ok(info) = self.log.reader_leader().info(&self.log).await else { return Ok(()) };
+        let state = info.state;
+        if state.last_sequence + 1 < self.expected {
+            return Err(self.gone("it waits for what comes behind the end of the log"));
+        }
+        let was_behind =
+            std::mem::replace(&mut self.is_behind, state.messages > 0 && state.last_sequence >= self.expected);
+        if was_behind && self.is_behind {
+            metrics::copy_is_silent(self.log.flow());
+            let (end, expected) = (state.last_sequence, self.expected);
+            tracing::warn!(
+                flow = %self.log.flow(), server = self.server, end, expected,
+                "a consumer delivers nothing of what the log has: another one is made. Its server's copy of the log may stand still"
+            );
+            return Err(self.gone("it delivers nothing of what the log has"));
+        }
+        Ok(())
     }
 
     /// Keeps pulls waiting at the server.
@@ -177,11 +219,13 @@ impl PullSession {
             Ok(info) => (info.stream_sequence, info.consumer_sequence),
             Err(error) => return Err(self.gone(&error.to_string())),
         };
-        if delivered != self.delivered + 1 || sequence <= self.sequence {
+        if delivered != self.delivered + 1 || sequence < self.expected {
             return Err(self.gone("a delivery was lost on the way"));
         }
         self.delivered = delivered;
-        self.sequence = sequence;
+        self.expected = sequence + 1;
+        self.looked_at = Instant::now();
+        self.is_behind = false;
         let jetstream::Message { message, .. } = message;
         let headers = message.headers.unwrap_or_default();
         record::decode(&headers, message.payload, sequence, self.log.flow())

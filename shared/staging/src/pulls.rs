@@ -148,7 +148,8 @@ impl Place {
         if line.session.is_none() || is_unseen {
             let begin = last.map_or(sequence, |last| last.sequence);
             let info = log.reader_leader().info(log).await?;
-            if last.is_some() && info.state.last_sequence < begin {
+            // What was read last must be there still; where nothing was read, the place may at most be the end.
+            if info.state.last_sequence + u64::from(last.is_none()) < begin {
                 return Ok(Pulled::Found(Found::NumberedAnew));
             }
             let session = PullSession::open(log, begin, wanted.pull_bytes).await?;

@@ -3,7 +3,8 @@
 //! The truth is the position; a sequence is a hint that is checked. The reader finds its place by position, takes each record
 //! from the cache if it is there and else from the servers, together with those readers of its worker that stand where it stands,
 //! and applies the reader rule to it. A consumer that is lost is made anew from where the reader stands. A gap is looked at twice: sequences are used again after a
-//! loss of data, so before it is believed the place is searched by position once more.
+//! loss of data, so before it is believed the place is searched by position once more, and read from the leader itself. A consumer reads
+//! its server's copy, and after a loss of data a follower may have the lost records where the leader has those that came in their place.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -93,6 +94,8 @@ pub struct LogReader {
     last: Option<Mark>,
     /// A gap was seen, and the place searched again because of it.
     searched_for_gap: bool,
+    /// Up to this sequence the leader is asked for each record: what a consumer gave there had a gap.
+    by_leader_to: u64,
     /// Records before the one that comes next were purged: a resume that is met now is not the log's first.
     lacks_beginning: bool,
     backoff: Duration,
@@ -118,6 +121,7 @@ impl LogReader {
             place: None,
             last: None,
             searched_for_gap: false,
+            by_leader_to: 0,
             lacks_beginning: false,
             backoff: BACKOFF_FIRST,
             missing_since: None,
@@ -224,11 +228,20 @@ impl LogReader {
 
     /// The next record of the stream, from the cache or the servers; `None` when the next one stands behind `last`.
     async fn read(&mut self, last: u64) -> Result<Option<Staged>> {
-        let next = match self.next {
+        let mut next = match self.next {
             Some(next) => next,
             None => self.search().await?,
         };
         self.next = Some(next);
+        if next <= last.min(self.by_leader_to) {
+            let to = last.min(self.by_leader_to);
+            if let Some(staged) = self.ask_leader(next, to).await? {
+                return Ok(Some(staged));
+            }
+            next = to + 1;
+            // Nothing stands there that could be missed when the next one is pulled.
+            (self.next, self.last) = (Some(next), None);
+        }
         if next > last {
             return Ok(None);
         }
@@ -258,6 +271,17 @@ impl LogReader {
                 Found::NumberedAnew => return Err(self.numbered_anew()),
             }
         }
+    }
+
+    /// The first record between two sequences, both included, as the leader has it. Over the publishing connection: on the pulling one
+    /// the answers would stand behind what a consumer that was just given up still delivers.
+    async fn ask_leader(&self, first: u64, last: u64) -> Result<Option<Staged>> {
+        for sequence in first..=last {
+            if let Some(message) = self.log.leader().message(&self.log, sequence).await? {
+                return Ok(Some(message.staged));
+            }
+        }
+        Ok(None)
     }
 
     /// Where the record with this sequence is pulled: where others wait for it, or else where the reader was before.
@@ -342,7 +366,11 @@ impl LogReader {
             }
             Verdict::Accept { after } => {
                 self.metrics.read(staged.body.len());
-                self.searched_for_gap = false;
+                if std::mem::take(&mut self.searched_for_gap) && staged.sequence <= self.by_leader_to {
+                    self.metrics.gap_of_a_copy();
+                    let (sequence, gap) = (staged.sequence, self.by_leader_to);
+                    tracing::warn!(flow = %self.log.flow(), sequence, gap, "a server's copy of the log lacks records that its leader has");
+                }
                 Ok(self.accepted(staged, Some(after)))
             }
             Verdict::Gap { end: None, from } => {
@@ -352,6 +380,7 @@ impl LogReader {
                 self.place = None;
                 self.next = None;
                 if !std::mem::replace(&mut self.searched_for_gap, true) {
+                    self.by_leader_to = staged.sequence;
                     return Ok(None);
                 }
                 self.metrics.gap();

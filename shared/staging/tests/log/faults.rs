@@ -4,9 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
+use async_nats::jetstream::message::StreamMessage;
+use futures::TryStreamExt;
 use wallaby_model::{Epoch, Lsn, Nonce};
 use wallaby_staging::{
-    LogReader, LogWriter, ReaderOptions, StagingError, Start, SyncPolicy, TailVerdict, Wait, WriterOptions, judge_tail,
+    Connections, Log, LogReader, LogWriter, ReaderOptions, StagingError, Start, SyncPolicy, TailVerdict, Wait,
+    WriterOptions, judge_tail,
 };
 use wallaby_testkit::{Held, NatsCluster, NatsOptions, SyncInterval, Wire, eventually};
 
@@ -418,19 +421,117 @@ async fn h11_a_lost_tail_that_nobody_claims_leads_no_reader_round_and_round() {
     flow.end().await;
 }
 
+/// A consumer may live and deliver nothing, as one on a server whose copy of the log stands still: here the server is told to pause it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_consumer_that_delivers_nothing_of_what_the_log_has_is_left() {
+    let flow = Flow::on_one().await;
+    let writer = flow.owner(5).await.unwrap();
+    writer.append(segment(1, 2, 100)).await.unwrap();
+    let mut reader = flow.reader(Start::FirstResume);
+    read_to(&mut reader, at(2)).await;
+    let context = async_nats::jetstream::new(target_client(&flow.url).await);
+    let stream = context.get_stream(flow.log.stream()).await.unwrap();
+    let consumers: Vec<String> = stream.consumer_names().try_collect().await.unwrap();
+    assert_eq!(consumers.len(), 1);
+    let until = stream.cached_info().created + Duration::from_secs(3600);
+    assert!(stream.pause_consumer(&consumers[0], until).await.unwrap().paused);
+    writer.append(segment(2, 3, 100)).await.unwrap();
+    read_to(&mut reader, at(3)).await;
+    flow.end().await;
+}
+
+/// The servers lose records, and one has them still in its copy of the log: what comes next takes their sequences at the others, and is
+/// skipped there. A consumer on that server goes from what was lost to what came much later. Real servers come there in one of some
+/// thirty power cuts; here the reader's consumers are on another server, with such a copy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h11_a_follower_that_has_other_records_than_the_leader_makes_no_gap() {
+    let flow = Flow::on_one().await;
+    let writer = flow.owner(5).await.unwrap();
+    for n in 1..=30 {
+        writer.append(segment(n, n + 1, 100)).await.unwrap();
+    }
+    writer.settled().await.unwrap();
+    drop(writer);
+    let end = flow.log.info().await.unwrap().last_sequence;
+    let before = messages(&flow, 1, end).await;
+    lose_tail(&flow, 18).await;
+    let takeover = LogWriter::take_over(&flow.log, Epoch(6), Nonce::random(), options()).await.unwrap();
+    let writer = takeover.resume(at(13), info(true)).await.unwrap();
+    let mut from = 13;
+    while from < 200 {
+        writer.append(segment(from, from + 3, 100)).await.unwrap();
+        from += 3;
+    }
+    writer.settled().await.unwrap();
+
+    let other = NatsCluster::start(NatsOptions::default()).await.unwrap();
+    let follower = target_client(&other.client_url()).await;
+    let context = async_nats::jetstream::new(follower.clone());
+    let leader = flow.log.info().await.unwrap();
+    let config = async_nats::jetstream::new(target_client(&flow.url).await).get_stream(flow.log.stream()).await;
+    context.create_stream(config.unwrap().cached_info().config.clone()).await.unwrap();
+    publish(&context, before).await;
+    publish(&context, messages(&flow, end + 1, leader.last_sequence).await).await;
+
+    let connections = Connections { publish: target_client(&flow.url).await, pull: follower };
+    let log = Log::new(flow.log.flow().clone(), connections);
+    // One that had read all that was lost, and one that had not.
+    for position in [31, 20, 5] {
+        let start = Start::At { position: at(position), epoch: Some(Epoch(5)), sequence_hint: None };
+        read_to(&mut LogReader::new(&log, start, ReaderOptions::default()), at(from)).await;
+    }
+    assert_eq!(counted(&format!("wallaby_log_copies_left_total{{flow={},reason=gap}}", log.flow())), 3);
+    flow.end().await;
+}
+
+/// Nothing was read that could be missed: the reader stood at the end of a log that has fences only, and the log ends before that now.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h11_a_reader_that_waits_behind_the_end_of_a_log_that_lost_its_tail_searches_its_place() {
+    let flow = Flow::on_one().await;
+    for epoch in 2..=5 {
+        LogWriter::take_over(&flow.log, Epoch(epoch), Nonce::random(), options()).await.unwrap();
+    }
+    let mut reader = flow.reader(Start::At { position: at(1), epoch: None, sequence_hint: None });
+    eventually(PATIENCE, "it waits at the end", async || {
+        let _silence = tokio::time::timeout(Duration::from_millis(200), reader.next()).await;
+        if reader.next_sequence() == Some(5) { Ok(()) } else { Err(reader.next_sequence()) }
+    })
+    .await;
+    lose_tail(&flow, 4).await;
+    // Fence, resume and rows come before the fifth record.
+    let writer = flow.owner(6).await.unwrap();
+    writer.append(segment(1, 2, 100)).await.unwrap();
+    writer.settled().await.unwrap();
+    assert!(flow.log.info().await.unwrap().last_sequence < 5);
+    read_to(&mut reader, at(2)).await;
+    flow.end().await;
+}
+
 /// The newest `count` messages go, and their sequences come again: a copy of the stream without them takes its place.
 async fn lose_tail(flow: &Flow, count: u64) {
     let context = async_nats::jetstream::new(target_client(&flow.url).await);
     let info = flow.log.info().await.unwrap();
-    let stream = context.get_stream(flow.log.stream()).await.unwrap();
-    let mut kept = Vec::new();
-    for sequence in info.first_sequence..=info.last_sequence - count {
-        kept.push(stream.get_raw_message(sequence).await.unwrap());
-    }
-    let config = stream.cached_info().config.clone();
+    let kept = messages(flow, info.first_sequence, info.last_sequence - count).await;
+    let config = context.get_stream(flow.log.stream()).await.unwrap().cached_info().config.clone();
     context.delete_stream(flow.log.stream()).await.unwrap();
     context.create_stream(config).await.unwrap();
-    for message in kept {
+    publish(&context, kept).await;
+}
+
+/// The messages of a log between two sequences, both included.
+async fn messages(flow: &Flow, first: u64, last: u64) -> Vec<StreamMessage> {
+    let context = async_nats::jetstream::new(target_client(&flow.url).await);
+    let stream = context.get_stream(flow.log.stream()).await.unwrap();
+    let mut messages = Vec::new();
+    for sequence in first..=last {
+        messages.push(stream.get_raw_message(sequence).await.unwrap());
+    }
+    messages
+}
+
+/// Puts messages into a stream, where they get the sequences that they had.
+async fn publish(context: &async_nats::jetstream::Context, messages: Vec<StreamMessage>) {
+    for message in messages {
         let ack = context
             .publish_with_headers(message.subject.clone(), without_server_headers(&message.headers), message.payload)
             .await;
