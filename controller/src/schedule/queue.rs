@@ -14,8 +14,13 @@ use wallaby_model::offer::{
 };
 use wallaby_model::{PoolId, TaskId};
 
+use crate::metrics;
+
 /// How long one request to JetStream may take: short, because a leader change eats whole time-outs.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Between two looks whether the queue delivers.
+const DELIVERY_LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// Copies of the queue where the cluster has that many servers.
 const REPLICAS: usize = 3;
@@ -113,27 +118,47 @@ impl OfferQueue {
         acked.map(drop).map_err(|error| self.error("publishing", &error))
     }
 
-    /// How many offers the consumer has delivered, if others lie there while workers wait for one. A moment of this is nothing.
-    ///
-    /// # Errors
-    /// When JetStream does not answer.
-    pub async fn undelivered(&self) -> Result<Option<u64>, QueueError> {
-        let Some(stream) = &self.stream else { return Ok(None) };
-        let state = stream.get_info().await.map_err(|error| self.error("reading it", &error))?.state;
-        let consumer = stream.consumer_info(OFFER_CONSUMER).await;
-        let consumer = consumer.map_err(|error| self.error("reading its consumer", &error))?;
-        let is_behind = state.messages > 0 && state.last_sequence > consumer.delivered.stream_sequence;
-        Ok((is_behind && consumer.num_waiting > 0).then_some(consumer.delivered.consumer_sequence))
+    /// Makes the consumer anew, maybe on another server, if the queue does not deliver: a consumer reads the copy of the queue on the server
+    /// that leads it, and one that stands still delivers no offer. Whether it did. Takes seconds: it must show more than once.
+    pub async fn renew_if_stuck(mut self) -> bool {
+        let mut found = None;
+        for look in 1.. {
+            let Ok(Some(now)) = self.stuck().await else { return false };
+            if found.is_some_and(|found| found != now) {
+                return false;
+            }
+            found = Some(now);
+            if look >= now.looks() {
+                break;
+            }
+            tokio::time::sleep(DELIVERY_LOOK_EVERY).await;
+        }
+        let stream = offer_stream(&self.pool);
+        tracing::warn!(%stream, ?found, "the queue of offers does not deliver: its consumer is made anew. A NATS server's copy of it may stand still");
+        match self.renew_consumer().await {
+            Ok(()) => metrics::queue_renewed(),
+            Err(error) => tracing::warn!(%error, "the queue's consumer was not made anew; it is tried again"),
+        }
+        true
     }
 
-    /// Makes the consumer anew, maybe on another server. Workers find it again; what they had pulled is offered again.
-    ///
-    /// # Errors
-    /// When JetStream does not answer or refuses.
-    pub async fn renew_consumer(&mut self) -> Result<(), QueueError> {
+    /// How the queue does not deliver at this moment. A moment of it is nothing.
+    async fn stuck(&self) -> Result<Option<Stuck>, QueueError> {
+        let Some(stream) = &self.stream else { return Ok(None) };
+        let state = stream.get_info().await.map_err(|error| self.error("reading it", &error))?.state;
+        // The queue itself answered.
+        let Ok(consumer) = stream.consumer_info(OFFER_CONSUMER).await else { return Ok(Some(Stuck::Silent)) };
+        let is_behind = state.messages > 0 && state.last_sequence > consumer.delivered.stream_sequence;
+        let delivered = consumer.delivered.consumer_sequence;
+        Ok((is_behind && consumer.num_waiting > 0).then_some(Stuck::Undelivered { delivered }))
+    }
+
+    /// Workers find the new one by themselves; what they had pulled is offered again.
+    async fn renew_consumer(&mut self) -> Result<(), QueueError> {
         if let Some(stream) = &self.stream {
             let deleted = stream.delete_consumer(OFFER_CONSUMER).await;
-            deleted.map_err(|error| self.error("deleting its consumer", &error))?;
+            // Also where it is not there any more.
+            deleted.inspect_err(|error| tracing::debug!(%error, "the queue's consumer was not deleted")).ok();
         }
         self.ensure().await
     }
@@ -148,6 +173,25 @@ impl OfferQueue {
 
     fn error(&self, doing: &'static str, cause: &dyn std::fmt::Display) -> QueueError {
         QueueError { stream: offer_stream(&self.pool), doing, cause: cause.to_string() }
+    }
+}
+
+/// How a queue does not deliver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stuck {
+    /// Its consumer does not answer.
+    Silent,
+    /// Its consumer has delivered so many offers; others lie there, and workers wait.
+    Undelivered { delivered: u64 },
+}
+
+impl Stuck {
+    /// How often it is seen before it is believed. A consumer is silent for a while when its server goes away.
+    fn looks(self) -> u32 {
+        match self {
+            Stuck::Silent => 5,
+            Stuck::Undelivered { .. } => 2,
+        }
     }
 }
 

@@ -30,8 +30,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often the queue is checked while nothing fails.
 const ENSURE_EVERY: Duration = Duration::from_secs(60);
 
-/// A task that nobody takes for so long makes the leader ask whether the queue delivers, and as often from then on.
-const DELIVERY_LOOK_EVERY: Duration = Duration::from_secs(5);
+/// A task that nobody takes for so long makes the leader ask whether the queue delivers.
+const TAKEN_WITHIN: Duration = Duration::from_secs(5);
 
 /// More finished runs than this are forgotten, the oldest first.
 const FINISHED_RUNS_KEPT: usize = 10;
@@ -57,17 +57,10 @@ pub async fn run(parts: SchedulerParts, shutdown: CancellationToken) {
     let mut leadership = parts.election.changes();
     let mut looks = tokio::time::interval(LOOK_EVERY);
     let started = Instant::now();
-    let mut state = State {
-        parts,
-        scheduler: Scheduler::default(),
-        queue: None,
-        ensured_at: None,
-        was_failing: false,
-        delivery_looked_at: started,
-        undelivered: None,
-    };
-    // One at a time, beside this loop: its requests may take seconds each, and no offer waits for them.
+    let mut state = State { parts, scheduler: Scheduler::default(), queue: None, ensured_at: None, was_failing: false };
+    // Each one at a time, beside this loop: their requests may take seconds each, and no offer waits for them.
     let mut housekeeping: Option<AbortOnDropHandle<()>> = None;
+    let mut delivery: Option<AbortOnDropHandle<bool>> = None;
     loop {
         let wake_at = state.step(started).await;
         let wake = async {
@@ -84,7 +77,16 @@ pub async fn run(parts: SchedulerParts, shutdown: CancellationToken) {
             () = wake => {}
             _ = looks.tick() => {
                 state.look_at_queue().await;
-                state.look_at_delivery(started).await;
+                if let Some(looked) = delivery.take_if(|looks| looks.is_finished()) {
+                    let is_renewed = looked.await.unwrap_or_default();
+                    if is_renewed {
+                        state.scheduler.forget_offers();
+                    }
+                }
+                if delivery.is_none() {
+                    let queue = state.queue_in_doubt(started);
+                    delivery = queue.map(|queue| AbortOnDropHandle::new(tokio::spawn(queue.renew_if_stuck())));
+                }
                 if housekeeping.as_ref().is_none_or(AbortOnDropHandle::is_finished) {
                     let house = state.house(started);
                     housekeeping = house.map(|house| AbortOnDropHandle::new(tokio::spawn(house.look_after())));
@@ -102,10 +104,6 @@ struct State {
     queue: Option<OfferQueue>,
     ensured_at: Option<Instant>,
     was_failing: bool,
-    /// When it was asked whether the queue delivers.
-    delivery_looked_at: Instant,
-    /// How far it had delivered then, if offers lay there that waiting workers did not get.
-    undelivered: Option<u64>,
 }
 
 impl State {
@@ -204,35 +202,11 @@ impl State {
         }
     }
 
-    /// A consumer lives on one server and reads that server's copy of the queue. One that stands still delivers no offer, and no task
-    /// would find an owner again: then the consumer is made anew. Twice in a row it must have delivered nothing of what lies there.
-    async fn look_at_delivery(&mut self, started: Instant) {
-        if self.delivery_looked_at.elapsed() < DELIVERY_LOOK_EVERY {
-            return;
-        }
-        let longest = self.scheduler.unowned_since().map(|(_, since)| since).min();
-        let waits = longest.is_some_and(|since| started.elapsed().saturating_sub(since) >= DELIVERY_LOOK_EVERY);
-        let Some(queue) = self.queue.as_mut().filter(|_| waits && self.parts.election.is_leader()) else {
-            self.undelivered = None;
-            return;
-        };
-        self.delivery_looked_at = Instant::now();
-        // Without an answer nothing is known; that it does not answer is said where offers are published.
-        let undelivered = queue.undelivered().await.unwrap_or_default();
-        if undelivered.is_none() || std::mem::replace(&mut self.undelivered, undelivered) != undelivered {
-            self.undelivered = undelivered;
-            return;
-        }
-        self.undelivered = None;
-        tracing::warn!(
-            delivered = undelivered,
-            "the queue of offers delivers nothing although workers wait: its consumer is made anew. A NATS server's copy of it may stand still"
-        );
-        metrics::queue_renewed();
-        match queue.renew_consumer().await {
-            Ok(()) => self.scheduler.forget_offers(),
-            Err(error) => self.failing(&error.to_string()),
-        }
+    /// The queue, if a task finds no owner for longer than an offer takes: it may not deliver.
+    fn queue_in_doubt(&self, started: Instant) -> Option<OfferQueue> {
+        let oldest = self.scheduler.unowned_since().map(|(_, since)| since).min()?;
+        let waits = started.elapsed().saturating_sub(oldest) >= TAKEN_WITHIN;
+        self.queue.clone().filter(|_| waits && self.parts.election.is_leader())
     }
 
     /// What the leader has to look after now.

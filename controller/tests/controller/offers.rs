@@ -122,30 +122,25 @@ async fn a_queue_that_delivers_nothing_gets_another_consumer() {
     let scopes = Scopes::create("silent").await;
     let running = Running::ready(&scopes.place).await;
     let _worker = scopes.place.worker("w1").await;
-    let queue = queue(&scopes).await;
+    queue(&scopes).await;
     let stream = scopes.nats.jetstream().get_stream(&offer_stream(&scopes.place.pool)).await.unwrap();
     let until = stream.cached_info().created + Duration::from_secs(3600);
     assert!(stream.pause_consumer(OFFER_CONSUMER, until).await.unwrap().paused);
+    let paused = stream.consumer_info(OFFER_CONSUMER).await.unwrap().created;
     running.create(&document("silent")).await.unwrap();
     let capture = task("silent.capture");
-    let offer = async {
-        loop {
-            // As a worker: without a word from the consumer, or told that it is gone, it finds the queue again.
-            let found = stream.get_consumer::<pull::Config>(OFFER_CONSUMER).await;
-            let Ok(queue) = found else { continue };
-            let batch = queue.fetch().max_messages(1).expires(Duration::from_secs(2)).messages().await;
-            let Ok(mut batch) = batch else { continue };
-            if let Some(Ok(message)) = batch.next().await
-                && Offer::from_bytes(&message.payload).unwrap().task == capture
-            {
-                return;
-            }
+    eventually(PATIENCE, "the offer is delivered", async || {
+        // As a worker: without a word from the consumer, or told that it is gone, it finds the queue again.
+        let queue: PullConsumer = stream.get_consumer(OFFER_CONSUMER).await.map_err(|error| error.to_string())?;
+        let batch = queue.fetch().max_messages(1).expires(Duration::from_secs(2)).messages().await;
+        match batch.map_err(|error| error.to_string())?.next().await {
+            Some(Ok(message)) if Offer::from_bytes(&message.payload).unwrap().task == capture => Ok(()),
+            other => Err(format!("{other:?}")),
         }
-    };
-    // The queue is looked at every minute, and its consumer's settings are put right then: not that is shown.
-    let sooner = Duration::from_secs(40);
-    tokio::time::timeout(sooner, offer).await.expect("the offer is not delivered");
-    drop(queue);
+    })
+    .await;
+    // Now and then the controller puts the consumer's settings right, and ends the pause by that: not that is shown.
+    assert!(stream.consumer_info(OFFER_CONSUMER).await.unwrap().created > paused);
 }
 
 #[tokio::test]

@@ -83,6 +83,11 @@ impl Leader {
         self.get(log, |request| request.sequence(sequence)).await
     }
 
+    /// The first message at or after `sequence`, whatever it is.
+    pub(crate) async fn next(&self, log: &Log, sequence: u64) -> Result<Option<LeaderMessage>> {
+        self.next_on(log, log.subjects(), sequence).await
+    }
+
     /// The first message on `subject` at or after `sequence`.
     pub(crate) async fn next_on(&self, log: &Log, subject: &str, sequence: u64) -> Result<Option<LeaderMessage>> {
         self.get(log, |request| request.sequence(sequence.max(1)).next_by_subject(subject)).await

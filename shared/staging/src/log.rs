@@ -62,6 +62,7 @@ struct Inner {
     stream: String,
     fence_subject: String,
     data_subject: String,
+    subjects: String,
     connections: Connections,
     /// Over the publishing connection, so that what we ask comes after what we sent.
     leader: Leader,
@@ -80,6 +81,7 @@ impl Log {
             stream: flow.log_stream(),
             fence_subject: format!("wallaby.log.{flow}.fence"),
             data_subject: format!("wallaby.log.{flow}.data"),
+            subjects: format!("wallaby.log.{flow}.*"),
             flow,
             leader: Leader::new(connections.publish.clone()),
             reader_leader: Leader::new(connections.pull.clone()),
@@ -100,6 +102,11 @@ impl Log {
     /// The subject of fences.
     pub fn fence_subject(&self) -> &str {
         &self.0.fence_subject
+    }
+
+    /// Both subjects.
+    pub(crate) fn subjects(&self) -> &str {
+        &self.0.subjects
     }
 
     /// The subject of everything that is chained.

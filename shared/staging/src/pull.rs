@@ -32,12 +32,17 @@ const EXPIRES: Duration = Duration::from_secs(30);
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Silence for longer means that the consumer is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
-/// After so long without a record the leader is asked whether there is one, and as often from then on. Two looks in a row must see it:
-/// what has just been appended is on its way.
-const LOOK_EVERY: Duration = Duration::from_secs(4);
+/// After so long without a record the leader is asked whether there is one. Two looks in a row must find something wrong: what has just been
+/// appended is on its way.
+const LOOK_AFTER: Duration = Duration::from_secs(4);
+/// While all is well it is asked ever more seldom, up to this.
+const LOOK_EVERY_MAX: Duration = Duration::from_secs(32);
 /// A consumer that nobody pulls from is deleted by the server after this.
 const INACTIVE: Duration = Duration::from_secs(120);
 const CREATE_TIMEOUT: Duration = Duration::from_secs(5);
+
+const SILENT: &str = "it delivers nothing of what the log has";
+const PAST_END: &str = "it waits for what comes behind the end of the log";
 
 #[derive(Serialize)]
 struct PullRequest {
@@ -75,8 +80,9 @@ pub(crate) struct PullSession {
     expected: u64,
     /// When it delivered last, or when the leader was asked since.
     looked_at: Instant,
-    /// The leader had a record for it at the last look.
-    is_behind: bool,
+    look_after: Duration,
+    /// What was wrong at the last look.
+    suspicion: Option<&'static str>,
 }
 
 impl PullSession {
@@ -118,7 +124,8 @@ impl PullSession {
             delivered: 0,
             expected: sequence.max(1),
             looked_at: Instant::now(),
-            is_behind: false,
+            look_after: LOOK_AFTER,
+            suspicion: None,
         })
     }
 
@@ -134,7 +141,7 @@ impl PullSession {
             match self.take(message)? {
                 Some(staged) => return Ok(staged),
                 // Only now: before what a reader that was not polled for long finds here, every log would seem to have more.
-                None if self.looked_at.elapsed() >= LOOK_EVERY => self.look().await?,
+                None if self.looked_at.elapsed() >= self.look_after => self.look().await?,
                 None => {}
             }
         }
@@ -146,25 +153,38 @@ impl PullSession {
 
     /// Asks the leader whether the log has what this consumer should have delivered.
     async fn look(&mut self) -> Result<()> {
+        // Of a reader that was not polled for long the last look says nothing.
+        let before = self.suspicion.take().filter(|_| self.looked_at.elapsed() < 2 * LOOK_AFTER);
         self.looked_at = Instant::now();
         // Without an answer nothing is known: the consumer is alive.
-        let Ok(info) = self.log.reader_leader().info(&self.log).await else { return Ok(()) };
-        let state = info.state;
-        if state.last_sequence + 1 < self.expected {
-            return Err(self.gone("it waits for what comes behind the end of the log"));
+        let Ok(now) = self.what_is_wrong().await else { return Ok(()) };
+        let Some(what) = now else {
+            self.look_after = (self.look_after * 2).min(LOOK_EVERY_MAX);
+            return Ok(());
+        };
+        if before != now {
+            (self.suspicion, self.look_after) = (now, LOOK_AFTER);
+            return Ok(());
         }
-        let was_behind =
-            std::mem::replace(&mut self.is_behind, state.messages > 0 && state.last_sequence >= self.expected);
-        if was_behind && self.is_behind {
+        if what == SILENT {
             metrics::copy_is_silent(self.log.flow());
-            let (end, expected) = (state.last_sequence, self.expected);
             tracing::warn!(
-                flow = %self.log.flow(), server = self.server, end, expected,
+                flow = %self.log.flow(), server = self.server, expected = self.expected,
                 "a consumer delivers nothing of what the log has: another one is made. Its server's copy of the log may stand still"
             );
-            return Err(self.gone("it delivers nothing of what the log has"));
         }
-        Ok(())
+        Err(self.gone(what))
+    }
+
+    async fn what_is_wrong(&self) -> Result<Option<&'static str>> {
+        let leader = self.log.reader_leader();
+        let end = leader.info(&self.log).await?.state.last_sequence;
+        if end + 1 < self.expected {
+            return Ok(Some(PAST_END));
+        }
+        // The sequence alone proves nothing: what stood there may be gone.
+        let is_silent = end >= self.expected && leader.next(&self.log, self.expected).await?.is_some();
+        Ok(is_silent.then_some(SILENT))
     }
 
     /// Keeps pulls waiting at the server.
@@ -224,8 +244,7 @@ impl PullSession {
         }
         self.delivered = delivered;
         self.expected = sequence + 1;
-        self.looked_at = Instant::now();
-        self.is_behind = false;
+        (self.looked_at, self.look_after, self.suspicion) = (Instant::now(), LOOK_AFTER, None);
         let jetstream::Message { message, .. } = message;
         let headers = message.headers.unwrap_or_default();
         record::decode(&headers, message.payload, sequence, self.log.flow())

@@ -92,10 +92,12 @@ pub struct LogReader {
     place: Option<Arc<Place>>,
     /// The last record that was read: it must still stand at its sequence when the next one is pulled.
     last: Option<Mark>,
-    /// A gap was seen, and the place searched again because of it.
-    searched_for_gap: bool,
-    /// Up to this sequence the leader is asked for each record: what a consumer gave there had a gap.
+    /// Up to this sequence the leader is asked for each record: what a consumer, or the cache, gave there had a gap. 0: nowhere.
     by_leader_to: u64,
+    /// The record behind that gap.
+    gap: Option<Mark>,
+    /// The record that was read last came from the leader itself.
+    is_leaders: bool,
     /// Records before the one that comes next were purged: a resume that is met now is not the log's first.
     lacks_beginning: bool,
     backoff: Duration,
@@ -120,8 +122,9 @@ impl LogReader {
             next: None,
             place: None,
             last: None,
-            searched_for_gap: false,
             by_leader_to: 0,
+            gap: None,
+            is_leaders: false,
             lacks_beginning: false,
             backoff: BACKOFF_FIRST,
             missing_since: None,
@@ -189,14 +192,15 @@ impl LogReader {
             match self.read(last).await {
                 Ok(None) => return Ok(None),
                 Ok(Some(staged)) => {
-                    self.backoff = BACKOFF_FIRST;
                     self.missing_since = None;
                     self.waiting.set(None, Instant::now());
                     // Only now: cancelled before, the record is read again.
                     let wanted = self.next.replace(staged.sequence + 1);
                     self.lacks_beginning |= wanted != Some(staged.sequence);
                     self.last = Some(Mark::of(&staged));
-                    if let Some(accepted) = self.judge(staged).await? {
+                    if let Some(accepted) = self.judge(staged)? {
+                        // Not for a record that is known: a place that is searched again and again gives those each time.
+                        self.backoff = BACKOFF_FIRST;
                         return Ok(Some(accepted));
                     }
                 }
@@ -228,22 +232,20 @@ impl LogReader {
 
     /// The next record of the stream, from the cache or the servers; `None` when the next one stands behind `last`.
     async fn read(&mut self, last: u64) -> Result<Option<Staged>> {
-        let mut next = match self.next {
+        let next = match self.next {
             Some(next) => next,
             None => self.search().await?,
         };
         self.next = Some(next);
-        if next <= last.min(self.by_leader_to) {
-            let to = last.min(self.by_leader_to);
-            if let Some(staged) = self.ask_leader(next, to).await? {
-                return Ok(Some(staged));
-            }
-            next = to + 1;
-            // Nothing stands there that could be missed when the next one is pulled.
-            (self.next, self.last) = (Some(next), None);
+        if next > self.by_leader_to {
+            (self.by_leader_to, self.gap) = (0, None);
         }
         if next > last {
             return Ok(None);
+        }
+        self.is_leaders = next <= self.by_leader_to;
+        if self.is_leaders {
+            return self.ask_leader(next, last).await;
         }
         loop {
             if let Some(staged) = self.cached(next) {
@@ -273,15 +275,33 @@ impl LogReader {
         }
     }
 
-    /// The first record between two sequences, both included, as the leader has it. Over the publishing connection: on the pulling one
+    /// The first record from `next` on as the leader has it, unless that is behind `last`. Over the publishing connection: on the pulling one
     /// the answers would stand behind what a consumer that was just given up still delivers.
-    async fn ask_leader(&self, first: u64, last: u64) -> Result<Option<Staged>> {
-        for sequence in first..=last {
-            if let Some(message) = self.log.leader().message(&self.log, sequence).await? {
-                return Ok(Some(message.staged));
+    async fn ask_leader(&mut self, next: u64, last: u64) -> Result<Option<Staged>> {
+        match self.log.leader().next(&self.log, next).await? {
+            Some(message) if message.staged.sequence <= last => Ok(Some(message.staged)),
+            Some(_) => Ok(None),
+            None => {
+                // Not yet, or not any more: then what comes may come below this.
+                (self.next, self.last) = (None, None);
+                Err(StagingError::unavailable(
+                    format!("record {next} of {}", self.log.stream()),
+                    "its leader has none (yet)",
+                ))
             }
         }
-        Ok(None)
+    }
+
+    /// Whether a record of a consumer that shows a gap is put aside until the leader itself was asked. The place is searched, and read from the
+    /// leader up to there.
+    fn is_to_be_shown(&mut self, staged: &Staged) -> bool {
+        self.place = None;
+        self.next = None;
+        if !self.is_leaders {
+            self.by_leader_to = staged.sequence;
+            self.gap = Some(Mark::of(staged));
+        }
+        !self.is_leaders
     }
 
     /// Where the record with this sequence is pulled: where others wait for it, or else where the reader was before.
@@ -323,7 +343,7 @@ impl LogReader {
             return Ok(first);
         };
         if let Start::At { sequence_hint: Some(hint), .. } = self.start
-            && !self.searched_for_gap
+            && self.gap.is_none()
             && let Some(message) = self.log.reader_leader().message(&self.log, hint).await?
             && message.staged.record.kind.to().is_some_and(|to| to <= end)
         {
@@ -341,13 +361,16 @@ impl LogReader {
     }
 
     /// Applies the rule. `None`: nothing for the caller.
-    async fn judge(&mut self, staged: Staged) -> Result<Option<Accepted>> {
+    fn judge(&mut self, staged: Staged) -> Result<Option<Accepted>> {
         let before = self.state.end;
         if let RecordKind::Resume { position, .. } = staged.record.kind
             && before.is_none()
             && self.lacks_beginning
             && self.start == Start::FirstResume
         {
+            if self.is_to_be_shown(&staged) {
+                return Ok(None);
+            }
             // Every owner writes one: a later one would hide what stood before it.
             let (flow, begins) = (self.log.flow().clone(), Some(position));
             return Err(StagingError::PastHold { flow, position: None, begins });
@@ -366,23 +389,18 @@ impl LogReader {
             }
             Verdict::Accept { after } => {
                 self.metrics.read(staged.body.len());
-                if std::mem::take(&mut self.searched_for_gap) && staged.sequence <= self.by_leader_to {
+                if self.is_leaders && self.gap.take_if(|gap| *gap == Mark::of(&staged)).is_some() {
                     self.metrics.gap_of_a_copy();
-                    let (sequence, gap) = (staged.sequence, self.by_leader_to);
-                    tracing::warn!(flow = %self.log.flow(), sequence, gap, "a server's copy of the log lacks records that its leader has");
+                    let sequence = staged.sequence;
+                    tracing::warn!(flow = %self.log.flow(), sequence, "a server's copy of the log lacks records before this one that its leader has");
                 }
                 Ok(self.accepted(staged, Some(after)))
             }
+            Verdict::Gap { .. } if self.is_to_be_shown(&staged) => Ok(None),
             Verdict::Gap { end: None, from } => {
                 Err(StagingError::PastHold { flow: self.log.flow().clone(), position: None, begins: Some(from) })
             }
             Verdict::Gap { end: Some(end), from } => {
-                self.place = None;
-                self.next = None;
-                if !std::mem::replace(&mut self.searched_for_gap, true) {
-                    self.by_leader_to = staged.sequence;
-                    return Ok(None);
-                }
                 self.metrics.gap();
                 let (flow, sequence) = (self.log.flow().clone(), staged.sequence);
                 Err(StagingError::Gap { flow, sequence, end, from })

@@ -437,6 +437,7 @@ async fn a_consumer_that_delivers_nothing_of_what_the_log_has_is_left() {
     assert!(stream.pause_consumer(&consumers[0], until).await.unwrap().paused);
     writer.append(segment(2, 3, 100)).await.unwrap();
     read_to(&mut reader, at(3)).await;
+    assert_eq!(counted(&format!("wallaby_log_copies_left_total{{flow={},reason=silent}}", flow.log.flow())), 1);
     flow.end().await;
 }
 
