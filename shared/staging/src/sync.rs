@@ -1,9 +1,9 @@
 //! What the servers that hold the log say of their fsync.
 //!
 //! `sync_interval` and `sync_always` stand in VARZ, which a server gives on its monitoring port (`/varz`) and to the system
-//! account (`$SYS.REQ.SERVER.PING.VARZ`). On the port it puts them together once, at the first question: asked before its JetStream was
-//! up (by an exporter, or a probe) it leaves them out for as long as it runs, and `/jsz` has them. Of the servers that hold a copy the longest interval counts; one that cannot be
-//! asked counts as the server's own default, two minutes.
+//! account (`$SYS.REQ.SERVER.PING.VARZ`). On the port it puts them together once, at the first question: asked before its JetStream
+//! was up (by an exporter, or a probe) it leaves them out for as long as it runs, and `/jsz` has them. Of the servers that hold a copy
+//! the longest interval counts; one that cannot be asked counts as the server's own default, two minutes.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
