@@ -18,7 +18,7 @@ pub fn describe() {
     describe_counter!(
         QUEUE_RENEWED,
         Unit::Count,
-        "Times that the queue's consumer was made anew: it delivered no offer although workers waited."
+        "Times that the queue's consumer was made anew: it delivered no offer although workers waited, or did not answer."
     );
     describe_gauge!(UNOWNED, Unit::Count, "Tasks that should run and have no owner.");
     describe_gauge!(FLOWS, Unit::Count, "Flows.");

@@ -476,7 +476,7 @@ async fn h11_a_follower_that_has_other_records_than_the_leader_makes_no_gap() {
 
     let connections = Connections { publish: target_client(&flow.url).await, pull: follower };
     let log = Log::new(flow.log.flow().clone(), connections);
-    // One that had read all that was lost, and one that had not.
+    // One that had read all that was lost, one a part of it, and one nothing.
     for position in [31, 20, 5] {
         let start = Start::At { position: at(position), epoch: Some(Epoch(5)), sequence_hint: None };
         read_to(&mut LogReader::new(&log, start, ReaderOptions::default()), at(from)).await;
