@@ -88,7 +88,16 @@ async fn mistakes_at_the_command_line_say_what_to_do() {
     assert_eq!(said.code, 2, "{}", said.text);
     assert!(said.text.contains("publicaton") && said.text.contains("publication"), "{}", said.text);
 
-    // A port that is taken, twice: the controller's API, a worker's metrics.
+    // A port that is taken, twice: the controller's API, a worker's metrics. Nobody waited for these two so far (a mistyped file
+    // reaches no controller), and whoever comes second to a port is the one that ends.
+    eventually(PATIENCE, "the controller and the worker listen", async || {
+        let said = system.cli(&["get", "flows"]).await;
+        if said.code != 0 {
+            return Err(said.text);
+        }
+        system.workers[0].metrics().await.map(drop)
+    })
+    .await;
     let folder = wallaby_testkit::Folder::temporary("second").unwrap();
     let (_, api) = &system.controllers[0];
     let listen = format!("127.0.0.1:{}", api.port());
