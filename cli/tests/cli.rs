@@ -145,7 +145,7 @@ async fn a_flow_lives_through_the_command() {
     shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["unchanged", "sink shop/warehouse stays paused"]);
     shell.run(&["resume", "sink", "shop/warehouse"]).await.is(0, &["resumed"]);
 
-    shell.run_with(&["apply", "-f", "-", "--wait", "--timeout", "500ms"], FLOW).await.is(6, &["not done", "no worker"]);
+    shell.run_with(&["apply", "-f", "-", "--wait", "--timeout", "3s"], FLOW).await.is(6, &["not done", "no worker"]);
     shell.run(&["delete", "shop", "--wait"]).await.is(0, &["flow shop deleted"]);
     shell.run(&["delete", "shop"]).await.is(1, &["there is no flow shop", "[FLOW_NOT_FOUND]"]);
     shell.run(&["delete", "shop", "--if-exists"]).await.is(0, &["not there"]);
@@ -356,9 +356,9 @@ async fn snapshot_runs_are_started_shown_and_cancelled() {
     shell.run(&["snapshot", "pause", "shop"]).await.is(0, &["shop/1 paused"]);
     shell.run(&["snapshot", "get", "shop/1"]).await.is(0, &["Paused", "wallaby snapshot resume shop 1"]);
     shell.run(&["snapshot", "resume", "shop", "1"]).await.is(0, &["resumed"]);
-    let waited = shell.run(&["snapshot", "get", "shop", "--wait", "--timeout", "300ms"]).await;
+    let waited = shell.run(&["snapshot", "get", "shop", "--wait", "--timeout", "3s"]).await;
     waited.is(6, &["not done", "it goes on by itself"]);
-    let waited = shell.run(&["snapshot", "cancel", "shop", "--wait", "--timeout", "1500ms", "-o", "json"]).await;
+    let waited = shell.run(&["snapshot", "cancel", "shop", "--wait", "--timeout", "3s", "-o", "json"]).await;
     assert_eq!(json(&waited.is(6, &["not done"]))["state"], "Cancelling", "one value, as far as it came");
     shell.run(&["snapshot", "cancel", "shop"]).await.is(0, &["is being cancelled"]);
     shell.run(&["snapshot", "resume", "shop", "1"]).await.is(1, &["[SNAPSHOT_OVER]"]);

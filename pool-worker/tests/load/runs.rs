@@ -80,6 +80,17 @@ async fn no_session_is_left(scene: &Scene) {
     assert_eq!(scene.source.query_one(held, &[]).await.unwrap().get::<_, i64>(0), 0, "a snapshot is still held");
 }
 
+/// The session goes first, and then the plan says so.
+async fn the_snapshot_is_given_up(scene: &Scene) {
+    no_session_is_left(scene).await;
+    scene
+        .until("the plan names no snapshot", async || match scene.plan(1).await?.snapshot() {
+            Some(generation) => Err(format!("{generation:?}")),
+            None => Ok(()),
+        })
+        .await;
+}
+
 async fn no_chunk_is_left(scene: &Scene) {
     let left = scene.on_shelf(Shelf::Chunks).await.unwrap();
     assert!(left.is_empty(), "chunks are left in the side store: {left:?}");
@@ -89,13 +100,7 @@ async fn no_chunk_is_left(scene: &Scene) {
 async fn h23_a_run_that_is_paused_half_way_gives_its_snapshot_up_and_goes_on_with_what_it_has() {
     let (scene, _offers, _worker) = half_read("paused", "initial").await;
     wish(&scene, RunWish::Pause).await;
-    scene
-        .until("the plan names no snapshot", async || match scene.plan(1).await?.snapshot() {
-            Some(generation) => Err(format!("{generation:?}")),
-            None => Ok(()),
-        })
-        .await;
-    no_session_is_left(&scene).await;
+    the_snapshot_is_given_up(&scene).await;
     let read = chunks(&scene).await;
     scene.offer_chunks(u32::MAX);
     scene.source.batch_execute(CHANGES).await.unwrap();
@@ -129,8 +134,7 @@ async fn a_run_gives_its_snapshot_up_while_the_slot_holds_back_too_much_wal() {
     scene.slot_is("WithinBound").await;
     bound(1).await;
     scene.slot_is("RetainedWal").await;
-    no_session_is_left(&scene).await;
-    assert_eq!(scene.plan(1).await.unwrap().snapshot(), None);
+    the_snapshot_is_given_up(&scene).await;
     let read = chunks(&scene).await;
     scene.offer_loads(false);
     bound(1 << 40).await;

@@ -54,10 +54,15 @@ async fn h16_a_blocked_sink_is_cut_off_alone_and_loaded_anew() {
     })
     .await;
     println!("cut off after {filled} transactions of 1.8 MB");
-    let mut counted = 0.0;
-    for worker in &system.workers {
-        counted += worker.metric("wallaby_sinks_detached_total", &[("sink", "second")]).await.unwrap_or_default();
-    }
+    // The worker counts it once etcd has answered, which is after etcd shows it to others.
+    let counted = eventually(PATIENCE, "that a sink was cut off is counted", async || {
+        let mut counted = 0.0;
+        for worker in &system.workers {
+            counted += worker.metric("wallaby_sinks_detached_total", &[("sink", "second")]).await?;
+        }
+        if counted > 0.0 { Ok(counted) } else { Err("it is counted nowhere".to_owned()) }
+    })
+    .await;
     assert_eq!(counted, 1.0, "that a sink was cut off is counted once");
     // The others go on while it is still blocked.
     for _ in 0..5 {

@@ -70,8 +70,12 @@ async fn three_sinks_pull_a_record_once_and_a_blocked_one_delays_nobody() {
     })
     .await;
     let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'second' AND wait_event_type = 'Lock'";
-    let waiting: i64 = system.source().await.query_one(waits, &[]).await.unwrap().get(0);
-    assert!(waiting > 0, "the second sink was not blocked");
+    let source = system.source().await;
+    eventually(PATIENCE, "the second sink is blocked", async || {
+        let waiting: i64 = source.query_one(waits, &[]).await.map_err(|error| error.to_string())?.get(0);
+        if waiting > 0 { Ok(()) } else { Err("no session waits for a lock".to_owned()) }
+    })
+    .await;
     // An alarm has what to go by: the blocked sink is behind, for longer and longer, and what is not confirmed yet holds WAL back.
     let labels = [("task", "shop.apply.second")];
     rises_above(&system, "wallaby_sink_lag_bytes", &labels, 0.0).await;

@@ -1,6 +1,6 @@
 //! Hazards and limits.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use wallaby_model::{Lsn, Position};
 use wallaby_postgres_source::{
@@ -53,6 +53,13 @@ async fn h05_a_commit_at_the_confirmed_lsn_is_delivered() {
     panic!("no commit shared the LSN of a keepalive");
 }
 
+/// A walsender that waits for a client's flush waits for ever; a checkpoint and what is still to be decoded take their time.
+async fn stops_fast(pg: &Postgres) {
+    // Before `stop` itself loses patience, and kills.
+    let patience = Duration::from_secs(40);
+    tokio::time::timeout(patience, pg.stop(Shutdown::Fast)).await.expect("the shutdown hangs").unwrap();
+}
+
 #[tokio::test]
 async fn h15_a_fast_shutdown_is_not_delayed_by_a_lagging_flush() {
     let pg = Postgres::start(PostgresOptions::default()).await.unwrap();
@@ -62,10 +69,8 @@ async fn h15_a_fast_shutdown_is_not_delayed_by_a_lagging_flush() {
     db.batch_execute("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 100) g").await.unwrap();
     run.rows(100).await;
     // Nothing is confirmed, and status updates go on: the walsender would wait for the rest for ever.
-    let begun = Instant::now();
     let reader = tokio::spawn(async move { (run.error().await, run) });
-    tokio::time::timeout(Duration::from_secs(30), pg.stop(Shutdown::Fast)).await.expect("the shutdown hangs").unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    stops_fast(&pg).await;
     let (error, _run) = reader.await.unwrap();
     assert!(matches!(error, SourceError::ShuttingDown { .. }), "{error}");
     assert!(error.is_transient());
@@ -78,9 +83,7 @@ async fn h15_it_is_not_delayed_by_a_client_that_reads_nothing_either() {
     let flow = table(&db).await;
     let _run = flow.start(1, flow.first_position()).await;
     db.batch_execute("INSERT INTO t SELECT g, repeat('x', 1000) FROM generate_series(1, 30000) g").await.unwrap();
-    let begun = Instant::now();
-    tokio::time::timeout(Duration::from_secs(30), pg.stop(Shutdown::Fast)).await.expect("the shutdown hangs").unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    stops_fast(&pg).await;
 }
 
 #[tokio::test]
@@ -104,7 +107,7 @@ async fn h20_a_publication_made_after_the_slots_position_stops_with_the_remedy()
 
 #[tokio::test]
 async fn h24_status_goes_out_while_nobody_reads_and_the_socket_is_full() {
-    let pg = Postgres::start(PostgresOptions::default().setting("wal_sender_timeout", "1s")).await.unwrap();
+    let pg = Postgres::start(PostgresOptions::default().setting("wal_sender_timeout", "3s")).await.unwrap();
     let db = Database::create_on(&pg, "h24").await;
     let flow = table(&db).await;
     let mut run = flow.start(1, flow.first_position()).await;
@@ -112,7 +115,7 @@ async fn h24_status_goes_out_while_nobody_reads_and_the_socket_is_full() {
     assert_eq!(sender.len(), 1);
     db.batch_execute("INSERT INTO t SELECT g, repeat('x', 500) FROM generate_series(1, 40000) g").await.unwrap();
     // Four time-outs long nothing takes a segment. This waits for time itself to pass, not for a condition.
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    tokio::time::sleep(Duration::from_secs(12)).await;
     assert_eq!(pg.walsender_pids().unwrap(), sender, "the walsender gave us up");
     let mut rows = 0;
     while rows < 40_000 {
@@ -278,7 +281,7 @@ async fn segments_fill_up_while_publishes_are_in_flight() {
         db.batch_execute(&format!("INSERT INTO t VALUES ({id}, 'x')")).await.unwrap();
     }
     let target = wal_end(&db).await;
-    let waited = tokio::time::timeout(Duration::from_millis(500), run.next()).await;
+    let waited = tokio::time::timeout(Duration::from_secs(5), run.next()).await;
     assert!(waited.is_err(), "nothing is flushed with two in flight: {waited:?}");
     run.in_flight.send_replace(1);
     let segment = run.segment().await;
@@ -293,7 +296,7 @@ async fn b102_slot_creation_says_whom_it_waits_for_and_gives_up() {
     let blocker = db.connect().await;
     blocker.batch_execute("SET application_name = 'old report'; BEGIN; INSERT INTO t VALUES (1, 'x')").await.unwrap();
     let mut wanted = slot(&format!("{}_2", flow.name));
-    wanted.timeout = Duration::from_secs(1);
+    wanted.timeout = Duration::from_secs(5);
     let error = ensure_slot(&flow.config, &flow.control, &wanted).await.unwrap_err();
     assert!(matches!(error, SourceError::SlotWaits { .. }), "{error}");
     assert!(error.to_string().contains("old report"), "{error}");

@@ -81,7 +81,7 @@ async fn rows_that_never_rest_are_called_unsettled() {
     let mut source = pair.source_session().await;
     let steps = vec![("UPDATE t SET v = v + 1 WHERE id = 3", "UPDATE t SET v = v + 2 WHERE id = 3")];
     let mut sink = Meanwhile { sink: pair.sink_session().await, pair: &pair, steps, taken: 0 };
-    let report = run(&mut source, &mut sink, &[], 20, Duration::from_secs(3)).await.unwrap();
+    let report = run(&mut source, &mut sink, &[], 20, Duration::from_secs(10)).await.unwrap();
     let table = of(&report, "public.t");
     assert_eq!((table.verdict, table.unsettled, table.different), (Verdict::Unsettled, 1, 0), "{table:?}");
     assert_eq!(report.verdict(), Verdict::Unsettled);
@@ -105,10 +105,10 @@ async fn the_sink_is_read_once_it_has_what_the_source_shows() {
 async fn a_sink_that_stays_behind_ends_in_time_with_both_positions() {
     let pair = numbers("verify_late").await;
     pair.position("0000000000000001-0000000000000000-00000000").await;
-    let error = pair.verify_with(&[], 20, Duration::from_secs(2)).await.unwrap_err();
+    let error = pair.verify_with(&[], 20, Duration::from_secs(6)).await.unwrap_err();
     assert!(matches!(&error, VerifyError::TimedOut(text) if text.contains("stands at 0/1 ")), "{error:?}");
     pair.at_sink("DELETE FROM wallaby.checkpoints").await;
-    let error = pair.verify_with(&[], 20, Duration::from_secs(2)).await.unwrap_err();
+    let error = pair.verify_with(&[], 20, Duration::from_secs(6)).await.unwrap_err();
     assert!(matches!(&error, VerifyError::TimedOut(text) if text.contains("no position yet")), "{error:?}");
 }
 
