@@ -33,6 +33,16 @@ pub struct SourceColumn {
     pub filled: Option<String>,
 }
 
+/// Which database of which running server: two sessions that see the same are in one database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DatabaseIdentity {
+    /// When the server was started, in microseconds since 1970. A physical copy of it, which has its system identifier, was started by
+    /// itself.
+    pub started_at_micros: i64,
+    /// The database's oid.
+    pub oid: u32,
+}
+
 /// The columns that a table had in the stream at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SourceColumns {
@@ -74,6 +84,14 @@ pub trait SourceLookup: Send + Sync {
             }
         }
         Ok(found)
+    }
+
+    /// The database that the rows come from; `None` when nobody can say.
+    ///
+    /// # Errors
+    /// When the source cannot be reached or refuses.
+    async fn database(&self) -> Result<Option<DatabaseIdentity>, SinkError> {
+        Ok(None)
     }
 
     /// The columns that a table has in the stream now.

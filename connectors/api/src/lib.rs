@@ -15,7 +15,7 @@ mod sink;
 pub mod verify;
 
 pub use batch::{Batch, BatchPart, TableFilter};
-pub use catalog::{KeyValues, SourceColumn, SourceColumns, SourceLookup, SourceRow, SourceRows};
+pub use catalog::{DatabaseIdentity, KeyValues, SourceColumn, SourceColumns, SourceLookup, SourceRow, SourceRows};
 pub use error::{Directive, SinkError};
 pub use faults::{CommitFault, Faults, HangPoint};
 pub use large::{Portion, Portions};

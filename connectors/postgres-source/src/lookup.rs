@@ -12,8 +12,8 @@ use tokio::sync::Mutex;
 use tokio_postgres::SimpleQueryMessage;
 use tokio_postgres::types::Type;
 use wallaby_connector_api::{
-    ForeignKey, KeyValues, SinkError, SourceColumn, SourceColumns, SourceLookup, SourceRow, SourceRows, TableExtra,
-    TableExtras, TableIndex,
+    DatabaseIdentity, ForeignKey, KeyValues, SinkError, SourceColumn, SourceColumns, SourceLookup, SourceRow,
+    SourceRows, TableExtra, TableExtras, TableIndex,
 };
 use wallaby_model::schema::{quote_identifier, quote_literal};
 use wallaby_model::{Lsn, ReplicaIdentity, TableChanges, TableName, TableSchema};
@@ -259,6 +259,12 @@ async fn columns_over(control: &Control, publication: &str, table: &TableName) -
     Ok(SourceColumns { at, columns: current.shape.columns.into_iter().map(column).collect() })
 }
 
+async fn database_over(control: &Control) -> Result<Option<DatabaseIdentity>, SourceError> {
+    let rows = control.query_typed(DATABASE_SQL, &[]).await;
+    let rows = rows.map_err(|error| SourceError::from_client("asking which database this is", &error))?;
+    Ok(rows.first().map(|row| DatabaseIdentity { started_at_micros: row.get(0), oid: row.get(1) }))
+}
+
 async fn extras_over(control: &Control, table: &TableName) -> Result<TableExtras, SourceError> {
     let during = || format!("reading indexes and constraints of {table}");
     let arguments: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 2] =
@@ -286,6 +292,11 @@ async fn extras_over(control: &Control, table: &TableName) -> Result<TableExtras
 }
 
 /// In a sink's terms; `what` as in "rows".
+/// As [`DatabaseIdentity`] has it.
+const DATABASE_SQL: &str = "\
+    SELECT (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::int8, d.oid \
+    FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()";
+
 fn for_a_sink(error: &SourceError, what: &str) -> SinkError {
     if error.is_transient() {
         return SinkError::Transient(error.to_string());
@@ -309,6 +320,11 @@ impl SourceLookup for Lookup {
     ) -> Result<SourceRows, SinkError> {
         let found = self.ask(async |control| self.read_over(control, table, keys, bytes_max).await).await;
         found.map_err(|error| for_a_sink(&error, "rows"))
+    }
+
+    async fn database(&self) -> Result<Option<DatabaseIdentity>, SinkError> {
+        let database = self.ask(async |control| database_over(control).await).await;
+        database.map_err(|error| for_a_sink(&error, "its identity"))
     }
 
     async fn columns(&self, table: &TableName) -> Result<SourceColumns, SinkError> {

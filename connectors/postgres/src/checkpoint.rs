@@ -15,7 +15,8 @@ use std::time::{Duration, SystemTime};
 
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
-use wallaby_connector_api::{Opened, SinkError, SinkTask};
+use wallaby_connector_api::{DatabaseIdentity, Opened, SinkError, SinkTask};
+use wallaby_model::schema::quote_identifier;
 use wallaby_model::{Epoch, Position, TaskId};
 
 use crate::error::{Doing, PostgresError};
@@ -77,6 +78,11 @@ const CREATE: &str = "\
         'Columns that a WALlaby apply task has here before its log, up to a place in the WAL (early); that have a default here and are the \
 source''s (known); whose default is what older rows have in them (constant)'";
 
+/// As [`DatabaseIdentity`] has it, and the name.
+const DATABASE: &str = "\
+    SELECT (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::int8, d.oid, d.datname::text \
+    FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()";
+
 /// The guarded move. Parameters: task, epoch, expected position, new position, log epoch.
 pub(crate) const ADVANCE: &str = "\
     UPDATE wallaby.checkpoints SET position = $4, log_epoch = $5, updated_at = now() \
@@ -135,6 +141,34 @@ async fn create(client: &Client) -> Result<(), PostgresError> {
         }
     }
     Ok(())
+}
+
+/// Refuses the source's own database: its tables would be emptied for a first load, and what is written here captured again, without end.
+/// A task that has a position here was let in before.
+pub(crate) async fn is_not_the_source(client: &Client, task: &SinkTask) -> Result<(), PostgresError> {
+    if exists(client, "wallaby.checkpoints").await? {
+        let query = "SELECT FROM wallaby.checkpoints WHERE task = $1 AND position IS NOT NULL";
+        let row =
+            client.query_opt(query, &[&task.task.to_string()]).await.doing(|| "reading the checkpoint".to_owned())?;
+        if row.is_some() {
+            return Ok(());
+        }
+    }
+    let row = client.query_one(DATABASE, &[]).await.doing(|| "asking which database this is".to_owned())?;
+    let here = DatabaseIdentity { started_at_micros: row.get(0), oid: row.get(1) };
+    // Whatever is wrong with the source is mended there, and not by resuming the sink.
+    let unknown = |error| SinkError::Transient(format!("a sink must be another database than its source: {error}"));
+    if task.lookup.database().await.map_err(unknown)? != Some(here) {
+        return Ok(());
+    }
+    Err(PostgresError::Sink(SinkError::Configuration {
+        reason: format!(
+            "the sink's database {} is the source's own: its tables would be emptied for a first load, and what is written to \
+             them captured again",
+            quote_identifier(row.get(2))
+        ),
+        remedy: "Give the sink another database in its `postgres.dsn`, and apply the flow again".to_owned(),
+    }))
 }
 
 /// The highest epoch of the task; `None` without a checkpoint.

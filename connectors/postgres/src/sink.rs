@@ -54,6 +54,8 @@ pub fn capabilities() -> Capabilities {
             "A batch that violates a constraint of this database as a whole is rolled back and applied in order, in \
              steps down to a single change, in one transaction with deferrable constraints deferred. If that fails too, \
              the sink stops and names constraint, keys and remedy.",
+            "The source's own database is refused: its tables would be emptied for a first load, and what is written to them captured \
+             again. Another database of the same server is fine.",
             "Foreign keys and triggers of this database are yours: they run for our writes as for any other, but with \
              `row_security = off`: one that reads a table with row-level security needs a role with BYPASSRLS, or the sink stops. \
              Foreign keys are best made DEFERRABLE.",
@@ -170,6 +172,9 @@ impl Sink for PostgresSink {
             Ok(session) => session,
             Err(error) => return Err(self.failed(error)),
         };
+        if let Err(error) = checkpoint::is_not_the_source(&session.client, &self.task).await {
+            return Err(self.failed(error));
+        }
         let end_sessions = !self.config.faults.keep_older_sessions;
         let opened = match checkpoint::take_over(&session.client, &self.task, epoch, end_sessions).await {
             Ok(opened) => opened,

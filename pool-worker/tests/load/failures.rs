@@ -209,3 +209,32 @@ async fn h16_what_readers_left_that_died_does_not_keep_a_run_from_its_end() {
     scene.run_is(1, RunState::Done).await;
     scene.equal(ALL).await;
 }
+
+/// A connection string that was copied: nothing of the database is touched, and a person reads what to do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_is_its_own_source_is_refused_before_it_touches_anything() {
+    let scene = Arc::new(Scene::new("itself").await);
+    fill(&scene, 10).await;
+    let looked_at = "SELECT pg_relation_filenode('t') || ' ' || count(*) || ' ' || coalesce(to_regnamespace('wallaby')::text, 'none') FROM t";
+    let before = rows(&scene.source, looked_at).await.unwrap();
+    let mut document = scene.document("public.*", "initial", "");
+    document.spec.sinks[0].postgres.dsn = document.spec.source.postgres.dsn.clone();
+    scene.coordination.create_flow(document).await.unwrap();
+    let _offers = scene.offering();
+    let _worker = scene.worker("w1");
+    let apply = TaskId::apply(&scene.flow, &scene.sink);
+    let said = scene
+        .until("the sink is refused", async || {
+            let status = scene.status_of(&apply).await?;
+            let said = status.conditions.iter().find(|said| said.reason == "SinkConfiguration");
+            said.map(|said| said.message.clone()).ok_or_else(|| format!("{status:?}"))
+        })
+        .await;
+    assert!(said.contains("is the source's own") && said.contains("another database"), "{said}");
+    assert_eq!(rows(&scene.source, looked_at).await.unwrap(), before, "filenode, rows, the sink's schema");
+    // With a database of its own it goes on.
+    let seen = scene.coordination.flow(&scene.flow).await.unwrap();
+    let document = scene.document("public.*", "initial", "");
+    scene.coordination.update_flow(&seen, document, &std::collections::BTreeMap::new()).await.unwrap();
+    scene.equal(ALL).await;
+}
