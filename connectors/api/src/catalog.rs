@@ -43,6 +43,13 @@ pub struct DatabaseIdentity {
     pub oid: u32,
 }
 
+impl DatabaseIdentity {
+    /// What both ends ask Postgres, so that they compare the same: `started_at_micros` as int8, `oid`, and the database's name.
+    pub const SQL: &str = "\
+        SELECT (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::int8, d.oid, d.datname::text \
+        FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()";
+}
+
 /// The columns that a table had in the stream at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SourceColumns {

@@ -260,7 +260,7 @@ async fn columns_over(control: &Control, publication: &str, table: &TableName) -
 }
 
 async fn database_over(control: &Control) -> Result<Option<DatabaseIdentity>, SourceError> {
-    let rows = control.query_typed(DATABASE_SQL, &[]).await;
+    let rows = control.query_typed(DatabaseIdentity::SQL, &[]).await;
     let rows = rows.map_err(|error| SourceError::from_client("asking which database this is", &error))?;
     Ok(rows.first().map(|row| DatabaseIdentity { started_at_micros: row.get(0), oid: row.get(1) }))
 }
@@ -292,11 +292,6 @@ async fn extras_over(control: &Control, table: &TableName) -> Result<TableExtras
 }
 
 /// In a sink's terms; `what` as in "rows".
-/// As [`DatabaseIdentity`] has it.
-const DATABASE_SQL: &str = "\
-    SELECT (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::int8, d.oid \
-    FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()";
-
 fn for_a_sink(error: &SourceError, what: &str) -> SinkError {
     if error.is_transient() {
         return SinkError::Transient(error.to_string());

@@ -78,11 +78,6 @@ const CREATE: &str = "\
         'Columns that a WALlaby apply task has here before its log, up to a place in the WAL (early); that have a default here and are the \
 source''s (known); whose default is what older rows have in them (constant)'";
 
-/// As [`DatabaseIdentity`] has it, and the name.
-const DATABASE: &str = "\
-    SELECT (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::int8, d.oid, d.datname::text \
-    FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()";
-
 /// The guarded move. Parameters: task, epoch, expected position, new position, log epoch.
 pub(crate) const ADVANCE: &str = "\
     UPDATE wallaby.checkpoints SET position = $4, log_epoch = $5, updated_at = now() \
@@ -154,7 +149,8 @@ pub(crate) async fn is_not_the_source(client: &Client, task: &SinkTask) -> Resul
             return Ok(());
         }
     }
-    let row = client.query_one(DATABASE, &[]).await.doing(|| "asking which database this is".to_owned())?;
+    let row =
+        client.query_one(DatabaseIdentity::SQL, &[]).await.doing(|| "asking which database this is".to_owned())?;
     let here = DatabaseIdentity { started_at_micros: row.get(0), oid: row.get(1) };
     // Whatever is wrong with the source is mended there, and not by resuming the sink.
     let unknown = |error| SinkError::Transient(format!("a sink must be another database than its source: {error}"));

@@ -60,7 +60,7 @@ async fn a_task_is_offered_until_it_has_an_owner_and_at_once_when_it_loses_it() 
     let released = std::time::Instant::now();
     lock.release(None).await.unwrap();
     assert!(offered(&queue, &capture, PATIENCE).await.is_some());
-    assert!(released.elapsed() < Duration::from_secs(8), "offered only after {:?}", released.elapsed());
+    assert!(released.elapsed() < Duration::from_secs(2), "offered only after {:?}", released.elapsed());
 }
 
 #[tokio::test]
@@ -110,9 +110,9 @@ async fn h18_an_offer_past_its_deliveries_blocks_nothing() {
     let started = std::time::Instant::now();
     let capture = task("stuck.capture");
     assert!(lost.contains(&capture));
-    let offer = offered(&queue, &capture, PATIENCE).await;
+    let offer = offered(&queue, &capture, Duration::from_secs(8)).await;
     assert!(offer.is_some(), "the old offer blocks its subject");
-    assert!(started.elapsed() < PATIENCE, "only its age freed the subject: {:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(6), "only its age freed the subject: {:?}", started.elapsed());
 }
 
 /// The queue's consumer lives and delivers nothing, as one on a server whose copy of the queue stands still: here the server is told to

@@ -162,7 +162,7 @@ fn a_missing_tool_says_what_to_do() {
 async fn jetstream(cluster: &NatsCluster) -> jetstream::Context {
     let addresses: Vec<_> = cluster.client_url().split(',').map(str::to_owned).collect();
     let mut context = jetstream::new(async_nats::connect(addresses).await.unwrap());
-    context.set_timeout(Duration::from_secs(5));
+    context.set_timeout(Duration::from_secs(1));
     context
 }
 
@@ -208,7 +208,7 @@ async fn stored(context: &jetstream::Context, stream: &str) -> u64 {
 
 /// A publish may fail while leaders change.
 async fn until_published(context: &jetstream::Context) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let Err(error) = context.publish("s.2", "two".into()).await.unwrap().await else { return };
         assert!(Instant::now() < deadline, "{error}");

@@ -185,6 +185,8 @@ async fn h20_a_publication_that_goes_missing_while_the_flow_runs_is_described_an
     system.row_passes().await;
     // Tables are handed over one by one, and a row of one says nothing of the others.
     system.becomes_equal_at("warehouse").await;
+    system.row_passes().await;
+    system.is_equal_at("warehouse").await;
     let rows: i64 = system.target().await.query_one(found, &[]).await.unwrap().get(0);
     assert_eq!(rows, 2);
 }

@@ -27,6 +27,8 @@ async fn a_flow_that_is_made_again_loads_again() {
     system.row_passes().await;
     // Tables are handed over one by one, and a row of one says nothing of the others.
     system.becomes_equal_at("warehouse").await;
+    system.row_passes().await;
+    system.is_equal_at("warehouse").await;
     let there: i64 =
         system.target().await.query_one("SELECT count(*) FROM ledger WHERE batch = -1000", &[]).await.unwrap().get(0);
     assert_eq!(there, 10);

@@ -84,7 +84,7 @@ async fn a_restart_of_etcd_is_survived() {
     let etcd = own_etcd(1).await;
     let coordination = connect_to(&etcd).await;
     let (flow, task) = shop(&coordination).await;
-    let session = worker(&coordination, "w1", lease(24, true)).await;
+    let session = worker(&coordination, "w1", lease(9, true)).await;
     let lock = take(&session, &task, flow.revision).await;
     for _ in 0..2 {
         etcd.member(0).unwrap().kill9().await.unwrap();
@@ -133,11 +133,11 @@ async fn a_frozen_member_of_three_is_left_aside() {
 async fn a_busy_process_keeps_its_lease() {
     let (_scope, coordination) = shared("busy").await;
     let (flow, task) = shop(&coordination).await;
-    let session = worker(&coordination, "w1", lease(6, true)).await;
+    let session = worker(&coordination, "w1", lease(2, true)).await;
     let lock = take(&session, &task, flow.revision).await;
     let began = BootTime::now();
     tokio::spawn(async move {
-        while BootTime::now() < began.plus(Duration::from_secs(10)) {
+        while BootTime::now() < began.plus(Duration::from_secs(5)) {
             std::hint::spin_loop();
         }
     })
