@@ -163,7 +163,8 @@ pub(crate) async fn is_not_the_source(client: &Client, task: &SinkTask) -> Resul
              them captured again",
             quote_identifier(row.get(2))
         ),
-        remedy: "Give the sink another database in its `postgres.dsn`, and apply the flow again".to_owned(),
+        remedy: "Give the sink another database in its `postgres.dsn`, or schemas of their own in its `postgres.schema`, and apply the flow again"
+            .to_owned(),
     }))
 }
 

@@ -66,6 +66,14 @@ impl PostgresSinkConfig {
         PostgresSinkConfig { faults, ..self }
     }
 
+    /// Whether every table goes to one of its own name, so that in the source's own database it would be itself.
+    pub(crate) fn keeps_names(&self) -> bool {
+        ["a", "b"].iter().all(|schema| {
+            let table = TableName::new(*schema, "t");
+            self.target_table(&table) == table
+        })
+    }
+
     /// The table at the sink for a table of the source.
     pub fn target_table(&self, source: &TableName) -> TableName {
         let mut schema = String::with_capacity(self.schema.len());

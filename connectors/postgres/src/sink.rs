@@ -55,7 +55,8 @@ pub fn capabilities() -> Capabilities {
              steps down to a single change, in one transaction with deferrable constraints deferred. If that fails too, \
              the sink stops and names constraint, keys and remedy.",
             "The source's own database is refused: its tables would be emptied for a first load, and what is written to them captured \
-             again. Another database of the same server is fine.",
+             again. Another database of the same server is fine, and so are other schemas than the source's (`schema`; a fixed one is not \
+             checked).",
             "Foreign keys and triggers of this database are yours: they run for our writes as for any other, but with \
              `row_security = off`: one that reads a table with row-level security needs a role with BYPASSRLS, or the sink stops. \
              Foreign keys are best made DEFERRABLE.",
@@ -172,7 +173,9 @@ impl Sink for PostgresSink {
             Ok(session) => session,
             Err(error) => return Err(self.failed(error)),
         };
-        if let Err(error) = checkpoint::is_not_the_source(&session.client, &self.task).await {
+        if self.config.keeps_names()
+            && let Err(error) = checkpoint::is_not_the_source(&session.client, &self.task).await
+        {
             return Err(self.failed(error));
         }
         let end_sessions = !self.config.faults.keep_older_sessions;

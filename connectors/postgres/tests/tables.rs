@@ -9,8 +9,12 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use target::{Target, apply, query, rows, try_apply};
 use wallaby_connector_api::conformance::{Change, Log, PortionFeed, Shape, SinkUnderTest, Value, chunk_part};
-use wallaby_connector_api::{KeyValues, SinkError, SourceColumn, SourceColumns, SourceLookup, SourceRow};
+use wallaby_connector_api::{
+    DatabaseIdentity, Faults, KeyValues, SinkError, SourceColumn, SourceColumns, SourceLookup, SourceRow,
+};
+use wallaby_connector_api::{SinkFactory, SinkTask};
 use wallaby_model::{ColumnType, Epoch, Lsn, SegmentBody, TableName, TableSchema};
+use wallaby_postgres::PostgresSinkFactory;
 
 fn misfit<T: std::fmt::Debug>(outcome: Result<T, SinkError>) -> (String, String) {
     match outcome {
@@ -595,4 +599,49 @@ async fn a_row_that_a_policy_at_the_sink_hides_stops_the_sink() {
     apply(&mut sink, &batch).await;
     assert_eq!(target.rows(&table.table).await, rows(&[&["2", "seen"]]));
     target.sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+}
+
+/// A source that is in this database, or does not answer.
+struct Somewhere(Mutex<Option<DatabaseIdentity>>);
+
+#[async_trait]
+impl SourceLookup for Somewhere {
+    async fn row_by_key(&self, _: &Arc<TableSchema>, _: &KeyValues) -> Result<SourceRow, SinkError> {
+        Ok(None)
+    }
+
+    async fn database(&self) -> Result<Option<DatabaseIdentity>, SinkError> {
+        let configuration = || SinkError::Configuration { reason: "nobody answers".to_owned(), remedy: String::new() };
+        self.0.lock().unwrap().clone().map(Some).ok_or_else(configuration)
+    }
+}
+
+/// Before a task has a position here, nothing is made until it is known that the source is elsewhere; once it has one, nobody is asked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_waits_until_the_source_says_that_it_is_another_database() {
+    let target = Target::fresh("elsewhere").await;
+    let there = target.query(DatabaseIdentity::SQL).await.remove(0).into_iter().map(Option::unwrap).collect::<Vec<_>>();
+    let here = DatabaseIdentity { started_at_micros: there[0].parse().unwrap(), oid: there[1].parse().unwrap() };
+    let source = Arc::new(Somewhere(Mutex::new(None)));
+    let mut sink = target.make(Faults::default(), source.clone());
+    // What is wrong with the source is not mended here: it is waited for.
+    let Err(SinkError::Transient(said)) = sink.open(Epoch(1)).await else { panic!("it did not wait") };
+    assert!(said.contains("nobody answers") && said.contains("another database"), "{said}");
+    *source.0.lock().unwrap() = Some(here.clone());
+    let (reason, remedy) = misfit(sink.open(Epoch(1)).await);
+    assert!(reason.contains(&there[2]) && reason.contains("the source's own"), "{reason}");
+    assert!(remedy.contains("postgres.dsn"), "{remedy}");
+    assert_eq!(target.query("SELECT to_regnamespace('wallaby')").await, vec![vec![None]], "something was made");
+    // Schemas of their own are no tables of the source.
+    let beside = PostgresSinkFactory::new(Target::config_of(&target.database.dsn(), "copy_{{ .schema }}"));
+    let task = SinkTask { task: target.task.clone(), since: Epoch(0), lookup: source.clone() };
+    assert_eq!(beside.make(task).open(Epoch(1)).await.unwrap().position, None);
+    // A copy of the whole server has the same oids, and was started by itself.
+    *source.0.lock().unwrap() =
+        Some(DatabaseIdentity { started_at_micros: here.started_at_micros + 1, ..here.clone() });
+    sink.open(Epoch(1)).await.unwrap();
+    let log = Log::new();
+    sink.start_at(log.start(), log.epoch).await.unwrap();
+    *source.0.lock().unwrap() = None;
+    sink.open(Epoch(2)).await.unwrap();
 }
