@@ -485,6 +485,35 @@ mod of_runs {
         assert_eq!(reason(&[], &[]), "Loaded");
     }
 
+    /// It emptied no table: nothing is missing but what was missing before it.
+    #[test]
+    fn a_run_that_was_asked_for_and_cancelled_before_it_had_a_table_degrades_nothing() {
+        let unplanned = RunPlan { state: RunState::Cancelled, ..RunPlan::default() };
+        let planned = RunPlan { relations: vec![relation("a", 1, 0)], ..unplanned.clone() };
+        let asked = |tables: &[&str]| {
+            spec(|spec| {
+                spec.reason = RunReason::Asked;
+                spec.tables = tables.iter().map(ToString::to_string).collect();
+            })
+        };
+        let shown = |plan: &RunPlan, run: &RunSpec| World::running().run(RUN, run, Some(plan)).shown();
+        let nothing_was_there = shown(&unplanned, &asked(&["public.nope"]));
+        assert_eq!(phase_of(&nothing_was_there), v1::Phase::Running);
+        assert_eq!(condition(&nothing_was_there, "SnapshotComplete").reason, "Loaded");
+        assert_eq!(condition(&shown(&planned, &asked(&["public.a"])), "SnapshotComplete").reason, "Cancelled");
+        for reason in [RunReason::FirstLoad, RunReason::SinkAnew, RunReason::TablesAdded] {
+            let by_itself = shown(&unplanned, &spec(|spec| spec.reason = reason));
+            assert_eq!(condition(&by_itself, "SnapshotComplete").reason, "Cancelled", "{reason:?}");
+            assert_eq!(phase_of(&by_itself), v1::Phase::Degraded, "{reason:?}");
+        }
+
+        // Nor does it make up for what was missing before it.
+        let after_another = World::running().run(RUN, &spec(|_| ()), Some(&unplanned));
+        let after_another = after_another.run(RunId(2), &asked(&[]), Some(&unplanned)).shown();
+        let complete = condition(&after_another, "SnapshotComplete");
+        assert!(complete.message.starts_with("run 1 was cancelled"), "{complete:?}");
+    }
+
     #[test]
     fn a_sink_that_was_cut_off_says_so_and_rests_until_its_run_is_made() {
         let detached = |run| {

@@ -233,6 +233,13 @@ fn makes_up_for(spec: &RunSpec, earlier: &RunSpec, sink: Option<&SinkId>) -> boo
     is_wide && spec.exclude.iter().all(is_left_out) && is_everywhere
 }
 
+/// Whether a run came to nothing and nothing is missing for it: a person asked for tables to be loaded anew, and cancelled it before
+/// one was planned, so that no sink has emptied any. A run of another reason was to load what no sink has.
+fn left_all_as_it_was(spec: &RunSpec, known: &RunView) -> bool {
+    let is_unplanned = |plan: &RunPlan| plan.state == RunState::Cancelled && plan.relations.is_empty();
+    spec.reason == RunReason::Asked && known.plan().is_some_and(is_unplanned)
+}
+
 /// Whether existing rows are where they should be: in the whole flow, or at one sink.
 pub fn complete(view: &View, entry: &FlowEntry, sink: Option<&SinkId>) -> Condition {
     let of_sink = |spec: &RunSpec| sink.is_none_or(|sink| spec.loads_into(sink));
@@ -244,6 +251,9 @@ pub fn complete(view: &View, entry: &FlowEntry, sink: Option<&SinkId>) -> Condit
     let mut last_over = None;
     for (run, known) in view.runs(&entry.flow) {
         let Some(spec) = known.spec().filter(|spec| of_sink(spec)) else { continue };
+        if left_all_as_it_was(spec, known) {
+            continue;
+        }
         if known.is_over() || is_done_here(known) {
             // What a run that was cancelled left out is still missing after one that loads something else.
             let is_cancelled = |plan: Option<&RunPlan>| plan.is_some_and(|plan| plan.state == RunState::Cancelled);

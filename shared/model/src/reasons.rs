@@ -140,7 +140,7 @@ pub const GROUPS: &[(&str, &[Reason])] = &[
             reason(
                 "Cancelled",
                 RUN,
-                "The last run was cancelled before all rows were loaded.",
+                "A run was cancelled before all rows were loaded, and none has loaded them since.",
                 "`wallaby snapshot start` loads them",
             ),
             reason("Loaded", RUN, "All rows are loaded.", "nothing"),
