@@ -27,6 +27,26 @@ use crate::failure::Failure;
 /// The time between two looks while waiting for something.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
+/// Something that is told, or acted upon, once it lasts: a worker takes what it is offered, and a task what it was asked for, within a second
+/// or two.
+#[derive(Default)]
+struct Lasting {
+    since: Option<Instant>,
+}
+
+impl Lasting {
+    const FROM: Duration = Duration::from_secs(3);
+
+    /// Whether it is so, and was at each look for a while.
+    fn look(&mut self, is_so: bool, now: Instant) -> bool {
+        if !is_so {
+            self.since = None;
+            return false;
+        }
+        now - *self.since.get_or_insert(now) >= Lasting::FROM
+    }
+}
+
 /// Reads the flows of some files; `-` is standard input.
 fn read_flows(files: &[PathBuf]) -> Result<Vec<ParsedFlow>, Failure> {
     let mut flows: Vec<ParsedFlow> = Vec::new();

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use wallaby_model::{FlowId, RunId, api};
 use wallaby_proto::v1;
 
-use super::Target;
+use super::{Lasting, Target};
 use crate::args::{Global, Output, Snapshot, SnapshotList, SnapshotNamed, SnapshotStart};
 use crate::failure::Failure;
 use crate::render::{self, Table, age_text, bytes_text, or_dash, short, span_text};
@@ -182,10 +182,16 @@ fn is_over(snapshot: &v1::Snapshot) -> bool {
     matches!(v1::SnapshotState::try_from(snapshot.state), Ok(v1::SnapshotState::Done | v1::SnapshotState::Cancelled))
 }
 
+/// Whether no worker has begun with it.
+fn waits_for_a_worker(snapshot: &v1::Snapshot) -> bool {
+    snapshot.state == i32::from(v1::SnapshotState::Planning) && snapshot.worker.is_empty()
+}
+
 /// Waits for the end of a run, at most --timeout, and says how far it is.
 async fn wait_for(global: &Global, server: &Server, name: &str) -> Result<(), Failure> {
     let deadline = Instant::now() + global.timeout;
     let mut line = Line::new(global.output);
+    let mut untaken = Lasting::default();
     loop {
         let snapshot = match read(server, name).await {
             Ok(snapshot) => snapshot,
@@ -216,7 +222,10 @@ async fn wait_for(global: &Global, server: &Server, name: &str) -> Result<(), Fa
             let seconds = global.timeout.as_secs_f32();
             return Err(Failure::TimedOut(format!("not done after {seconds} s, it goes on by itself: {text}")));
         }
-        line.say(&text);
+        let is_untaken = waits_for_a_worker(&snapshot);
+        if is_untaken == untaken.look(is_untaken, Instant::now()) {
+            line.say(&text);
+        }
         tokio::time::sleep_until(deadline.min(Instant::now() + LOOK_EVERY)).await;
     }
 }

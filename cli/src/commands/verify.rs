@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use wallaby_model::api;
 use wallaby_proto::v1;
 
-use super::{LOOK_AGAIN, Target};
+use super::{LOOK_AGAIN, Lasting, Target};
 use crate::args::{Global, Output, Verify};
 use crate::failure::Failure;
 use crate::render;
@@ -58,7 +58,7 @@ async fn until_over(server: &Server, first: v1::Operation, limit: Duration) -> R
     let mut shown = Progress::default();
     let mut operation = first;
     loop {
-        shown.show(&operation);
+        shown.show(&operation, Instant::now());
         if is_over(operation.state()) {
             shown.end();
             return Ok(operation);
@@ -104,14 +104,23 @@ fn waits_for(operation: &v1::Operation) -> String {
 #[derive(Default)]
 struct Progress {
     said: String,
+    /// That it waits for a worker.
+    waiting: Lasting,
 }
 
 impl Progress {
-    fn show(&mut self, operation: &v1::Operation) {
-        let line = waits_for(operation);
-        if line == self.said || is_over(operation.state()) {
-            return;
+    /// What is to be said now; that it waits for a worker only once it lasts.
+    fn news(&mut self, operation: &v1::Operation, now: Instant) -> Option<String> {
+        let is_pending = operation.state() == v1::OperationState::Pending;
+        if is_pending != self.waiting.look(is_pending, now) {
+            return None;
         }
+        let line = waits_for(operation);
+        (line != self.said && !is_over(operation.state())).then_some(line)
+    }
+
+    fn show(&mut self, operation: &v1::Operation, now: Instant) {
+        let Some(line) = self.news(operation, now) else { return };
         let mut out = std::io::stderr().lock();
         // Progress that cannot be shown is no reason to stop.
         let _ = if out.is_terminal() { write!(out, "\r\x1b[K{line}") } else { writeln!(out, "{line}") };
@@ -241,6 +250,30 @@ fn table_value(found: &v1::TableReport) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn waiting_for_a_worker_is_said_once_it_lasts() {
+        let operation = |state: v1::OperationState, message: &str| v1::Operation {
+            state: state.into(),
+            message: message.to_owned(),
+            ..v1::Operation::default()
+        };
+        let pending = operation(v1::OperationState::Pending, "it waits for a worker with room");
+        let begun = Instant::now();
+        let mut progress = Progress::default();
+        assert_eq!(progress.news(&pending, begun), None);
+        assert_eq!(progress.news(&pending, begun + Duration::from_millis(2_900)), None);
+        let lasts = begun + Duration::from_secs(3);
+        assert_eq!(progress.news(&pending, lasts).as_deref(), Some("it waits for a worker with room"));
+
+        let mut progress = Progress::default();
+        assert_eq!(progress.news(&pending, begun), None);
+        let running = operation(v1::OperationState::Running, "");
+        assert_eq!(progress.news(&running, begun + Duration::from_secs(1)).as_deref(), Some("preparing"));
+        let its_worker_died = begun + Duration::from_secs(60);
+        assert_eq!(progress.news(&pending, its_worker_died), None);
+        assert!(progress.news(&pending, its_worker_died + Duration::from_secs(3)).is_some());
+    }
 
     #[test]
     fn every_phase_says_how_far_it_is() {
