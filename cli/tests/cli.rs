@@ -421,6 +421,37 @@ async fn a_controller_that_is_not_there_is_said() {
     shell.run(&["status"]).await.is(4, &said);
 }
 
+/// It would wait for a sink that does not come to where the source is, until its time is over.
+#[tokio::test]
+async fn a_comparison_that_is_waited_for_ends_when_its_sink_stops() {
+    let place = Place::create("stops").await;
+    let shell = &place.shell;
+    shell.run_with(&["apply", "-f", "-"], FLOW).await.is(0, &["created"]);
+    let stops = async {
+        let asked = eventually(PATIENCE, "the comparison is asked for", async || {
+            let operation = format!("{}flows/shop/operations/1/spec", place.etcd.prefix());
+            let asked = place.etcd.client().get(operation, None).await.unwrap();
+            if asked.kvs().is_empty() { Err("it is not asked for") } else { Ok(()) }
+        });
+        asked.await;
+        // As its worker says it, without a process behind it.
+        let key = |what: &str| format!("{}tasks/shop.apply.warehouse/{what}", place.etcd.prefix());
+        let lock = r#"{"worker":"w1","address":"h:1","attempt":"00000000-0000-0000-0000-000000000000"}"#;
+        let status = r#"{"phase":"Stopped","phase_since":1,"worker":"w1","last_error":"the table is gone","progress":{},"at":1}"#;
+        let mut etcd = place.etcd.client();
+        etcd.put(key("lock"), lock, None).await.unwrap();
+        etcd.put(key("status"), status, None).await.unwrap();
+    };
+    let (outcome, ()) = tokio::join!(shell.run(&["verify", "shop"]), stops);
+    outcome.is(
+        1,
+        &["sink shop/warehouse is stopped", "the table is gone", "wallaby resume shop/warehouse", "is cancelled"],
+    );
+    let again = shell.run(&["verify", "shop"]).await;
+    again.is(1, &["sink shop/warehouse is stopped", "the table is gone", "[TASK_STOPPED]"]);
+    place.controller.stop().await;
+}
+
 #[tokio::test]
 async fn somebody_who_never_answers_is_waited_for_as_long_as_was_said() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -104,6 +104,14 @@ fn delivering(view: &View, entry: &FlowEntry, spec: &SinkSpec, told: &Told) -> C
     Condition::new(ConditionType::Delivering, ConditionStatus::False, "Detached", message, detached.at)
 }
 
+/// What a task that stands still for a person stopped with. `None` also when the flow was changed or resumed after it said so: it may go
+/// on by now.
+pub fn stopped(view: &View, entry: &FlowEntry, id: &TaskId) -> Option<String> {
+    let told = Told::of(view, entry, id);
+    let status = told.status.as_ref().filter(|status| status.phase == TaskPhase::Stopped)?;
+    (told.task.said_at >= entry.revision).then(|| status.last_error.clone().unwrap_or_default())
+}
+
 /// A worker as the API shows it.
 pub fn worker(view: &View, worker: &WorkerId, info: &WorkerInfo) -> v1::Worker {
     v1::Worker {

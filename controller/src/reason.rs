@@ -77,6 +77,8 @@ reasons! {
     TooManyOperations = "TOO_MANY_OPERATIONS", FailedPrecondition, "wait for some, or cancel them: `wallaby verify shop --cancel 3`";
     /// The flow or the sink is paused, and what was asked needs it to go on.
     FlowPaused = "FLOW_PAUSED", FailedPrecondition, "`wallaby resume` it first";
+    /// The sink or the capture stands still until a person has mended something, and what was asked needs it to go on.
+    TaskStopped = "TASK_STOPPED", FailedPrecondition, "mend what the message names, then `wallaby resume` it";
     /// There is no live worker of this name.
     WorkerNotFound = "WORKER_NOT_FOUND", NotFound, "`wallaby workers` lists those that are alive";
     /// Somebody else changed the flow since it was read.

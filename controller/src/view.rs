@@ -29,6 +29,8 @@ pub struct TaskView {
     pub lock: Option<LockEntry>,
     /// What its last owner said.
     pub status: Option<TaskStatus>,
+    /// When that was written.
+    pub said_at: Revision,
     /// Whether it ever had an owner that came so far as to fix an epoch.
     pub has_checkpoint: bool,
 }
@@ -181,7 +183,8 @@ impl View {
             }
             Key::TaskStatus(task) => {
                 let status = entry.decode()?;
-                self.tasks.entry(task.clone()).or_default().status = Some(status);
+                let task = self.tasks.entry(task.clone()).or_default();
+                (task.status, task.said_at) = (Some(status), entry.mod_revision);
             }
             Key::TaskCheckpoint(task) => self.tasks.entry(task.clone()).or_default().has_checkpoint = true,
             Key::Worker(worker) => {
@@ -243,7 +246,9 @@ impl View {
             Key::FlowSpec(flow) => drop(self.flows.remove(flow)),
             Key::FlowStatus(flow) => drop(self.statuses.remove(flow)),
             Key::TaskLock(task) => self.edit_task(task, |view| view.lock = None),
-            Key::TaskStatus(task) => self.edit_task(task, |view| view.status = None),
+            Key::TaskStatus(task) => {
+                self.edit_task(task, |view| (view.status, view.said_at) = (None, Revision::default()))
+            }
             Key::TaskCheckpoint(task) => self.edit_task(task, |view| view.has_checkpoint = false),
             Key::Worker(worker) => drop(self.workers.remove(worker)),
             Key::WorkerDrain(worker) => drop(self.draining.remove(worker)),

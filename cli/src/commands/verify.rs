@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::time::Instant;
-use wallaby_model::api;
+use wallaby_model::{FlowId, api};
 use wallaby_proto::v1;
 
 use super::{LOOK_AGAIN, Lasting, Target};
@@ -47,15 +47,25 @@ pub async fn run(global: &Global, options: &Verify) -> Result<(), Failure> {
     let request = server.request(v1::VerifyRequest { parent: api::flow_name(&flow), spec: Some(spec) });
     let answer = server.verify().verify(request).await.map_err(|status| server.failure(&status))?;
     let operation = answer.into_inner().operation.unwrap_or_default();
-    let operation = until_over(&server, operation, options.within + GRACE).await?;
+    let operation = until_over(&server, &flow, operation, options.within + GRACE).await?;
     print(global.output, &operation)?;
     conclude(&operation)
 }
 
+/// The time between two looks at whether the comparison can come to its end.
+const LOOK_AT_TASKS_EVERY: Duration = Duration::from_secs(1);
+
 /// Polls until the operation is over; says on standard error how far it is.
-async fn until_over(server: &Server, first: v1::Operation, limit: Duration) -> Result<v1::Operation, Failure> {
+async fn until_over(
+    server: &Server,
+    flow: &FlowId,
+    first: v1::Operation,
+    limit: Duration,
+) -> Result<v1::Operation, Failure> {
     let deadline = Instant::now() + limit;
     let mut shown = Progress::default();
+    let mut tasks_looked_at = Instant::now();
+    let mut standstill = Lasting::default();
     let mut operation = first;
     loop {
         shown.show(&operation, Instant::now());
@@ -75,7 +85,48 @@ async fn until_over(server: &Server, first: v1::Operation, limit: Duration) -> R
             Err(Failure::Unreachable(_)) if Instant::now() < deadline => {}
             Err(failure) => return Err(failure),
         }
+        if tasks_looked_at.elapsed() < LOOK_AT_TASKS_EVERY || !waits_for_the_sink(&operation) {
+            continue;
+        }
+        tasks_looked_at = Instant::now();
+        let sink = operation.verify.as_ref().map_or("", |spec| spec.sink.as_str());
+        let stopped = stopped_task(server, flow, sink).await;
+        // A task that was just resumed is shown as stopped for a moment.
+        let lasts = standstill.look(stopped.is_some(), Instant::now());
+        if let Some(why) = stopped.filter(|_| lasts) {
+            shown.end();
+            let request = server.request(v1::CancelOperationRequest { name: operation.name.clone() });
+            // It ends by itself too, later.
+            let _ended = server.operations().cancel_operation(request).await;
+            return Err(Failure::Failed(why));
+        }
     }
+}
+
+/// Whether it has not begun to compare, and does not before the sink is where the source is.
+fn waits_for_the_sink(operation: &v1::Operation) -> bool {
+    let phase = operation.progress.as_ref().map_or("", |progress| progress.phase.as_str());
+    !is_over(operation.state()) && matches!(phase, "" | "preparing" | "waiting_for_sink")
+}
+
+/// What the sink, or the capture that it waits for, stopped with, if one of them stands still for a person. The comparison would wait for it
+/// until its time is over.
+async fn stopped_task(server: &Server, flow: &FlowId, sink: &str) -> Option<String> {
+    let request = server.request(v1::GetFlowRequest { name: api::flow_name(flow) });
+    // Whoever cannot be asked now is asked again soon.
+    let shown = server.flows().get_flow(request).await.ok()?.into_inner().flow?;
+    let apply = format!("{flow}.apply.{sink}");
+    let both = [(apply, format!("{flow}/{sink}")), (format!("{flow}.capture"), flow.to_string())];
+    let tasks = shown.status?.tasks;
+    both.into_iter().find_map(|(id, name)| {
+        let task = tasks.iter().find(|task| task.task == id && task.stopped)?;
+        let what = if name == flow.as_str() { format!("the capture of flow {flow}") } else { format!("sink {name}") };
+        Some(format!(
+            "{what} is stopped, so the sink does not come to where the source is: {}; mend it, then `wallaby resume {name}`. The comparison \
+             is cancelled",
+            task.last_error
+        ))
+    })
 }
 
 fn is_over(state: v1::OperationState) -> bool {

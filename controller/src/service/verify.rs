@@ -3,6 +3,7 @@
 use tonic::{Request, Response, Status};
 use wallaby_coordination::{FlowEntry, wall_clock_now};
 use wallaby_model::verify::{OperationSpec, SHOW_DEFAULT, SHOW_MAX, TIMEOUT_DEFAULT_SECONDS, VerifySpec};
+use wallaby_model::{SinkId, TaskId};
 use wallaby_proto::v1;
 use wallaby_proto::v1::verify_service_server::VerifyService;
 
@@ -11,6 +12,7 @@ use super::{answer, flow_named};
 use crate::backend::Backend;
 use crate::present;
 use crate::reason::{ApiError, Reason};
+use crate::view::View;
 
 /// A comparison holds a snapshot of the source: a day is the most.
 const TIMEOUT_MAX_SECONDS: u64 = 86_400;
@@ -30,12 +32,32 @@ impl VerifyApi {
         let flow = flow_named(&request.parent)?;
         let entry = self.store.read(&flow).await?;
         let verify = spec_of(&entry, request.spec.unwrap_or_default())?;
-        let spec = OperationSpec { verify, cancelled: false, created_at: wall_clock_now() };
         let etcd = self.store.backend.etcd()?;
+        etcd.view.with(|view| refuse_stopped(view, &entry, &verify.sink))?;
+        let spec = OperationSpec { verify, cancelled: false, created_at: wall_clock_now() };
         let made = etcd.coordination.create_operation(&entry, spec).await?;
         tracing::info!(%flow, operation = made.number, "comparison asked for");
         Ok(etcd.view.with(|view| present::operation(view, &flow, &made)))
     }
+}
+
+/// A sink that stands still for a person never comes to where the source is, and one whose capture does may not: who asks would learn it
+/// when the time is over.
+fn refuse_stopped(view: &View, entry: &FlowEntry, sink: &SinkId) -> Result<(), ApiError> {
+    let flow = &entry.flow;
+    let both = [
+        (TaskId::apply(flow, sink), format!("sink {flow}/{sink}"), format!("{flow}/{sink}")),
+        (TaskId::capture(flow), format!("the capture of flow {flow}"), flow.to_string()),
+    ];
+    for (task, what, name) in both {
+        if let Some(error) = present::stopped(view, entry, &task) {
+            let message = format!(
+                "{what} is stopped, so the sink does not come to where the source is: {error}; mend it, then `wallaby resume {name}`"
+            );
+            return Err(ApiError::new(Reason::TaskStopped, message));
+        }
+    }
+    Ok(())
 }
 
 /// The comparison that is asked for, when the flow can have it.

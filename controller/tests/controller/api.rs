@@ -5,8 +5,10 @@ use std::time::Duration;
 use tokio_stream::StreamExt;
 use tonic::Code;
 use wallaby_controller::{Controller, StartError};
-use wallaby_model::api;
-use wallaby_model::flow::{ByteSize, SecretRef, SnapshotMode};
+use wallaby_coordination::Acquired;
+use wallaby_model::condition::{TaskPhase, TaskStatus};
+use wallaby_model::flow::{ByteSize, SecretRef, SinkSpec, SnapshotMode};
+use wallaby_model::{SinkId, WorkerId, api};
 use wallaby_proto::v1;
 use wallaby_proto::v1::snapshot_service_client::SnapshotServiceClient;
 use wallaby_proto::v1::verify_service_client::VerifyServiceClient;
@@ -110,6 +112,60 @@ async fn more_comparisons_than_are_kept_are_refused_by_their_own_reason() {
     let refused = verify.verify(request()).await.unwrap_err();
     assert_eq!((refused.code(), reason(&refused).as_str()), (Code::FailedPrecondition, "TOO_MANY_OPERATIONS"));
     assert!(refused.message().contains("4 operations that are not over"), "{}", refused.message());
+    running.controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_comparison_of_what_is_stopped_is_refused_until_it_is_resumed() {
+    let scopes = Scopes::create("stopped").await;
+    let running = Running::ready(&scopes.place).await;
+    running.create(&document("shop")).await.unwrap();
+    let worker = scopes.place.worker("w1").await;
+    let coordination = scopes.place.coordination().await;
+    let lock_of = async |name: &str| {
+        let revision = coordination.flow(&task(name).flow).await.unwrap().revision;
+        match worker.acquire(&task(name), revision).await.unwrap() {
+            Acquired::Lock(lock) => lock,
+            other => panic!("{name} was not acquired: {other:?}"),
+        }
+    };
+    let stopped = |error: &str| TaskStatus {
+        phase: TaskPhase::Stopped,
+        worker: Some(WorkerId::new("w1").unwrap()),
+        last_error: Some(error.to_owned()),
+        ..TaskStatus::default()
+    };
+    let mut verify = VerifyServiceClient::new(running.channel.clone());
+    let request = || v1::VerifyRequest { parent: "flows/shop".into(), spec: None };
+    let is_shown_stopped = async |index: usize| {
+        eventually(PATIENCE, "the controller knows that the task stopped", async || {
+            let tasks = running.get("shop").await.unwrap().status.unwrap().tasks;
+            if tasks[index].stopped { Ok(()) } else { Err(tasks) }
+        })
+        .await;
+    };
+
+    let apply = lock_of("shop.apply.warehouse").await;
+    apply.put_status(&stopped("the role has no rights")).await.unwrap();
+    is_shown_stopped(1).await;
+    let refused = verify.verify(request()).await.unwrap_err();
+    assert_eq!((refused.code(), reason(&refused).as_str()), (Code::FailedPrecondition, "TASK_STOPPED"));
+    for part in ["sink shop/warehouse is stopped", "the role has no rights", "`wallaby resume shop/warehouse`"] {
+        assert!(refused.message().contains(part), "{part:?} is missing: {}", refused.message());
+    }
+
+    // What it said before somebody resumed it says nothing of now.
+    let resume = v1::ResumeSinkRequest { name: "flows/shop/sinks/warehouse".into() };
+    running.sinks.clone().resume_sink(resume).await.unwrap();
+    verify.verify(request()).await.unwrap();
+
+    let capture = lock_of("shop.capture").await;
+    capture.put_status(&stopped("the slot is gone")).await.unwrap();
+    is_shown_stopped(0).await;
+    let refused = verify.verify(request()).await.unwrap_err();
+    for part in ["the capture of flow shop is stopped", "the slot is gone", "`wallaby resume shop`"] {
+        assert!(refused.message().contains(part), "{part:?} is missing: {}", refused.message());
+    }
     running.controller.stop().await;
 }
 
