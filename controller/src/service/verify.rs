@@ -67,7 +67,10 @@ fn spec_of(entry: &FlowEntry, wanted: v1::VerifySpec) -> Result<VerifySpec, ApiE
     let sink = match (spec.sinks.as_slice(), wanted.sink.as_str()) {
         ([only], "") => only,
         ([], _) => return Err(bad(format!("flow {flow} has no sink to compare with"))),
-        (_, "") => return Err(bad(format!("flow {flow} has several sinks: name one"))),
+        (sinks, "") => {
+            let names: Vec<&str> = sinks.iter().map(|sink| sink.name.as_str()).collect();
+            return Err(bad(format!("flow {flow} has several sinks: name one of {}", names.join(", "))));
+        }
         (sinks, name) => sinks.iter().find(|sink| sink.name.as_str() == name).ok_or_else(|| {
             let message = format!("flow {flow} has no sink {name}: `wallaby get sinks {flow}` lists those it has");
             ApiError::new(Reason::SinkNotFound, message)

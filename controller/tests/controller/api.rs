@@ -116,6 +116,21 @@ async fn more_comparisons_than_are_kept_are_refused_by_their_own_reason() {
 }
 
 #[tokio::test]
+async fn a_comparison_of_several_sinks_is_told_which_there_are() {
+    let scopes = Scopes::create("several").await;
+    let running = Running::ready(&scopes.place).await;
+    let mut flow = document("shop");
+    let lake = SinkSpec { name: SinkId::new("lake").unwrap(), ..flow.spec.sinks[0].clone() };
+    flow.spec.sinks.push(lake);
+    running.create(&flow).await.unwrap();
+    let request = v1::VerifyRequest { parent: "flows/shop".into(), spec: None };
+    let refused = VerifyServiceClient::new(running.channel.clone()).verify(request).await.unwrap_err();
+    assert_eq!(reason(&refused), "ARGUMENT_INVALID");
+    assert_eq!(refused.message(), "flow shop has several sinks: name one of warehouse, lake");
+    running.controller.stop().await;
+}
+
+#[tokio::test]
 async fn a_comparison_of_what_is_stopped_is_refused_until_it_is_resumed() {
     let scopes = Scopes::create("stopped").await;
     let running = Running::ready(&scopes.place).await;
