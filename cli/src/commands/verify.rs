@@ -231,7 +231,8 @@ fn text(report: &v1::VerifyReport) -> String {
         }
         let counted = found.missing + found.extra + found.different;
         let hidden = counted.saturating_sub(found.differences.len() as u64);
-        if hidden > 0 {
+        // Of a table that the sink does not have, no row is named.
+        if hidden > 0 && found.ranges > 0 {
             text.push_str(&format!("\n{name}: {hidden} more rows"));
         }
         if found.seen_once > 0 {
@@ -324,6 +325,27 @@ mod tests {
         let its_worker_died = begun + Duration::from_secs(60);
         assert_eq!(progress.news(&pending, its_worker_died), None);
         assert!(progress.news(&pending, its_worker_died + Duration::from_secs(3)).is_some());
+    }
+
+    #[test]
+    fn a_table_that_the_sink_does_not_have_is_said_to_be_missing_and_nothing_else() {
+        let found = |shape: &[&str], ranges: u32, seen_once: u64| v1::TableReport {
+            table: "public.orders".to_owned(),
+            verdict: "different".to_owned(),
+            rows_source: 4,
+            missing: 4,
+            seen_once,
+            shape: shape.iter().map(ToString::to_string).collect(),
+            ranges,
+            ..v1::TableReport::default()
+        };
+        let said = |table| text(&v1::VerifyReport { tables: vec![table], ..v1::VerifyReport::default() });
+        let no_table = said(found(&["the sink has no table public.orders"], 0, 0));
+        assert!(no_table.contains("public.orders: the sink has no table public.orders"), "{no_table}");
+        assert!(!no_table.contains("more rows"), "{no_table}");
+        let too_many = said(found(&[], 1, 4));
+        assert!(too_many.contains("public.orders: 4 more rows"), "{too_many}");
+        assert!(too_many.contains("public.orders: 4 of them were seen once only: too many"), "{too_many}");
     }
 
     #[test]

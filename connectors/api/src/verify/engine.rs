@@ -132,7 +132,7 @@ impl Run<'_> {
                     let reading = Reading::new(shape, RowText::new(&columns, &columns, &[]));
                     let sums = sum_up(&mut *self.source, &reading, 0, counter(self.progress));
                     let rows = beside(&mut *self.sink, self.request.awake_every, sums).await?.rows();
-                    (report.rows_source, report.missing, report.seen_once) = (rows, rows, rows);
+                    (report.rows_source, report.missing) = (rows, rows);
                     report.has_key = !shape.key.is_empty();
                     Found { table: table.clone(), report, pair: None, pending: Vec::new(), confirmed: Vec::new() }
                 }

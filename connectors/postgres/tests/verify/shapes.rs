@@ -49,6 +49,7 @@ async fn tables_and_columns_that_one_side_lacks_are_named() {
     let gone = of(&report, "public.gone");
     assert_eq!(gone.shape, ["the sink has no table public.gone"]);
     assert_eq!((gone.verdict, gone.missing), (Verdict::Different, 2));
+    assert_eq!(gone.seen_once, 0, "there is nothing to look at again");
     let narrow = of(&report, "public.narrow");
     assert_eq!(narrow.shape, ["the sink lacks the column b"]);
     assert_eq!((narrow.verdict, narrow.different), (Verdict::Different, 0));
