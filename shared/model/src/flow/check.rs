@@ -12,6 +12,9 @@ pub const LOG_RESERVE: ByteSize = ByteSize(16 << 20);
 /// The smallest log: the reserve and as much for data.
 pub const LOG_MIN: ByteSize = ByteSize(32 << 20);
 
+/// The largest log, and the largest quota of the side store: NATS counts bytes in 63 bits. In whole units, so that it can be read.
+pub const LOG_MAX: ByteSize = ByteSize((1 << 63) - (1 << 40));
+
 /// The smallest quota of the side store: a part.
 pub const SIDE_MIN: ByteSize = ByteSize(1 << 20);
 
@@ -135,6 +138,10 @@ impl FlowDocument {
             if quota < SIDE_MIN {
                 found.push(problem(format!("{at}.{key}"), format!("{quota} is too small: at least {SIDE_MIN}")));
             }
+            // One that is absent is the log's: that is refused once.
+            if quota > LOG_MAX && self.spec.log.max_bytes <= LOG_MAX {
+                found.push(problem(format!("{at}.{key}"), format!("{quota} is too large: at most {LOG_MAX}")));
+            }
         }
     }
 
@@ -182,6 +189,10 @@ impl FlowDocument {
             let message =
                 format!("{log} is too small: at least {LOG_MIN}, of which {LOG_RESERVE} stay free for control records");
             found.push(problem("spec.log.maxBytes", message));
+            return;
+        }
+        if log > LOG_MAX {
+            found.push(problem("spec.log.maxBytes", format!("{log} is too large: at most {LOG_MAX}")));
             return;
         }
         let room = ByteSize(log.0 - LOG_RESERVE.0);

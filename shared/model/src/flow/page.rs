@@ -3,8 +3,8 @@
 use super::ByteSize;
 use super::change::RULES;
 use super::check::{
-    LOG_MIN, LOG_RESERVE, MAX_LABEL_KEY, MAX_LABEL_VALUE, MAX_LABELS, MAX_POSTGRES_NAME, MAX_SINKS, MAX_TABLES,
-    SIDE_MIN, SNAPSHOT_MIN,
+    LOG_MAX, LOG_MIN, LOG_RESERVE, MAX_LABEL_KEY, MAX_LABEL_VALUE, MAX_LABELS, MAX_POSTGRES_NAME, MAX_SINKS,
+    MAX_TABLES, SIDE_MIN, SNAPSHOT_MIN,
 };
 use super::fields::{Choice, DOCUMENT, Field, Object, Shape};
 use super::parse::{MAX_DOCUMENTS, MAX_FILE_BYTES};
@@ -87,9 +87,9 @@ fn limits() -> String {
             "`publication.tables`, `.exclude`",
             format!("{MAX_TABLES} entries each, and none is listed twice"),
         ),
-        ("`log.maxBytes`", format!("at least {LOG_MIN}")),
+        ("`log.maxBytes`", format!("at least {LOG_MIN}, at most {LOG_MAX}")),
         ("`largeTransactionBytes`", format!("more than 0, and at most `log.maxBytes` less {LOG_RESERVE}")),
-        ("`transactionsMax`, `chunksMax`", format!("at least {SIDE_MIN}")),
+        ("`transactionsMax`, `chunksMax`", format!("at least {SIDE_MIN}, at most {LOG_MAX}")),
         ("`safety.retainedWalMax`", "more than 0".to_owned()),
         ("`safety.snapshotMax`", format!("at least {}s", SNAPSHOT_MIN.as_secs())),
         (

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::super::check::MAX_TABLES;
+use super::super::check::{LOG_MAX, MAX_TABLES};
 use super::super::*;
 use super::*;
 
@@ -109,6 +109,22 @@ fn wrong_values_are_named_where_they_stand() {
     says(&with("  sinks:", "  log: { replicas: 2 }\n  sinks:"), &["`2` is not one of `auto`, `1`, `3`, `5`"]);
     says(&with("spec:", "spec: 3\nx:"), &["spec: expected a map with `source`"]);
     says(&with("name: warehouse", "name:"), &["`name` is empty"]);
+}
+
+/// NATS counts bytes in 63 bits: what is larger would be cut down to what fits, and is refused by the servers at the latest.
+#[test]
+fn sizes_that_no_server_can_count_are_refused() {
+    let log = |log: &str| format!("  log: {{ {log} }}\n  sinks:");
+    for size in ["18446744073709551615", "9223372036854775807", "8388608Ti"] {
+        let refused = with("  sinks:", &log(&format!("maxBytes: {size}")));
+        says(&refused, &["line 10", "spec.log.maxBytes", "is too large: at most 8388607Ti"]);
+        assert_eq!(refused.lines().count(), 1, "it is said once: {refused}");
+        let refused = with("  sinks:", &log(&format!("sideStore: {{ jetstream: {{ chunksMax: {size} }} }}")));
+        says(&refused, &["line 10", "jetstream.chunksMax", "is too large: at most 8388607Ti"]);
+    }
+    let largest = GOOD.replace("  sinks:", &log("maxBytes: 8388607Ti"));
+    assert!(parse(&largest, "flow.yaml").is_ok());
+    assert!(i64::try_from(LOG_MAX.0).is_ok());
 }
 
 /// The controller looks at each flow each second: a check has to be short whatever a flow names.
