@@ -4,7 +4,10 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::{ByteSize, FlowDocument, HIDDEN, PublicationSpec, SecretRef, SideStoreSpec, SinkSpec, SnapshotMode};
+use super::{
+    ByteSize, FlowDocument, HIDDEN, PublicationSpec, SecretRef, SideStoreSpec, SinkSpec, SnapshotMode,
+    default_large_transaction,
+};
 
 /// Kept free in the log for fences, resumes and heartbeats when data has filled it.
 pub const LOG_RESERVE: ByteSize = ByteSize(16 << 20);
@@ -198,11 +201,22 @@ impl FlowDocument {
         let room = ByteSize(log.0 - LOG_RESERVE.0);
         let transaction = self.spec.source.postgres.large_transaction_bytes;
         if transaction > room {
-            let message = format!(
-                "{transaction} does not fit into the log: set it to at most {room}, or `spec.log.maxBytes` to at least {}",
-                ByteSize(transaction.0.saturating_add(LOG_RESERVE.0))
-            );
-            found.push(problem("spec.source.postgres.largeTransactionBytes", message));
+            let needed = ByteSize(transaction.0.saturating_add(LOG_RESERVE.0));
+            found.push(if transaction == default_large_transaction() {
+                // Then the log is what the file made small; the other key need not stand in it.
+                let message = format!(
+                    "{log} is too small for `spec.source.postgres.largeTransactionBytes`, which is {transaction} unless it is set: raise this \
+                     to at least {needed}, or set that to at most {room}"
+                );
+                problem("spec.log.maxBytes", message)
+            } else {
+                let or_more = match needed <= LOG_MAX {
+                    true => format!(", or `spec.log.maxBytes` to at least {needed}"),
+                    false => String::new(),
+                };
+                let message = format!("{transaction} does not fit into the log: set it to at most {room}{or_more}");
+                problem("spec.source.postgres.largeTransactionBytes", message)
+            });
         }
     }
 

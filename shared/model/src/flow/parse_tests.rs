@@ -104,7 +104,22 @@ fn wrong_values_are_named_where_they_stand() {
     says(&with("  sinks:", "  paused: yes\n  sinks:"), &["expected true or false, found `yes`"]);
     says(&with("  sinks:", "  log: { maxBytes: 10Q }\n  sinks:"), &["line 10", "\"10Q\" is not a size"]);
     says(&with("  sinks:", "  log: { maxBytes: 1Mi }\n  sinks:"), &["1Mi is too small: at least 32Mi"]);
-    says(&with("  sinks:", "  log: { maxBytes: 64Mi }\n  sinks:"), &["64Mi does not fit into the log", "80Mi"]);
+    let small_log = "  log: { maxBytes: 64Mi }\n  sinks:";
+    // The file does not have that key: the line is that of the one which it has.
+    let by_default = [
+        "line 10",
+        "spec.log.maxBytes: 64Mi is too small",
+        "`spec.source.postgres.largeTransactionBytes`, which is 64Mi",
+    ];
+    says(&with("  sinks:", small_log), &by_default);
+    says(&with("  sinks:", small_log), &["at least 80Mi, or set that to at most 48Mi"]);
+    let set = GOOD
+        .replace("snapshot: never", "snapshot: never\n      largeTransactionBytes: 50Mi")
+        .replace("  sinks:", small_log);
+    says(&message_of(&set), &["line 10", "50Mi does not fit into the log", "at most 48Mi", "at least 66Mi"]);
+    let vast = with("snapshot: never", "snapshot: never\n      largeTransactionBytes: 16000000T");
+    says(&vast, &["15258789062500Mi does not fit into the log"]);
+    assert!(!vast.contains("maxBytes"), "no log is so large: {vast}");
     says(&with("  sinks:", "  log: { replayWindow: 1w }\n  sinks:"), &["is not a length of time"]);
     says(&with("  sinks:", "  log: { replicas: 2 }\n  sinks:"), &["`2` is not one of `auto`, `1`, `3`, `5`"]);
     says(&with("spec:", "spec: 3\nx:"), &["spec: expected a map with `source`"]);
