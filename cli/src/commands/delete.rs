@@ -87,9 +87,66 @@ async fn gone(server: &Server, flow: &FlowId) -> Result<Option<String>, Failure>
         Err(status) => Err(server.failure(&status)),
         Ok(answer) => {
             let status = answer.into_inner().flow.and_then(|flow| flow.status).unwrap_or_default();
-            let waits: Vec<String> =
-                status.tasks.into_iter().map(|task| task.last_error).filter(|e| !e.is_empty()).collect();
-            Ok(Some(format!("flow {flow} is {}; {}", phase_word(status.phase), waits.join("; "))))
+            Ok(Some(waits_for(flow, &status)))
         }
+    }
+}
+
+/// What a flow that is being deleted waits for. The capture's task removes it; the errors of sinks are what they ended with, unless one
+/// of them still has an owner, which is waited for.
+fn waits_for(flow: &FlowId, status: &v1::FlowStatus) -> String {
+    let capture = format!("{flow}.capture");
+    let mut said = format!("flow {flow} is {}", phase_word(status.phase));
+    let counts = |task: &&v1::Task| !task.last_error.is_empty() && (task.task == capture || !task.worker.is_empty());
+    for task in status.tasks.iter().filter(counts) {
+        // The capture and the sinks may wait for the same server.
+        if !said.contains(&task.last_error) {
+            said.push_str(&format!("; {}", task.last_error));
+        }
+        if task.task == capture {
+            said.push_str(&format!(
+                ". Mend that; or, if the source is gone for good, `wallaby delete {flow} --force` forgets the flow without it (a slot that \
+                 is still there goes on holding WAL back until you drop it)"
+            ));
+        }
+    }
+    said
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+
+    fn said(tasks: &[(&str, &str, &str)]) -> String {
+        let task = |(task, worker, error): &(&str, &str, &str)| v1::Task {
+            task: (*task).to_owned(),
+            worker: (*worker).to_owned(),
+            last_error: (*error).to_owned(),
+            ..v1::Task::default()
+        };
+        let tasks = tasks.iter().map(task).collect();
+        let status = v1::FlowStatus { phase: v1::Phase::Deleting.into(), tasks, ..v1::FlowStatus::default() };
+        waits_for(&FlowId::new("shop").unwrap(), &status)
+    }
+
+    #[test]
+    fn a_source_that_cannot_be_had_is_said_once_with_the_way_out() {
+        let cause = "the environment variable SHOP_DSN is not set for this worker";
+        let removing = format!("removing the flow: spec.source.postgres.dsn: {cause}");
+        let both = said(&[("shop.capture", "w1", &removing), ("shop.apply.warehouse", "", cause)]);
+        assert_eq!(both.matches(cause).count(), 1, "{both}");
+        assert!(both.starts_with("flow shop is Deleting; removing the flow: spec.source"), "{both}");
+        assert!(both.contains("`wallaby delete shop --force`"), "{both}");
+        let same = said(&[("shop.capture", "w1", &removing), ("shop.apply.warehouse", "w2", cause)]);
+        assert_eq!(same.matches(cause).count(), 1, "{same}");
+    }
+
+    #[test]
+    fn a_sink_that_still_has_an_owner_is_waited_for() {
+        let waits = said(&[("shop.capture", "", ""), ("shop.apply.warehouse", "w1", "the sink is away")]);
+        assert_eq!(waits, "flow shop is Deleting; the sink is away");
+        let left_over = said(&[("shop.capture", "w1", ""), ("shop.apply.warehouse", "", "the sink is away")]);
+        assert_eq!(left_over, "flow shop is Deleting");
     }
 }
