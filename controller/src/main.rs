@@ -3,13 +3,12 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
 use wallaby_controller::{Controller, Options};
 use wallaby_telemetry::{LogFormat, TelemetryOptions};
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let options = Options::parse();
+    let options = Options::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     match run(options).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
 use tokio_util::sync::CancellationToken;
 use wallaby_coordination::Coordination;
 use wallaby_model::WorkerId;
@@ -15,7 +14,7 @@ use wallaby_telemetry::{LogFormat, TelemetryOptions};
 fn main() -> ExitCode {
     // A refusal costs memory and nothing else.
     wallaby_allocator::give_large_blocks_back();
-    let options = Options::parse();
+    let options = Options::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

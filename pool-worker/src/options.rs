@@ -1,12 +1,15 @@
 //! The worker's settings: defaults < environment < flags.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
 use wallaby_coordination::EtcdArguments;
 use wallaby_model::PoolId;
 use wallaby_model::flow::{ByteSize, Span};
+use wallaby_staging::NatsTarget;
 use wallaby_telemetry::TraceRatio;
 
 /// A worker of the pool: takes offers, owns tasks, captures and applies.
@@ -92,4 +95,36 @@ pub struct Options {
     /// Which log lines are written, as in `info,wallaby_staging=debug`.
     #[arg(long, env = "WALLABY_LOG", default_value = "info")]
     pub log: String,
+}
+
+impl Options {
+    /// From the words of a command line and the environment.
+    ///
+    /// # Errors
+    /// Says what cannot be; also how the program is used, when that was asked for.
+    pub fn read<T: Into<OsString> + Clone>(words: impl IntoIterator<Item = T>) -> Result<Options, clap::Error> {
+        let options = Options::try_parse_from(words)?;
+        // Not by a parser of the value: its error would show the value, which may hold a password.
+        let refused = |problem| Options::command().error(ErrorKind::ValueValidation, format!("--nats: {problem}"));
+        NatsTarget::check(&options.nats).map_err(refused)?;
+        Ok(options)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+    use super::*;
+
+    #[test]
+    fn nats_servers_that_cannot_be_are_bad_usage() {
+        let error = Options::read(["wallaby-worker", "--nats", "nats://a,http://me:secret@x"]).unwrap_err();
+        let said = error.to_string();
+        assert_eq!(error.exit_code(), 2, "{said}");
+        assert!(said.contains("--nats: `http://x` is no address") && !said.contains("secret"), "{said}");
+        assert_eq!(
+            Options::read(["wallaby-worker", "--nats", "nats://a,b:4222"]).unwrap().nats,
+            ["nats://a", "b:4222"]
+        );
+    }
 }

@@ -25,6 +25,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(1);
 
+/// What the address of a server may begin with; without any, it is the first.
+const SCHEMES: [&str; 2] = ["nats", "tls"];
+
 /// Where NATS is and who we are to it. Addresses may carry user and password; they are never shown.
 #[derive(Clone, Default)]
 pub struct NatsTarget {
@@ -43,12 +46,25 @@ pub struct NatsTarget {
 impl NatsTarget {
     /// The addresses without user and password, for messages.
     pub fn shown(&self) -> String {
-        let shown = self.servers.iter().map(|server| match (server.find("://"), server.rfind('@')) {
-            (Some(scheme), Some(at)) if at > scheme => format!("{}{}", &server[..scheme + 3], &server[at + 1..]),
-            (None, Some(at)) => server[at + 1..].to_owned(),
-            _ => server.clone(),
-        });
-        shown.collect::<Vec<_>>().join(", ")
+        self.servers.iter().map(|server| without_credentials(server)).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Refuses what can never be the address of a NATS server: it would be tried for ever.
+    ///
+    /// # Errors
+    /// What is wrong with the first such address, without user and password.
+    pub fn check(servers: &[String]) -> std::result::Result<(), String> {
+        let problem = |server: &String| match server.parse::<ServerAddr>() {
+            Ok(address) if !SCHEMES.contains(&address.scheme()) => Some("it begins with another scheme".to_owned()),
+            Ok(address) if address.host().is_empty() => Some("it names no host".to_owned()),
+            Ok(_) => None,
+            Err(error) => Some(error.to_string()),
+        };
+        let found = servers.iter().find_map(|server| Some((server, problem(server)?)));
+        found.map_or(Ok(()), |(server, problem)| {
+            let shown = without_credentials(server);
+            Err(format!("`{shown}` is no address of a NATS server ({problem}): write nats://host:port, tls://host:port or host:port"))
+        })
     }
 
     /// User and password, or a token alone, of the first address that has some.
@@ -95,6 +111,14 @@ impl NatsTarget {
             };
         }
         options.connect(self.servers.clone()).await.map_err(|error| failed(error.to_string()))
+    }
+}
+
+fn without_credentials(server: &str) -> String {
+    match (server.find("://"), server.rfind('@')) {
+        (Some(scheme), Some(at)) if at > scheme => format!("{}{}", &server[..scheme + 3], &server[at + 1..]),
+        (None, Some(at)) => server[at + 1..].to_owned(),
+        _ => server.to_owned(),
     }
 }
 
@@ -215,6 +239,25 @@ mod tests {
         for old in ["2.14.4", "2.9.25", "1.99.99", "2.14.5-RC.2", "", "2.14", "a.b.c", "2.14.5.1"] {
             let error = check_version("n1", old).unwrap_err().to_string();
             assert!(error.contains("n1") && error.contains("upgrade") && error.contains("2.14.5"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_can_never_be_a_server_is_refused_without_its_password() {
+        let check = |servers: &[&str]| NatsTarget::check(&servers.iter().map(ToString::to_string).collect::<Vec<_>>());
+        check(&["nats://a:4222", "tls://me:secret@b:4222", "c", "127.0.0.1:4222", "[::1]:4222", "me:secret@d"])
+            .unwrap();
+        for (wrong, shown) in [
+            ("http://me:secret@x", "http://x"),
+            ("ws://x:80", "ws://x:80"),
+            ("nats://x:99999", "nats://x:99999"),
+            ("me:secret@x:port", "x:port"),
+            ("nats://", "nats://"),
+            ("", ""),
+        ] {
+            let refused = check(&["nats://a:4222", wrong]).unwrap_err();
+            assert!(refused.starts_with(&format!("`{shown}` is no address")), "{refused}");
+            assert!(refused.contains("nats://host:port") && !refused.contains("secret"), "{refused}");
         }
     }
 
