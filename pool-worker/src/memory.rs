@@ -55,6 +55,21 @@ impl Sizes {
     }
 }
 
+/// What a worker takes by itself. Below it the shares would be too small to hold anything.
+const LIMIT_LEAST: ByteSize = ByteSize(64 << 20);
+
+/// A limit that somebody sets.
+///
+/// # Errors
+/// When it is no size, or less than a worker takes by itself.
+pub fn limit_of_flag(text: &str) -> Result<ByteSize, String> {
+    let limit: ByteSize = text.parse()?;
+    if limit < LIMIT_LEAST {
+        return Err(format!("too little for a worker: at least {LIMIT_LEAST}, and eight times the largest row more"));
+    }
+    Ok(limit)
+}
+
 fn fit(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }

@@ -12,6 +12,8 @@ use wallaby_model::flow::{ByteSize, Span};
 use wallaby_staging::NatsTarget;
 use wallaby_telemetry::TraceRatio;
 
+use crate::memory;
+
 /// A worker of the pool: takes offers, owns tasks, captures and applies.
 ///
 /// Stops gracefully on SIGTERM and Ctrl-C: takes no more offers, finishes the batch at hand, writes the last
@@ -56,8 +58,9 @@ pub struct Options {
     #[arg(long, env = "WALLABY_LEASE_TTL", default_value = "10s")]
     pub lease_ttl: Span,
 
-    /// The memory that this worker may take: what it keeps and reads ahead is sized by it. When absent: the limit of its cgroup.
-    #[arg(long, env = "WALLABY_MEMORY_LIMIT", value_name = "BYTES")]
+    /// The memory that this worker may take: what it keeps and reads ahead is sized by it. At least 64Mi. When absent: the limit of its
+    /// cgroup.
+    #[arg(long, env = "WALLABY_MEMORY_LIMIT", value_name = "BYTES", value_parser = memory::limit_of_flag)]
     pub memory_limit: Option<ByteSize>,
 
     /// Memory for segments that several sinks of a flow read. When absent: an eighth of the memory limit, at most 64Mi.
@@ -126,5 +129,17 @@ mod tests {
             Options::read(["wallaby-worker", "--nats", "nats://a,b:4222"]).unwrap().nats,
             ["nats://a", "b:4222"]
         );
+    }
+
+    #[test]
+    fn a_memory_limit_that_no_worker_can_live_with_is_bad_usage() {
+        for little in ["0", "1", "63Mi"] {
+            let error = Options::read(["wallaby-worker", "--memory-limit", little]).unwrap_err();
+            let said = error.to_string();
+            assert_eq!(error.exit_code(), 2, "{said}");
+            assert!(said.contains("--memory-limit") && said.contains("at least 64Mi"), "{said}");
+        }
+        let least = Options::read(["wallaby-worker", "--memory-limit", "64Mi"]).unwrap();
+        assert_eq!(least.memory_limit, Some(ByteSize(64 << 20)));
     }
 }
