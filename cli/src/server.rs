@@ -36,6 +36,10 @@ impl Server {
             .http2_keep_alive_interval(Duration::from_secs(10))
             .keep_alive_timeout(Duration::from_secs(10))
             .keep_alive_while_idle(true);
+        // The transport would leave such a port out and ask another one.
+        if let Some(port) = endpoint.uri().authority().and_then(|authority| wrong_port(authority.as_str())) {
+            return Err(invalid(format!("`{port}` is not a port: write a number from 1 to 65535")));
+        }
         if address.starts_with("https://") {
             endpoint = endpoint.tls_config(tls(global)?).map_err(|error| invalid(chain(&error)))?;
         }
@@ -86,6 +90,13 @@ impl Server {
     }
 }
 
+/// What stands behind the host's colon and is no port.
+fn wrong_port(authority: &str) -> Option<&str> {
+    let host = authority.rsplit('@').next().unwrap_or(authority);
+    let (_, port) = host[host.rfind(']').unwrap_or(0)..].rsplit_once(':')?;
+    (!port.parse::<u16>().is_ok_and(|port| port > 0)).then_some(port)
+}
+
 fn with_scheme(server: &str) -> String {
     if server.contains("://") { server.to_owned() } else { format!("http://{server}") }
 }
@@ -120,4 +131,21 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_that_cannot_be_one_is_named() {
+        for (authority, port) in
+            [("h:99999", "99999"), ("h:x", "x"), ("[::1]:65536", "65536"), ("u:p@h:0", "0"), ("h:", "")]
+        {
+            assert_eq!(wrong_port(authority), Some(port), "{authority}");
+        }
+        for authority in ["h:7117", "h", "[::1]:7117", "[::1]", "u:p@h", "h:65535"] {
+            assert_eq!(wrong_port(authority), None, "{authority}");
+        }
+    }
 }

@@ -421,6 +421,13 @@ async fn a_controller_that_is_not_there_is_said() {
     shell.run(&["status"]).await.is(4, &said);
 }
 
+#[tokio::test]
+async fn a_port_that_cannot_be_one_is_named_as_such() {
+    for server in ["notahost:99999", "http://notahost:99999"] {
+        Shell::at(server).run(&["status"]).await.is(2, &["--server", server, "`99999` is not a port", "65535"]);
+    }
+}
+
 /// It would wait for a sink that does not come to where the source is, until its time is over.
 #[tokio::test]
 async fn a_comparison_that_is_waited_for_ends_when_its_sink_stops() {
