@@ -56,7 +56,8 @@ async fn h10_killed_around_a_purge_nothing_is_missed_and_the_log_is_purged_all_t
         let late = Database::create("late").await;
         let _offers = scene.offering();
         scene.coordination.create_flow(document(&scene, false, None)).await.unwrap();
-        let writer = scene.worker("w1");
+        // It purges nothing itself, however long it lives.
+        let writer = scene.worker_with("w1", at(Failpoint::StopBeforePurge));
         super::captures(&scene).await;
         add(&scene, 0..10).await;
         scene.equal(LEDGER).await;
