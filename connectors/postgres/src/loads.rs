@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use tokio_postgres::types::Type;
 use wallaby_connector_api::{Batch, Portions, SinkError, TableExtras, TableLoads, TableMark};
 use wallaby_model::run::TableStage;
 use wallaby_model::{ChunkId, Position, RunId, TableName, TableSchema};
@@ -118,11 +119,23 @@ impl PostgresSink {
         open.claim(&self.config, task, table).await?;
         let client = &open.session.client;
         let here = self.config.target_table(table);
-        let is_new = read_existing(client, &here).await?.is_none();
+        let mut is_new = read_existing(client, &here).await?.is_none();
+        let was_made_here = kept.is_some_and(|kept| kept.made_here);
         let lookup = self.task.lookup.as_ref();
         let fitting = Fitting { session: &open.session, task, lookup, sink: &self.name };
-        fitting.fit(shape, &here, Position::ZERO, Of::Prepared).await?;
-        let made_here = is_new || kept.is_some_and(|kept| kept.made_here);
+        match fitting.fit(shape, &here, Position::ZERO, Of::Prepared).await {
+            // It is emptied in any case, and was made by us for a table that looked otherwise.
+            Err(misfit @ PostgresError::Shape { .. }) if was_made_here && !is_new => {
+                let Some(grants) = drop_table(client, &here).await? else { return Err(misfit) };
+                is_new = true;
+                fitting.fit(shape, &here, Position::ZERO, Of::Prepared).await?;
+                for grant in grants {
+                    client.batch_execute(&grant).await.doing(|| format!("running {grant} at the sink"))?;
+                }
+            }
+            fitted => _ = fitted?,
+        }
+        let made_here = is_new || was_made_here;
         let mut owed = Vec::new();
         if !is_new {
             let extras = match made_here {
@@ -142,6 +155,49 @@ impl PostgresSink {
         let filter = only(tables);
         Batch { parts: batch.parts.iter().map(|part| narrowed(part, &filter)).collect(), ..batch.clone() }
     }
+}
+
+/// Whether a person has put something on a table that would go with it, or keeps it from going: another owner, views, rules, foreign keys
+/// of others, tables that inherit, triggers, policies, publications, statistics, grants on columns.
+const RESTS_SQL: &str = "
+SELECT c.relrowsecurity OR c.relowner <> (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = current_user)
+    OR EXISTS (SELECT FROM pg_catalog.pg_rewrite WHERE ev_class = c.oid)
+    OR EXISTS (SELECT FROM pg_catalog.pg_publication_rel WHERE prrelid = c.oid)
+    OR EXISTS (SELECT FROM pg_catalog.pg_statistic_ext WHERE stxrelid = c.oid)
+    OR EXISTS (SELECT FROM pg_catalog.pg_attribute WHERE attrelid = c.oid AND attacl IS NOT NULL)
+    OR EXISTS (SELECT FROM pg_catalog.pg_policy WHERE polrelid = c.oid)
+    OR EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal)
+    OR EXISTS (SELECT FROM pg_catalog.pg_constraint WHERE confrelid = c.oid AND conrelid <> c.oid)
+    OR EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhparent = c.oid OR inhrelid = c.oid)
+    OR EXISTS (SELECT FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid AND r.ev_class <> c.oid
+               WHERE d.classid = 'pg_catalog.pg_rewrite'::regclass AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = c.oid)
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = $2";
+
+/// What others may do with a table, as statements.
+const GRANTS_SQL: &str = "
+SELECT pg_catalog.format('GRANT %s ON TABLE %I.%I TO %s%s', a.privilege_type, n.nspname, c.relname,
+    CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) END,
+    CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) a
+WHERE n.nspname = $1 AND c.relname = $2 AND a.grantee <> c.relowner";
+
+/// Drops a table of ours, with its rows and whatever indexes it has; returns the statements that grant again what others were granted on
+/// it. `None`, and nothing is dropped, when a person has put more on it.
+async fn drop_table(client: &tokio_postgres::Client, here: &TableName) -> Result<Option<Vec<String>>, PostgresError> {
+    let names: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 2] =
+        [(&here.schema, Type::TEXT), (&here.name, Type::TEXT)];
+    let rests = client.query_typed(RESTS_SQL, &names).await.doing(|| format!("looking what rests on {here}"))?;
+    if rests.iter().any(|row| row.get(0)) {
+        return Ok(None);
+    }
+    let grants = client.query_typed(GRANTS_SQL, &names).await.doing(|| format!("reading the grants on {here}"))?;
+    tracing::warn!(table = %here, "what is to be loaded has not the shape of this table: it is dropped and made anew");
+    lock_timeout(client, DDL_LOCK_TIMEOUT).await?;
+    let statement = format!("DROP TABLE {}", here.quoted());
+    client.batch_execute(&statement).await.doing(|| format!("running {statement} at the sink"))?;
+    lock_timeout(client, "0").await?;
+    Ok(Some(grants.iter().map(|row| row.get(0)).collect()))
 }
 
 /// Whether a mark says already what a `prepare` would make it say.

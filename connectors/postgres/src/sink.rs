@@ -71,6 +71,10 @@ pub fn capabilities() -> Capabilities {
              that was emptied or handed over meanwhile. A table that exists is emptied with TRUNCATE when its load begins; \
              foreign keys of yours that refer to it have to be dropped before, and unique constraints of yours beyond the key \
              may be violated until the run is over. Rows of a load in a table without a key have no `_wallaby_position`.",
+            "A table that the sink made and that has not the columns, types or key of what is to be loaded into it now is dropped and made anew \
+             as its load begins; what was granted on it is granted again, columns, indexes and constraints of yours are gone. Not where you own \
+             it, or put more on it (views, rules, foreign keys, triggers, policies, publications, statistics, grants on columns, inheritance): \
+             then the sink stops and says what does not fit.",
             "A table that is loaded into a live sink catches up from its snapshot on, and becomes part of the main stream in \
              one transaction, at a position where both stand.",
             "Tables that the sink made get the source's indexes and unique constraints (built CONCURRENTLY), check and \
