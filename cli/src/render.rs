@@ -232,6 +232,7 @@ pub fn snapshot_reason_word(reason: i32) -> &'static str {
     match v1::SnapshotReason::try_from(reason) {
         Ok(v1::SnapshotReason::FirstLoad) => "FirstLoad",
         Ok(v1::SnapshotReason::TablesAdded) => "TablesAdded",
+        Ok(v1::SnapshotReason::TablesReplaced) => "TablesReplaced",
         Ok(v1::SnapshotReason::Asked) => "Asked",
         Ok(v1::SnapshotReason::SinkAnew) => "SinkAnew",
         _ => "Unknown",

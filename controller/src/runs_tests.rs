@@ -16,6 +16,7 @@ pub(crate) fn relation(table: &str, chunks: u32, restart: u32) -> PlannedRelatio
         relation: table.clone(),
         table,
         oid: 1,
+        table_oid: 0,
         relfilenode: 1,
         pages: chunks,
         chunk_pages: 1,

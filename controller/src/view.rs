@@ -208,7 +208,12 @@ impl View {
                 let result: OperationResult = entry.decode()?;
                 self.operation_mut(flow, *number).is_over = result.state.is_over();
             }
-            Key::FlowHold(..) | Key::FlowPurge(_) | Key::RunIndex(_) | Key::RunLost(..) | Key::ControllerLeader => {}
+            Key::FlowHold(..)
+            | Key::FlowPurge(_)
+            | Key::FlowTables(_)
+            | Key::RunIndex(_)
+            | Key::RunLost(..)
+            | Key::ControllerLeader => {}
         }
         Ok(())
     }
@@ -271,7 +276,12 @@ impl View {
                     operation.is_over = false;
                 }
             }
-            Key::FlowHold(..) | Key::FlowPurge(_) | Key::RunIndex(_) | Key::RunLost(..) | Key::ControllerLeader => {}
+            Key::FlowHold(..)
+            | Key::FlowPurge(_)
+            | Key::FlowTables(_)
+            | Key::RunIndex(_)
+            | Key::RunLost(..)
+            | Key::ControllerLeader => {}
         }
     }
 

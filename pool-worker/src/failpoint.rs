@@ -55,6 +55,10 @@ pub enum Failpoint {
     StopAfterSlotMade,
     /// The capture stands still, once, when the log has its resume record and etcd no checkpoint that says so.
     StopAfterResume,
+    /// The capture stands still, once, when tables are in the publication and no run is made that loads them.
+    StopAfterTablesPublished,
+    /// The capture stands still, once, when a run is made that loads tables and etcd does not know these tables.
+    StopBeforeTablesKnown,
     /// The purge stands still, once, when etcd has the purge point and the log is as it was.
     StopBeforePurge,
     /// The purge stands still, once, when the log was purged and nobody acted upon that.
@@ -83,7 +87,7 @@ impl Failpoint {
         Failpoint::ALL.iter().find(|(_, known)| *known == self).map_or("", |(name, _)| name)
     }
 
-    const ALL: [(&'static str, Failpoint); 31] = [
+    const ALL: [(&'static str, Failpoint); 33] = [
         ("no-self-fencing", Failpoint::NoSelfFencing),
         ("keep-older-sessions", Failpoint::KeepOlderSessions),
         ("hang-capture", Failpoint::HangCapture),
@@ -105,6 +109,8 @@ impl Failpoint {
         ("stop-after-publication-made", Failpoint::StopAfterPublicationMade),
         ("stop-after-slot-made", Failpoint::StopAfterSlotMade),
         ("stop-after-resume", Failpoint::StopAfterResume),
+        ("stop-after-tables-published", Failpoint::StopAfterTablesPublished),
+        ("stop-before-tables-known", Failpoint::StopBeforeTablesKnown),
         ("stop-before-purge", Failpoint::StopBeforePurge),
         ("stop-after-purge", Failpoint::StopAfterPurge),
         ("stop-after-sink-opened", Failpoint::StopAfterSinkOpened),

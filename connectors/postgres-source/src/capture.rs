@@ -15,6 +15,7 @@ use crate::control::{Control, wait_for_end};
 use crate::error::{PUBLICATION_AT_SLOT, ServerError, SourceError};
 use crate::prepare::Prepared;
 use crate::replication::{CloseReason, Feedback, Frame, FrameReader};
+use crate::sent::SentNames;
 use crate::sessions::SessionOwner;
 
 /// What a capture task needs to know.
@@ -119,6 +120,7 @@ pub struct Capture {
     assembler: Assembler,
     /// A Relation message that the catalog has not completed yet.
     shape: Option<RelationShape>,
+    sent: SentNames,
     /// The error that follows the segment that was given out before it.
     failed: Option<SourceError>,
     received: Lsn,
@@ -184,11 +186,17 @@ impl Capture {
             feedback,
             assembler,
             shape: None,
+            sent: SentNames::default(),
             failed: None,
             received: Lsn::ZERO,
             server_end: Lsn::ZERO,
             shutdown_watch,
         }
+    }
+
+    /// The names that tables are sent under, from the start of the stream on.
+    pub fn sent_names(&self) -> SentNames {
+        self.sent.clone()
     }
 
     /// The LSN of the last message that was taken.
@@ -222,6 +230,7 @@ impl Capture {
             }
             if let Some(shape) = &self.shape {
                 let schema = catalog::resolve(&self.control, shape).await?;
+                self.sent.see(shape.table.clone(), shape.oid, self.assembler.commit_at_hand());
                 self.assembler.set_shape(schema)?;
                 self.shape = None;
             }

@@ -228,6 +228,17 @@ pub enum SourceError {
         /// Which.
         tables: Vec<TableName>,
     },
+    /// Partitions that were tables of their own, and have rows: those from before are in the WAL under another name, if at all.
+    #[error(
+        "{} was attached to {table} and has rows, which may be from before: sinks do not have those",
+        name_tables(partitions)
+    )]
+    PartitionRows {
+        /// The published table.
+        table: TableName,
+        /// Its partitions.
+        partitions: Vec<TableName>,
+    },
     /// Partitions whose updates and deletes do not say which row of the published table they mean: a sink would find none.
     #[error(
         "the identity of {} has less than what a sink finds rows of the partitioned table by: their updates and deletes would be lost",
@@ -395,6 +406,7 @@ impl SourceError {
             SourceError::TableMissing { .. } => "TableMissing",
             SourceError::TableWithoutKey { .. } => "TableWithoutKey",
             SourceError::PartitionIdentity { .. } => "PartitionIdentity",
+            SourceError::PartitionRows { .. } => "PartitionRows",
             SourceError::SlotWaits { .. } => "SlotWaits",
             SourceError::OtherSystem { .. } => "OtherSystem",
             SourceError::TimelineDiverged { .. } => "TimelineDiverged",
@@ -457,6 +469,9 @@ impl SourceError {
             SourceError::TableWithoutKey { tables } => format!(
                 "{} (a partition takes it from no parent: each needs its own, also one that is made later); or give them a primary key that is not DEFERRABLE, or leave them out with spec.source.postgres.publication.exclude",
                 make_full(tables)
+            ),
+            SourceError::PartitionRows { table, .. } => format!(
+                "`wallaby snapshot start FLOW {table}` loads the whole table anew: sinks empty it before"
             ),
             SourceError::PartitionIdentity { tables } => format!(
                 "{} (the WAL has of an old row what its partition's identity has); or give the partitioned table a primary key that is not DEFERRABLE, or leave it out with spec.source.postgres.publication.exclude",

@@ -17,7 +17,9 @@ mod metrics;
 pub mod pgoutput;
 mod preflight;
 mod prepare;
+mod published;
 pub mod replication;
+mod sent;
 mod sessions;
 mod setup;
 mod slot;
@@ -39,12 +41,13 @@ pub use lookup::Lookup;
 pub use metrics::describe_metrics;
 pub use preflight::{Finding, Status, preflight};
 pub use prepare::{Prepared, SourceIdentity};
+pub use published::{Partition, PublishedTables, publish_tables, published_tables, tables_digest, unpublish_tables};
 pub use replication::{Feedback, Frame, FrameReader, GulpPolicy, ReplicationClient, StartOptions, Streaming};
+pub use sent::{SentName, SentNames};
 pub use sessions::{SessionOwner, evict};
-pub use setup::{
-    PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot, widen_publication,
-};
+pub use setup::{PublicationWanted, SlotWanted, drop_publication, drop_slot, ensure_publication, ensure_slot};
 pub use slot::SlotState;
 pub use snapshot::{ChunkRead, ChunkRequest, PartSink, SnapshotExport, read_chunk};
 pub use status::{SourceStatus, ended_before, source_status};
+pub use tables::Published;
 pub use verify::SourceVerify;

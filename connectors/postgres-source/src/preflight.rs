@@ -404,7 +404,7 @@ async fn check_publication(
         }
     } else {
         let named = |table: &&SourceTable| {
-            existing.as_ref().is_some_and(|existing| existing.all_tables || existing.tables.contains(&table.name))
+            existing.as_ref().is_some_and(|existing| existing.all_tables || existing.tables.contains_key(&table.name))
         };
         tables.iter().filter(named).cloned().collect()
     };

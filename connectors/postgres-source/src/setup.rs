@@ -15,11 +15,11 @@ use wallaby_model::schema::quote_identifier;
 
 use crate::config::ConnectConfig;
 use crate::control::{Control, connect_control};
-use crate::error::{PUBLICATION_GONE, PUBLICATION_NOW, ServerError, SourceError};
+use crate::error::{PUBLICATION_NOW, ServerError, SourceError};
 use crate::prepare::setting;
 use crate::sessions::{self, SessionOwner};
 use crate::slot::{self, SlotState};
-use crate::tables::{self, SourceTable};
+use crate::tables::{self, ExistingPublication, SourceTable};
 
 /// How often a publication is looked at again because somebody else altered it meanwhile.
 const PUBLICATION_TRIES: u32 = 10;
@@ -57,31 +57,10 @@ pub struct SlotWanted {
 /// `TableMissing`, `TableWithoutKey`, `PartitionIdentity`, `PublicationMissing` (not ours to make), `PublicationUnfit`, a missing privilege;
 /// `PublicationBusy` when somebody else was faster at every look.
 pub async fn ensure_publication(control: &Control, wanted: &PublicationWanted) -> Result<(), SourceError> {
-    settle_publication(control, wanted, Surplus::Dropped).await
-}
-
-/// As [`ensure_publication`], but leaves in what is not wanted: for whoever looks again and again, and may have been overtaken by an owner
-/// that wants more. Nothing that is captured falls out because of it. A publication that went missing is not made again: the WAL before
-/// it could not be decoded, and whoever renamed it could not rename it back (hazard 20).
-///
-/// # Errors
-/// As [`ensure_publication`]; `PublicationMissing` whoever has to make it.
-pub async fn widen_publication(control: &Control, wanted: &PublicationWanted) -> Result<(), SourceError> {
-    settle_publication(control, wanted, Surplus::Kept).await
-}
-
-/// What becomes of published tables that are not wanted.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Surplus {
-    Dropped,
-    Kept,
-}
-
-async fn settle_publication(control: &Control, wanted: &PublicationWanted, then: Surplus) -> Result<(), SourceError> {
     let mut tries = PUBLICATION_TRIES;
     loop {
         tries -= 1;
-        match alter_publication(control, wanted, then).await? {
+        match alter_publication(control, wanted).await? {
             Altered::Yes => return Ok(()),
             Altered::Raced(error) if tries == 0 => {
                 return Err(SourceError::PublicationBusy { publication: wanted.name.clone(), error });
@@ -92,18 +71,14 @@ async fn settle_publication(control: &Control, wanted: &PublicationWanted, then:
 }
 
 /// What became of one look at the publication.
-enum Altered {
+pub(crate) enum Altered {
     /// It is as wanted.
     Yes,
     /// Somebody altered it between the look and the statement: it is to be looked at again.
     Raced(ServerError),
 }
 
-async fn alter_publication(
-    control: &Control,
-    wanted: &PublicationWanted,
-    then: Surplus,
-) -> Result<Altered, SourceError> {
+async fn alter_publication(control: &Control, wanted: &PublicationWanted) -> Result<Altered, SourceError> {
     let existing = tables::publication(control, &wanted.name).await?;
     if !wanted.create {
         return match existing {
@@ -115,9 +90,6 @@ async fn alter_publication(
     check_keys(&chosen, existing.as_ref().is_none_or(|existing| existing.via_root))?;
     let names: BTreeSet<TableName> = chosen.into_iter().map(|table| table.name).collect();
     let publication = quote_identifier(&wanted.name);
-    if existing.is_none() && then == Surplus::Kept {
-        return Err(SourceError::PublicationMissing { publication: wanted.name.clone(), when: PUBLICATION_GONE });
-    }
     let Some(existing) = existing else {
         let sql = format!(
             "CREATE PUBLICATION {publication} FOR TABLE {} WITH (publish_via_partition_root = true)",
@@ -125,24 +97,49 @@ async fn alter_publication(
         );
         return run(control, &sql, format!("creating publication {}", wanted.name)).await;
     };
-    if existing.all_tables {
-        let reason = "it is FOR ALL TABLES, which cannot be altered; set spec.source.postgres.publication.create: false to use it as it is";
-        return Err(SourceError::PublicationUnfit { publication: wanted.name.clone(), reason: reason.into() });
-    }
-    let missing: BTreeSet<TableName> = names.difference(&existing.tables).cloned().collect();
-    let surplus: BTreeSet<TableName> = existing.tables.difference(&names).cloned().collect();
+    check_alterable(&existing, &wanted.name)?;
+    let missing: BTreeSet<TableName> =
+        names.iter().filter(|name| !existing.tables.contains_key(name)).cloned().collect();
+    let surplus: BTreeSet<TableName> = existing.tables.into_keys().filter(|name| !names.contains(name)).collect();
     if !missing.is_empty() {
-        let sql = format!("ALTER PUBLICATION {publication} ADD TABLE {}", list(&missing));
-        let raced = run(control, &sql, format!("adding tables to publication {}", wanted.name)).await?;
+        let raced = add_tables(control, &wanted.name, &missing).await?;
         if let Altered::Raced(_) = raced {
             return Ok(raced);
         }
     }
-    if !surplus.is_empty() && then == Surplus::Dropped {
-        let sql = format!("ALTER PUBLICATION {publication} DROP TABLE {}", list(&surplus));
-        return run(control, &sql, format!("dropping tables from publication {}", wanted.name)).await;
+    if !surplus.is_empty() {
+        return drop_tables(control, &wanted.name, &surplus).await;
     }
     Ok(Altered::Yes)
+}
+
+/// Whether tables can come and go.
+pub(crate) fn check_alterable(existing: &ExistingPublication, name: &str) -> Result<(), SourceError> {
+    if !existing.all_tables {
+        return Ok(());
+    }
+    let reason = "it is FOR ALL TABLES, which cannot be altered; set spec.source.postgres.publication.create: false to use it as it is";
+    Err(SourceError::PublicationUnfit { publication: name.to_owned(), reason: reason.into() })
+}
+
+/// Adds tables that are not published yet.
+pub(crate) async fn add_tables(
+    control: &Control,
+    publication: &str,
+    tables: &BTreeSet<TableName>,
+) -> Result<Altered, SourceError> {
+    let sql = format!("ALTER PUBLICATION {} ADD TABLE {}", quote_identifier(publication), list(tables));
+    run(control, &sql, format!("adding tables to publication {publication}")).await
+}
+
+/// Takes tables out that are published.
+pub(crate) async fn drop_tables(
+    control: &Control,
+    publication: &str,
+    tables: &BTreeSet<TableName>,
+) -> Result<Altered, SourceError> {
+    let sql = format!("ALTER PUBLICATION {} DROP TABLE {}", quote_identifier(publication), list(tables));
+    run(control, &sql, format!("dropping tables from publication {publication}")).await
 }
 
 /// Each table alone: without ONLY those that inherit from it come and go with it, wanted or not.
@@ -152,7 +149,7 @@ fn list(tables: &BTreeSet<TableName>) -> String {
 
 /// A published table without an identity refuses updates and deletes *at the source*; those of a partition that has another one than its
 /// root needs would be lost at a sink, without a word, where they are sent as its root's. Neither is ever published.
-fn check_keys(tables: &[SourceTable], via_root: bool) -> Result<(), SourceError> {
+pub(crate) fn check_keys(tables: &[SourceTable], via_root: bool) -> Result<(), SourceError> {
     let without: BTreeSet<TableName> = tables.iter().flat_map(|table| table.without_identity.clone()).collect();
     if !without.is_empty() {
         return Err(SourceError::TableWithoutKey { tables: without.into_iter().collect() });

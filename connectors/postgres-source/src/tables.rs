@@ -1,6 +1,6 @@
 //! Which tables a flow names, and what the source has of them.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use tokio_postgres::types::Type;
 use wallaby_model::TableName;
@@ -29,11 +29,22 @@ pub(crate) struct SourceTable {
     pub(crate) owned: bool,
 }
 
+/// A table in a publication.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Published {
+    /// Its oid: the same name with another one is another table.
+    pub oid: u32,
+    /// The oid of its place in the publication (`pg_publication_rel`): another one means that it was out of it meanwhile, or that another
+    /// row filter or column list was set. 0 where the publication has all tables, or all of a schema.
+    pub member: u32,
+}
+
 /// A publication as the source has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ExistingPublication {
     pub(crate) all_tables: bool,
-    pub(crate) tables: BTreeSet<TableName>,
+    /// The tables as they were named.
+    pub(crate) tables: BTreeMap<TableName, Published>,
     /// Whether no operation is left out.
     pub(crate) publishes_all_operations: bool,
     /// Whether rows of partitions are sent as rows of the table that is published, and not as their own.
@@ -259,7 +270,7 @@ pub(crate) async fn publication(
     // The tables as they were named, not the partitions that come with them.
     let rows = client
         .query_typed(
-            "SELECT n.nspname::text, c.relname::text FROM pg_catalog.pg_publication p
+            "SELECT n.nspname::text, c.relname::text, c.oid, r.oid FROM pg_catalog.pg_publication p
              JOIN pg_catalog.pg_publication_rel r ON r.prpubid = p.oid
              JOIN pg_catalog.pg_class c ON c.oid = r.prrelid
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE p.pubname = $1",
@@ -267,12 +278,15 @@ pub(crate) async fn publication(
         )
         .await
         .map_err(failed)?;
-    let tables = rows.iter().map(|row| TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)));
+    let table = |row: &tokio_postgres::Row| {
+        let published = Published { oid: row.get(2), member: row.get(3) };
+        (TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)), published)
+    };
     Ok(Some(ExistingPublication {
         all_tables: head.get(0),
         publishes_all_operations: head.get(1),
         via_root: head.get(2),
-        tables: tables.collect(),
+        tables: rows.iter().map(table).collect(),
     }))
 }
 

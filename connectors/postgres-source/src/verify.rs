@@ -11,7 +11,9 @@ use wallaby_model::{Lsn, TableName};
 
 use crate::config::ConnectConfig;
 use crate::control::{Control, connect_control};
-use crate::error::SourceError;
+use crate::error::{PUBLICATION_NOW, SourceError};
+use crate::setup::PublicationWanted;
+use crate::tables::{self, Pattern};
 
 /// A session at the source for one comparison.
 pub struct SourceVerify {
@@ -29,6 +31,25 @@ impl SourceVerify {
         let set = control.batch_execute(VERIFY_SETTINGS).await;
         set.map_err(|error| SourceError::from_client("setting up a session to compare", &error))?;
         Ok(SourceVerify { control, publication: publication.to_owned() })
+    }
+
+    /// The tables that a flow names one by one and that its publication does not have. None of a publication that is not ours to alter:
+    /// what it has is what is wanted.
+    ///
+    /// # Errors
+    /// `PublicationMissing`; when the server cannot be asked.
+    pub async fn unpublished(&self, wanted: &PublicationWanted) -> Result<Vec<String>, SourceError> {
+        if !wanted.create {
+            return Ok(Vec::new());
+        }
+        let missing = || SourceError::PublicationMissing { publication: wanted.name.clone(), when: PUBLICATION_NOW };
+        let existing = tables::publication(&self.control, &wanted.name).await?.ok_or_else(missing)?;
+        let is_absent = |text: &&String| {
+            Pattern::parse(text).is_ok_and(|pattern| {
+                pattern.table.is_some() && !existing.tables.keys().any(|table| pattern.matches(table))
+            })
+        };
+        Ok(wanted.tables.iter().filter(is_absent).cloned().collect())
     }
 
     async fn ask(&self, during: &str, sql: &str) -> Result<Vec<VerifyRow>, VerifyError> {

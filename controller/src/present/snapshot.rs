@@ -32,6 +32,7 @@ pub fn snapshot(view: &View, entry: &FlowEntry, run: RunId, spec: &RunSpec, plan
         reason: match spec.reason {
             RunReason::FirstLoad => v1::SnapshotReason::FirstLoad,
             RunReason::TablesAdded => v1::SnapshotReason::TablesAdded,
+            RunReason::TablesReplaced => v1::SnapshotReason::TablesReplaced,
             RunReason::Asked => v1::SnapshotReason::Asked,
             RunReason::SinkAnew => v1::SnapshotReason::SinkAnew,
         }

@@ -11,7 +11,7 @@ use wallaby_coordination::{Key, Mark, PacedWriter};
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::flow::SnapshotMode;
 use wallaby_model::flow::change::tables_found;
-use wallaby_model::run::SinkRun;
+use wallaby_model::run::{SinkRun, pattern_of};
 use wallaby_model::{Epoch, Position, RunId, SinkId, TableName, TaskId};
 use wallaby_postgres::{PostgresSinkConfig, PostgresSinkFactory};
 use wallaby_postgres_source::{ConnectConfig, Lookup};
@@ -545,17 +545,7 @@ fn meet(strangers: &mut BTreeMap<TableName, LeftOut>, table: &TableName, up_to: 
 async fn ask_for(context: &TaskContext, tables: Vec<String>) -> Result<RunId, wallaby_coordination::Error> {
     let coordination = &context.shared.coordination;
     let flow = coordination.flow(&context.task.flow).await?;
-    let sinks = flow.record.document.spec.sinks.iter().map(|sink| sink.name.clone()).collect();
-    Ok(coordination.create_run(&flow, tables_found(tables, sinks, status::now())).await?.run)
-}
-
-/// A table as a run's list of tables has it.
-fn pattern_of(table: &TableName) -> String {
-    if [&table.schema, &table.name].iter().any(|part| part.contains(['.', '"', '*'])) {
-        table.quoted()
-    } else {
-        table.to_string()
-    }
+    Ok(coordination.create_run(&flow, tables_found(tables, status::now())).await?.run)
 }
 
 /// What is done again and again; the first time at once.

@@ -430,6 +430,7 @@ pub(crate) mod tests {
             relation: table.clone(),
             table,
             oid: 1,
+            table_oid: 0,
             relfilenode: 1,
             pages: 1,
             chunk_pages: 1,

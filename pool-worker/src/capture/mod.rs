@@ -5,6 +5,7 @@
 //! log ends, then stream from there. What fails is tried again inside the task while the lock and the log stay ours; only
 //! a fence of a younger owner, or a long silence of the log's servers, gives the task up.
 
+mod accounted;
 mod error;
 mod feedback;
 mod figures;
@@ -29,7 +30,7 @@ use crate::flows::{CaptureDemand, Demand};
 use crate::task::{Ending, TaskContext, TaskEnd};
 
 pub(crate) use error::{CaptureError, Directive};
-pub(crate) use publication::wanted as publication_wanted;
+pub(crate) use publication::wanted_now as publication_of;
 
 /// How long the log may take for the last acknowledgements of a capture that ends.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(5);

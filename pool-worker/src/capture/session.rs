@@ -158,6 +158,9 @@ pub async fn run(
         }
     }
     let _retention = retain();
+    if !is_first_start {
+        publication::settle(context, &config, demand).await?;
+    }
     let Some(writer) = owned.writer.as_ref() else { return Err(CaptureError::Invalid) };
     let (capture, confirm) = prepared.start(writer.end(), previous.as_ref()).await?;
     // Only now is the source known to send it all again.
@@ -170,7 +173,7 @@ pub async fn run(
     let _syncing = syncing.start(writer.moves());
     let _feedback =
         feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
-    let _publication = publication::start(&config, publication_of(demand), context.lock.clone());
+    let _publication = publication::start(context, &config, demand, capture.sent_names());
     let (figures, _figures) = figures::start(config, demand.slot.clone());
     context.status.condition(ConditionType::SourceReady, true, "Ready", "");
     context.status.condition(ConditionType::Capturing, true, "Streaming", "");
@@ -319,10 +322,6 @@ fn is_first_start(context: &TaskContext, takeover: &Takeover) -> bool {
     takeover.tail().end.is_none() && !was_staged
 }
 
-fn publication_of(demand: &CaptureDemand) -> PublicationWanted {
-    publication::wanted(demand.publication.clone(), &demand.source.publication)
-}
-
 /// Publication first, committed; then the slot. A slot that was lost later is never made again in silence.
 async fn set_up_source(
     context: &TaskContext,
@@ -332,13 +331,16 @@ async fn set_up_source(
     is_first: bool,
 ) -> Result<(), CaptureError> {
     let control = connect_control(config).await?;
-    let wanted = publication_of(demand);
-    if !is_first {
-        // What went missing is not made again: the WAL before it could not be decoded (hazard 20).
-        let found = ensure_publication(&control, &PublicationWanted { create: false, ..wanted.clone() }).await;
-        found.map_err(SourceError::of_begun)?;
+    let wanted = publication::wanted(demand.publication.clone(), &demand.source.publication);
+    match is_first {
+        true => ensure_publication(&control, &wanted).await?,
+        // It is brought up to date once the server is known to be the right one. What went missing is not made again: the WAL before it
+        // could not be decoded (hazard 20).
+        false => {
+            let found = ensure_publication(&control, &PublicationWanted { create: false, ..wanted }).await;
+            found.map_err(SourceError::of_begun)?;
+        }
     }
-    ensure_publication(&control, &wanted).await?;
     context.stop_at(Failpoint::StopAfterPublicationMade).await;
     if is_first {
         // An owner that died while it made the slot left half a one behind: that looks like a slot, and goes with the session.

@@ -234,6 +234,7 @@ mod tests {
             relation: table.clone(),
             table,
             oid: 1,
+            table_oid: 0,
             relfilenode: 1,
             pages,
             chunk_pages: 10,

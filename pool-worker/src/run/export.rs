@@ -1,16 +1,17 @@
 //! One export of a snapshot: what has to be true before it, the session that holds it, and the tables as it sees them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use wallaby_coordination::Error as EtcdError;
-use wallaby_model::run::{Generation, PlannedRelation, RunPlan, RunReason, RunSpec};
-use wallaby_model::{Position, RunId, TaskId};
+use wallaby_model::run::{Generation, PlannedRelation, RunPlan, RunReason, RunSpec, covers, pattern_of};
+use wallaby_model::{Position, RunId, TableName, TaskId};
 use wallaby_postgres_source::{
-    ConnectConfig, PublicationWanted, SessionOwner, SnapshotExport, SourceError, connect_control, ensure_publication,
+    ConnectConfig, Control, PublicationWanted, SessionOwner, SnapshotExport, SourceError, connect_control,
+    ensure_publication, published_tables,
 };
 use wallaby_staging::{Log, StagingError};
 
-use crate::capture::{CaptureError, publication_wanted};
+use crate::capture::{CaptureError, publication_of};
 use crate::chunk::Throttled;
 use crate::flows::SourceDemand;
 use crate::secret;
@@ -18,6 +19,9 @@ use crate::task::TaskContext;
 
 /// How long the export waits for transactions that are older than it.
 const EXPORT_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a run waits for the capture to publish its tables; it looks every 10 s.
+const PUBLICATION_PATIENCE: Duration = Duration::from_secs(30);
+const PUBLICATION_LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How often it is looked whether the capture has begun the log.
 const LOG_LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How often the log's end is taken again because a purge passed it.
@@ -57,16 +61,16 @@ impl Export {
         let config = ConnectConfig::parse(&secret::resolve(&demand.dsn)?)?
             .with_application_name(&context.task.session_name(epoch));
         context.pulse.wait("the source");
-        if let Some(wanted) = publication(context) {
+        let mut unfit = Vec::new();
+        if let Some(wanted) = publication_of(context) {
             let control = connect_control(&config).await?;
             let capture = TaskId::capture(&context.task.flow);
             let stands = context.shared.coordination.checkpoint(&capture).await?.and_then(|found| found.position);
-            if stands.is_some() || !before.generations.is_empty() {
-                // What went missing is not made again, as by the capture (hazard 20).
-                let found = ensure_publication(&control, &PublicationWanted { create: false, ..wanted.clone() }).await;
-                found.map_err(SourceError::of_begun)?;
+            if demand.is_captured && (stands.is_some() || !before.generations.is_empty()) {
+                unfit = published(context, &control, &wanted, spec).await?;
+            } else {
+                ensure_publication(&control, &wanted).await?;
             }
-            ensure_publication(&control, &wanted).await?;
         }
         if demand.is_captured {
             hold(context, run).await?;
@@ -84,9 +88,13 @@ impl Export {
         context.pulse.wait("the source's catalog");
         let log = context.log_spec().ok_or(CaptureError::Invalid)?;
         let chunk_bytes = log.side_chunks_max().0 / CHUNKS_AT_A_TIME;
-        let required = required(context, spec, before);
+        let required = required(context, demand.is_captured, spec, before);
         let planned = session.plan_required(&demand.publication, &spec.tables, &required, &spec.exclude, chunk_bytes);
-        let mut relations = planned.await?;
+        let mut relations = planned.await.map_err(|error| match (error, unfit.pop()) {
+            // Why it is not published says more.
+            (SourceError::TableMissing { .. }, Some(unfit)) => unfit,
+            (error, _) => error,
+        })?;
         if let Some(throttled) = Throttled::of(spec) {
             let rows_max =
                 throttled.rows_per_second.saturating_mul(age_max(context).as_secs()) / u64::from(CHUNKS_PER_SNAPSHOT);
@@ -122,18 +130,40 @@ fn cut_by_rows(relation: &mut PlannedRelation, rows_max: u64) {
     relation.chunk_pages = relation.chunk_pages.min(u32::try_from(pages).unwrap_or(u32::MAX)).max(1);
 }
 
-/// The publication as the flow wants it now: tables that were added may be why the run is there.
-fn publication(context: &TaskContext) -> Option<PublicationWanted> {
-    let flows = context.flows.borrow();
-    let document = &flows.get(&context.task.flow)?.record.document;
-    Some(publication_wanted(document.publication_name(), &document.spec.source.postgres.publication))
+/// Waits until the capture has published what the run is to load of a flow that has begun, for a while; says what keeps tables out. The run
+/// publishes nothing itself: whoever does has to see to what was changed before in a table that was not published. What went missing is
+/// not made again, as by the capture (hazard 20).
+async fn published(
+    context: &TaskContext,
+    control: &Control,
+    wanted: &PublicationWanted,
+    spec: &RunSpec,
+) -> Result<Vec<SourceError>, SourceError> {
+    let has = |patterns: &[String], table: &TableName| {
+        let name = pattern_of(table);
+        patterns.iter().any(|pattern| covers(pattern, &name))
+    };
+    let is_loaded =
+        |table: &TableName| (spec.tables.is_empty() || has(&spec.tables, table)) && !has(&spec.exclude, table);
+    let deadline = Instant::now() + PUBLICATION_PATIENCE;
+    loop {
+        let looked = published_tables(control, wanted).await?;
+        if !looked.absent.iter().any(is_loaded) || Instant::now() >= deadline {
+            return Ok(looked.unfit);
+        }
+        context.pulse.wait("the capture to publish the tables");
+        context.status.waiting(Some("the capture to publish the tables"));
+        tokio::time::sleep(PUBLICATION_LOOK_EVERY).await;
+    }
 }
 
-/// What of the run's tables has to be there: what the flow's file names, and what a person asked for when nothing of it was planned yet.
-/// Others may have been dropped since the run was made, and are not waited for: tables that came by a pattern, above all.
-fn required(context: &TaskContext, spec: &RunSpec, before: &RunPlan) -> Vec<String> {
+/// What of the run's tables has to be there: what a person asked for when nothing of it was planned yet; and, where nothing is captured,
+/// what the flow's file names. Others may have been dropped since the run was made, and are not waited for, with a hold on the log: the
+/// capture tells which it misses, and has them loaded once they come.
+fn required(context: &TaskContext, is_captured: bool, spec: &RunSpec, before: &RunPlan) -> Vec<String> {
     let flows = context.flows.borrow();
-    let named = flows.get(&context.task.flow).map(|flow| &flow.record.document.spec.source.postgres.publication.tables);
+    let flow = flows.get(&context.task.flow).filter(|_| !is_captured);
+    let named = flow.map(|flow| &flow.record.document.spec.source.postgres.publication.tables);
     let is_asked = spec.reason == RunReason::Asked && before.generations.is_empty();
     let is_required = |table: &&String| is_asked || named.is_some_and(|named| named.contains(table));
     spec.tables.iter().filter(is_required).cloned().collect()
@@ -177,7 +207,6 @@ async fn log_end(context: &TaskContext, log: &Log) -> Result<Position, CaptureEr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use wallaby_model::TableName;
     use wallaby_model::run::RelationState;
 
     #[test]
@@ -188,6 +217,7 @@ mod tests {
                 relation: table.clone(),
                 table,
                 oid: 1,
+                table_oid: 0,
                 relfilenode: 1,
                 pages: 1000,
                 chunk_pages: 500,

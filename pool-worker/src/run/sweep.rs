@@ -99,6 +99,7 @@ mod tests {
             relation: table.clone(),
             table,
             oid: 1,
+            table_oid: 0,
             relfilenode: 1,
             pages: 20,
             chunk_pages: 10,

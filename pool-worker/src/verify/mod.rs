@@ -13,9 +13,10 @@ use wallaby_model::condition::TaskPhase;
 use wallaby_model::verify::{OperationResult, OperationSpec, OperationState, VerifyProgress, VerifyReport};
 use wallaby_model::{Epoch, TaskId, TaskKind};
 use wallaby_postgres::{PostgresSinkConfig, PostgresVerify};
-use wallaby_postgres_source::{ConnectConfig, SourceVerify};
+use wallaby_postgres_source::{ConnectConfig, SourceError, SourceVerify};
 
 use crate::backoff::Backoff;
+use crate::capture::publication_of;
 use crate::flows::{Demand, VerifyDemand};
 use crate::task::{TaskContext, TaskEnd};
 use crate::{secret, status};
@@ -171,9 +172,24 @@ async fn compare(
     let source = ConnectConfig::parse(&source).map_err(|error| refused(&error))?;
     let source = source.with_application_name(&context.task.session_name(epoch));
     let connected = SourceVerify::connect(&source, &demand.publication).await;
-    let mut source = connected.map_err(|error| {
-        if error.is_transient() { VerifyError::Transient(error.to_string()) } else { refused(&error) }
-    })?;
+    let failed = |error: SourceError| match error.is_transient() {
+        true => VerifyError::Transient(error.to_string()),
+        false => refused(&error),
+    };
+    let mut source = connected.map_err(failed)?;
+    if spec.verify.tables.is_empty()
+        && let Some(wanted) = publication_of(context)
+    {
+        let absent = source.unpublished(&wanted).await.map_err(failed)?;
+        if !absent.is_empty() {
+            // Everything that is published may well be equal; that is not what was asked.
+            let absent = absent.join(", ");
+            let message = format!(
+                "the flow names {absent}, which is not published: its changes are not captured, and there is nothing to compare the sink with. The condition SourceReady of the flow says why; `--tables` compares others"
+            );
+            return Err(VerifyError::Refused(message));
+        }
+    }
     let dsn = secret::resolve(&sink.postgres.dsn).map_err(|error| refused(&error))?;
     let config = PostgresSinkConfig::new(&dsn, &sink.postgres)?;
     let apply = TaskId::apply(&context.task.flow, name);

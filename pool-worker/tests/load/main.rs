@@ -12,6 +12,7 @@ mod large;
 mod lost;
 mod mended;
 mod objects;
+mod replaced;
 mod replays;
 mod rewrites;
 mod runs;

@@ -15,6 +15,8 @@ pub enum Key {
     FlowHold(FlowId, Reader),
     /// `flows/<F>/purge`: up to where the log may be gone.
     FlowPurge(FlowId),
+    /// `flows/<F>/tables`: which table stood behind each published name, by the capture task.
+    FlowTables(FlowId),
     /// `flows/<F>/sinks/<S>/detached`: a sink that was cut off from the log, until it has loaded everything anew.
     SinkDetached(FlowId, SinkId),
     /// `flows/<F>/runs/index`: the last run's number, and which runs are kept.
@@ -85,6 +87,7 @@ impl KeySpace {
             Key::FlowStatus(flow) => format!("{prefix}/flows/{flow}/status"),
             Key::FlowHold(flow, reader) => format!("{prefix}/flows/{flow}/holds/{reader}"),
             Key::FlowPurge(flow) => format!("{prefix}/flows/{flow}/purge"),
+            Key::FlowTables(flow) => format!("{prefix}/flows/{flow}/tables"),
             Key::SinkDetached(flow, sink) => format!("{prefix}/flows/{flow}/sinks/{sink}/detached"),
             Key::RunIndex(flow) => format!("{prefix}/flows/{flow}/runs/index"),
             Key::RunSpec(flow, run) => format!("{prefix}/flows/{flow}/runs/{run}/spec"),
@@ -115,6 +118,7 @@ impl KeySpace {
             ["flows", flow, "status"] => Key::FlowStatus(flow.parse().ok()?),
             ["flows", flow, "holds", reader] => Key::FlowHold(flow.parse().ok()?, reader.parse().ok()?),
             ["flows", flow, "purge"] => Key::FlowPurge(flow.parse().ok()?),
+            ["flows", flow, "tables"] => Key::FlowTables(flow.parse().ok()?),
             ["flows", flow, "sinks", sink, "detached"] => Key::SinkDetached(flow.parse().ok()?, sink.parse().ok()?),
             ["flows", flow, "runs", "index"] => Key::RunIndex(flow.parse().ok()?),
             ["flows", flow, "runs", run, "spec"] => Key::RunSpec(flow.parse().ok()?, run.parse().ok()?),
@@ -255,6 +259,7 @@ mod tests {
             Key::FlowStatus(flow.clone()),
             Key::FlowHold(flow.clone(), Reader::Sink(sink.clone())),
             Key::FlowHold(flow.clone(), Reader::Run(RunId(3))),
+            Key::FlowTables(flow.clone()),
             Key::SinkDetached(flow.clone(), sink.clone()),
             Key::RunIndex(flow.clone()),
             Key::RunSpec(flow.clone(), RunId(3)),

@@ -34,6 +34,7 @@ mod packed;
 mod records;
 mod runs;
 mod session;
+mod tables;
 mod watch;
 
 pub use arguments::EtcdArguments;
@@ -53,6 +54,7 @@ pub use paced::PacedWriter;
 pub use records::{Detached, FlowRecord, FlowStatus, Hold, LockRecord, PurgePoint, RunIndex, WorkerInfo};
 pub use runs::{ChunkOutcome, RunEntry};
 pub use session::{Acquired, SessionOptions, WorkerSession};
+pub use tables::KnownTable;
 pub use watch::{Change, Entry, Watch, WatchEvent};
 
 use std::fmt;

@@ -330,6 +330,12 @@ pub const GROUPS: &[(&str, &[Reason])] = &[
                 "The replica identity of a partition has less than the published table's rows are found by: its updates and deletes would be lost.",
                 "run the statement that the message names, or give the partitioned table a primary key; it is tried again",
             ),
+            reason(
+                "PartitionRows",
+                &[SourceReady],
+                "A table was attached to a published one and has rows, which may be from before: sinks do not have those.",
+                "`wallaby snapshot start` of the whole table, which sinks empty before",
+            ),
             reason("SnapshotGone", RUN, "The session that exported a run's snapshot has ended.", TRIED_AGAIN),
             reason("Rewritten", RUN, "A table was rewritten after a run's snapshot.", "nothing: it is read again"),
             reason("RelationGone", RUN, "A table of a run is gone, or no longer published.", TRIED_AGAIN),

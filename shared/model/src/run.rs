@@ -3,7 +3,7 @@
 //!
 //! | key | type | written by |
 //! |---|---|---|
-//! | `runs/<N>/spec` | [`RunSpec`] | the controller, or the apply task that first meets a table which came by a pattern |
+//! | `runs/<N>/spec` | [`RunSpec`] | the controller; the capture task, or the apply task that first meets a table, for tables that came or were replaced |
 //! | `runs/<N>/plan` | [`RunPlan`] | the run task, guarded by its lock |
 //! | `runs/<N>/chunks/<K>` | [`ChunkDone`] | the chunk task, once, guarded by its lock |
 //! | `runs/<N>/lost/<K>` | `true` | a load or apply task that misses a part of the chunk, guarded by its lock |
@@ -26,6 +26,8 @@ pub enum RunReason {
     FirstLoad,
     /// Tables were added to a live flow.
     TablesAdded,
+    /// Tables are other ones than those that had their names: dropped and made again, or renamed.
+    TablesReplaced,
     /// Somebody asked: tables that a sink has are emptied there and loaded anew.
     Asked,
     /// A sink was added to a flow that loads, or fell past its hold: it loads everything anew.
@@ -118,6 +120,15 @@ impl RunSpec {
     }
 }
 
+/// A table as a run's list of tables has it.
+pub fn pattern_of(table: &TableName) -> String {
+    if [&table.schema, &table.name].iter().any(|part| part.contains(['.', '"', '*'])) {
+        table.quoted()
+    } else {
+        table.to_string()
+    }
+}
+
 /// Whether `schema.table` or `schema.*` (or `*`, everything) has all of `table`, which is of the same forms.
 pub fn covers(pattern: &str, table: &str) -> bool {
     if pattern == "*" || pattern == table {
@@ -192,6 +203,9 @@ pub struct PlannedRelation {
     pub relation: TableName,
     /// Its oid.
     pub oid: u32,
+    /// The oid of the table; 0 in a plan of a version that did not note it.
+    #[serde(default)]
+    pub table_oid: u32,
     /// Its relfilenode when it was planned: another one means that it was rewritten.
     pub relfilenode: u32,
     /// Its pages when it was planned. The last chunk's range is open, so rows beyond are not lost.
@@ -281,6 +295,13 @@ impl RunPlan {
         })
     }
 
+    /// The oid of a table as it was planned last; `None` when it was not, was gone by then, or its oid was not noted.
+    pub fn table_oid(&self, table: &TableName) -> Option<u32> {
+        let is_it = |relation: &&PlannedRelation| relation.table == *table && relation.state != RelationState::Gone;
+        let last = self.relations.iter().rev().find(is_it)?;
+        (last.table_oid != 0).then_some(last.table_oid)
+    }
+
     /// The export that chunks can be read under now.
     pub fn snapshot(&self) -> Option<&Generation> {
         self.generations.last().filter(|generation| generation.snapshot.is_some())
@@ -356,6 +377,7 @@ mod tests {
             relation: table.clone(),
             table,
             oid: 1,
+            table_oid: 0,
             relfilenode: 1,
             pages,
             chunk_pages,

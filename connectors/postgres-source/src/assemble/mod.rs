@@ -236,6 +236,11 @@ impl Assembler {
         self.buffer.set_shape(schema)
     }
 
+    /// The commit of the transaction at hand; `None` for one that is sent before it has ended.
+    pub(crate) fn commit_at_hand(&self) -> Option<Lsn> {
+        self.open.as_ref().map(|open| open.begin.final_lsn)
+    }
+
     /// Whether flushing now would make a transaction visible without cutting another.
     pub(crate) fn has_whole_transactions(&self) -> bool {
         self.buffer.rows() > 0 && self.open.is_none()

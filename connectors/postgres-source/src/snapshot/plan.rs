@@ -44,7 +44,7 @@ WITH RECURSIVE published AS (
 SELECT p.nspname::text, p.relname::text, n.nspname::text, c.relname::text, c.oid, c.relfilenode,
        CASE WHEN c.relkind = 'r' THEN coalesce(pg_catalog.pg_relation_size(c.oid), 0) ELSE 0 END / pg_catalog.current_setting('block_size')::int8,
        CASE WHEN c.reltuples >= 0 THEN c.reltuples::int8 END, coalesce(k.has_key, false), pg_catalog.current_setting('block_size')::int4,
-       CASE WHEN c.reltoastrelid <> 0 THEN coalesce(pg_catalog.pg_relation_size(c.reltoastrelid), 0) ELSE 0 END
+       CASE WHEN c.reltoastrelid <> 0 THEN coalesce(pg_catalog.pg_relation_size(c.reltoastrelid), 0) ELSE 0 END, p.oid
 FROM tree
 JOIN published p ON p.oid = tree.root
 JOIN pg_catalog.pg_class c ON c.oid = tree.relation
@@ -99,6 +99,7 @@ fn relation(row: &tokio_postgres::Row, chunk_bytes: u64) -> PlannedRelation {
         table: TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)),
         relation: TableName::new(row.get::<_, String>(2), row.get::<_, String>(3)),
         oid: row.get(4),
+        table_oid: row.get(11),
         relfilenode: row.get(5),
         pages,
         chunk_pages: chunk_pages(pages, block_bytes, out_of_line, chunk_bytes.min(CHUNK_BYTES_MAX)),

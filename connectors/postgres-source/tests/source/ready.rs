@@ -1,14 +1,15 @@
 //! `wallaby doctor`'s findings, set-up, and rows by key.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use wallaby_connector_api::SourceLookup;
-use wallaby_model::Op;
 use wallaby_model::flow::Failover;
+use wallaby_model::{Op, TableName};
 use wallaby_postgres_source::{
     Capture, ConnectConfig, Finding, Lookup, PublicationWanted, ReplicationClient, SlotWanted, SnapshotExport,
-    SourceError, Status, connect_control, drop_publication, ensure_publication, ensure_slot, preflight, source_status,
-    widen_publication,
+    SourceError, Status, connect_control, drop_publication, ensure_publication, ensure_slot, preflight, publish_tables,
+    published_tables, source_status, tables_digest, unpublish_tables,
 };
 use wallaby_testkit::{Database, Postgres, PostgresOptions, Shutdown, eventually};
 
@@ -388,9 +389,21 @@ async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
     };
     ensure_publication(&control, &publication(&name, &["public.a"])).await.unwrap();
     assert_eq!(tables().await, ["a"]);
-    // Who may have been overtaken only adds.
-    widen_publication(&control, &publication(&name, &["public.b"])).await.unwrap();
+    // Who looks again and again only adds; what is not there keeps nothing out.
+    let looked = published_tables(&control, &publication(&name, &["public.b", "public.none"])).await.unwrap();
+    assert_eq!(looked.absent, BTreeSet::from([TableName::new("public", "b")]));
+    assert_eq!(looked.surplus, BTreeSet::from([TableName::new("public", "a")]));
+    assert_eq!(looked.unfit.iter().map(SourceError::reason).collect::<Vec<_>>(), ["TableMissing"]);
+    let before = tables_digest(&control, &name).await.unwrap();
+    assert_eq!(before, tables_digest(&control, &name).await.unwrap());
+    // One that somebody else adds meanwhile is no reason to refuse the other.
+    let more = BTreeSet::from(["a", "b", "none"].map(|table| TableName::new("public", table)));
+    assert!(publish_tables(&control, &name, &more).await.unwrap().is_empty());
     assert_eq!(tables().await, ["a", "b"]);
+    assert_ne!(before, tables_digest(&control, &name).await.unwrap());
+    unpublish_tables(&control, &name, &more).await.unwrap();
+    assert_eq!(tables().await, [] as [&str; 0]);
+    publish_tables(&control, &name, &more).await.unwrap();
     let made: u32 = db.query_one("SELECT oid FROM pg_publication WHERE pubname = $1", &[&name]).await.unwrap().get(0);
     let mut wanted = publication(&name, &["public.*"]);
     wanted.exclude = vec!["public.a".into()];
@@ -401,11 +414,13 @@ async fn b82_the_publication_follows_the_list_and_b83_the_slot_fails_over() {
     // Who looks again and again does not make what went missing (hazard 20).
     let away = format!("{name} away");
     db.batch_execute(&format!("ALTER PUBLICATION \"{name}\" RENAME TO \"{away}\"")).await.unwrap();
-    let missing = widen_publication(&control, &wanted).await.unwrap_err();
+    let missing = published_tables(&control, &wanted).await.unwrap_err();
     assert_eq!(missing.reason(), "PublicationMissing");
     assert!(missing.remedy().unwrap().contains("was dropped or renamed while the flow ran"), "{:?}", missing.remedy());
     db.batch_execute(&format!("ALTER PUBLICATION \"{away}\" RENAME TO \"{name}\"")).await.unwrap();
-    widen_publication(&control, &wanted).await.unwrap();
+    let looked = published_tables(&control, &wanted).await.unwrap();
+    assert_eq!(looked.published.len(), 2);
+    assert!(looked.absent.is_empty() && looked.unfit.is_empty() && looked.unsound.is_empty());
     for (suffix, failover, wanted) in [("auto", Failover::Auto, true), ("off", Failover::Off, false)] {
         let slot = SlotWanted { failover, ..slot(&format!("{}_{suffix}", db.name())) };
         ensure_slot(&config, &control, &slot).await.unwrap();

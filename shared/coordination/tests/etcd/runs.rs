@@ -294,6 +294,7 @@ fn plan_over(tables: u32, random: &mut StdRng) -> RunPlan {
             relation: table.clone(),
             table,
             oid: random.random(),
+            table_oid: 0,
             relfilenode: random.random(),
             pages: random.random_range(0..1_000_000),
             chunk_pages: random.random_range(1..8192),

@@ -132,6 +132,7 @@ fn run_text(run: &RunSpec, flow: &FlowSpec) -> String {
     let why = match run.reason {
         RunReason::FirstLoad => "the flow is loaded for the first time",
         RunReason::TablesAdded => "tables are added",
+        RunReason::TablesReplaced => "tables are other ones than they were",
         RunReason::Asked => "it is asked for",
         RunReason::SinkAnew => "the sink is new",
     };
@@ -409,9 +410,14 @@ pub fn sink_anew(sink: &SinkId, now: Timestamp) -> RunSpec {
     RunSpec { sinks: vec![sink.clone()], ..run(RunReason::SinkAnew, now) }
 }
 
-/// The run that loads tables which came to the publication by themselves, such as one that was made below `schema.*`.
-pub fn tables_found(tables: Vec<String>, sinks: Vec<SinkId>, now: Timestamp) -> RunSpec {
-    RunSpec { tables, sinks, ..run(RunReason::TablesAdded, now) }
+/// The run that loads tables which came to the publication by themselves, such as one that was made below `schema.*`, into all sinks.
+pub fn tables_found(tables: Vec<String>, now: Timestamp) -> RunSpec {
+    RunSpec { tables, ..run(RunReason::TablesAdded, now) }
+}
+
+/// The run that loads tables which took the names of others, into all sinks.
+pub fn tables_replaced(tables: Vec<String>, now: Timestamp) -> RunSpec {
+    RunSpec { tables, ..run(RunReason::TablesReplaced, now) }
 }
 
 fn run(reason: RunReason, created_at: Timestamp) -> RunSpec {
