@@ -1,13 +1,13 @@
-//! Holds against the purge of the log.
+//! Holds against the purge of the log, and the tables that a flow knows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use wallaby_coordination::{Error, PurgeOutcome};
-use wallaby_model::TaskId;
+use wallaby_coordination::{Error, KnownTable, PurgeOutcome};
+use wallaby_model::{RunId, TableName, TaskId};
 use wallaby_testkit::Seeded;
 
 use crate::setup::*;
@@ -97,4 +97,30 @@ async fn h10_a_new_reader_and_a_purge_that_runs_never_miss_each_other() {
     }
     println!("{readers_won} readers were first, {purges_won} purges");
     assert!(readers_won > 0 && purges_won > 0, "no race took place: {readers_won} to {purges_won}");
+}
+
+/// Twenty thousand tables, packed; only by their capture, and gone with the flow.
+#[tokio::test]
+async fn known_tables_are_read_as_they_were_written_however_many() {
+    let (_scope, coordination) = shared("tables").await;
+    let flow = coordination.create_flow(document("shop", &["a"])).await.unwrap();
+    let session = worker(&coordination, "w1", lease(10, true)).await;
+    let capture = take(&session, &TaskId::capture(&flow.flow), flow.revision).await;
+    assert_eq!(coordination.known_tables(&flow.flow).await.unwrap(), None);
+    let of = |number: u32| {
+        let partitions = number.is_multiple_of(2).then(|| [(number, -7), (number + 1, 7)].into());
+        let attached = if number.is_multiple_of(3) { [number].into() } else { BTreeSet::new() };
+        let known = KnownTable { asked: Some(RunId(3)), partitions, attached, ..KnownTable::new(number, 9, RunId(2)) };
+        (TableName::new("odd.schema", format!("table \"{number}\"")), known)
+    };
+    for count in [0, 3, 20_000] {
+        let tables: BTreeMap<TableName, KnownTable> = (0..count).map(of).collect();
+        capture.put_known_tables(&tables).await.unwrap();
+        assert_eq!(coordination.known_tables(&flow.flow).await.unwrap(), Some(tables));
+    }
+    let deleting = coordination.mark_flow_deleting(&flow).await.unwrap();
+    coordination.remove_flow(&deleting).await.unwrap();
+    assert_eq!(coordination.known_tables(&flow.flow).await.unwrap(), None);
+    let refused = capture.put_known_tables(&BTreeMap::new()).await.unwrap_err();
+    assert!(refused.is_ownership_lost(), "{refused}");
 }
