@@ -230,7 +230,7 @@ impl Capture {
             }
             if let Some(shape) = &self.shape {
                 let schema = catalog::resolve(&self.control, shape).await?;
-                self.sent.see(shape.table.clone(), shape.oid, self.assembler.commit_at_hand());
+                self.sent.see(shape.table.clone(), shape.oid, self.assembler.commit_at_hand(), self.received);
                 self.assembler.set_shape(schema)?;
                 self.shape = None;
             }

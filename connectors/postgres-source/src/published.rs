@@ -69,6 +69,7 @@ pub async fn published_tables(control: &Control, wanted: &PublicationWanted) -> 
 /// What becomes of each of the tables of the database, in a publication that is ours.
 fn judge(all: &[SourceTable], existing: &ExistingPublication, wanted: &PublicationWanted, look: &mut PublishedTables) {
     let mut unfit: BTreeMap<TableName, SourceTable> = BTreeMap::new();
+    let mut named = BTreeSet::new();
     for pattern in &wanted.tables {
         // One by one: a table that is not there keeps no other one out.
         let chosen = match tables::select(all, std::slice::from_ref(pattern), &wanted.exclude) {
@@ -79,6 +80,7 @@ fn judge(all: &[SourceTable], existing: &ExistingPublication, wanted: &Publicati
             }
         };
         for table in chosen {
+            named.insert(table.name.clone());
             let sound = check_keys(std::slice::from_ref(&table), existing.via_root);
             match existing.tables.get(&table.name) {
                 // Without a key the source refuses what it could not send, so nothing is lost; with less of one it is.
@@ -98,8 +100,7 @@ fn judge(all: &[SourceTable], existing: &ExistingPublication, wanted: &Publicati
     let (keyless, narrow): (Vec<SourceTable>, Vec<SourceTable>) =
         unfit.into_values().partition(|table| !table.without_identity.is_empty());
     look.unfit.extend([keyless, narrow].iter().filter_map(|tables| check_keys(tables, existing.via_root).err()));
-    let is_surplus = |name: &&TableName| !look.published.contains_key(name) && !look.unsound.contains(name);
-    look.surplus = existing.tables.keys().filter(is_surplus).cloned().collect();
+    look.surplus = existing.tables.keys().filter(|name| !named.contains(name)).cloned().collect();
 }
 
 /// Tells a table that was made as a partition from one that was attached by the transactions that wrote its place in the tree and its own

@@ -11,7 +11,7 @@ use wallaby_coordination::{Key, Mark, PacedWriter};
 use wallaby_model::condition::{ConditionType, TaskPhase};
 use wallaby_model::flow::SnapshotMode;
 use wallaby_model::flow::change::tables_found;
-use wallaby_model::run::{SinkRun, pattern_of};
+use wallaby_model::run::{SinkRun, covers, pattern_of};
 use wallaby_model::{Epoch, Position, RunId, SinkId, TableName, TaskId};
 use wallaby_postgres::{PostgresSinkConfig, PostgresSinkFactory};
 use wallaby_postgres_source::{ConnectConfig, Lookup};
@@ -456,11 +456,13 @@ impl Run<'_> {
                     *is_said = true;
                 }
                 Stranger::Cancelled(_) => {}
+                // One that was renamed out of what the file names is published for a moment more.
+                Stranger::Wanted if !is_named(context, table) => gone.push(table.clone()),
                 Stranger::Wanted => wanted.push(pattern_of(table)),
             }
         }
         for table in gone {
-            tracing::info!(task = %context.task, %table, "a table that came to the publication was gone before a run could load it");
+            tracing::info!(task = %context.task, %table, "a table that came to the publication was gone before a run could load it, or is not named by the flow");
             self.strangers.remove(&table);
         }
         if wanted.is_empty() {
@@ -539,6 +541,16 @@ fn meet(strangers: &mut BTreeMap<TableName, LeftOut>, table: &TableName, up_to: 
         Some(known) => known.seen = up_to,
         None => drop(strangers.insert(table.clone(), LeftOut { seen: up_to, is_said: false })),
     }
+}
+
+/// Whether the flow's file names a table; a publication that is not ours names its tables itself.
+fn is_named(context: &TaskContext, table: &TableName) -> bool {
+    let flows = context.flows.borrow();
+    let Some(flow) = flows.get(&context.task.flow) else { return false };
+    let publication = &flow.record.document.spec.source.postgres.publication;
+    let (plain, quoted) = (pattern_of(table), table.quoted());
+    let is_in = |patterns: &[String]| patterns.iter().any(|pattern| covers(pattern, &plain) || *pattern == quoted);
+    !publication.create || (is_in(&publication.tables) && !is_in(&publication.exclude))
 }
 
 /// A run of these tables into all sinks of the flow.

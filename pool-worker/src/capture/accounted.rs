@@ -163,8 +163,8 @@ pub fn judge(known: Option<&Known>, published: &BTreeMap<TableName, Published>, 
             }
             Some(entry) if is_it(entry, now) && is_as_read && entry.asked.is_none() => continue,
             Some(_) if asked.is_some_and(is_cancelled) => true,
-            // It was out of the publication again since its run was made.
-            Some(entry) if entry.asked.is_some() && entry.member != now.member => false,
+            // It was out of the publication, since it was known or since its run was made: whatever read it may have done so before.
+            Some(entry) if entry.member != now.member && (entry.asked.is_some() || entry.oid == now.oid) => false,
             _ => is_as_read && runs.bring(since, |run| planned(run, table) == Some(now.oid)),
         };
         if is_known {
@@ -345,6 +345,8 @@ mod tests {
         assert!(judged(Some(&before), &[("a", 1)], &[]).replaced.is_empty());
         before.get_mut(&table("a")).unwrap().member = 7;
         assert_eq!(names(&judged(Some(&before), &[("a", 1)], &[]).replaced), ["a"]);
+        // A run that was planned after it was noted, and may have been before it was out.
+        assert_eq!(names(&judged(Some(&before), &[("a", 1)], &[run(2, &[("a", 1)])]).replaced), ["a"]);
     }
 
     #[test]

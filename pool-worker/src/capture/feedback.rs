@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 use wallaby_coordination::TaskLock;
 use wallaby_model::Lsn;
-use wallaby_postgres_source::Feedback;
+use wallaby_postgres_source::{Feedback, SentNames};
 use wallaby_staging::SideStore;
 
 use super::splices::Unconfirmed;
@@ -22,12 +22,13 @@ pub fn start(
     lock: TaskLock,
     side: Arc<dyn SideStore>,
     unconfirmed: Unconfirmed,
+    sent: SentNames,
 ) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
             let lsn = *durable.borrow_and_update();
             // A zombie confirms nothing: what it thinks is durable may have been staged by a successor, or not at all.
-            let allowed = unconfirmed.allow(side.as_ref(), lsn).await;
+            let allowed = sent.allow(unconfirmed.allow(side.as_ref(), lsn).await);
             if allowed > Lsn::ZERO && lock.is_valid_now() {
                 feedback.confirm(allowed);
             }
@@ -145,7 +146,8 @@ mod tests {
         let (feedback, lock, begin) = (stand.feedback.clone(), stand.lock.clone(), stand.begin.0);
         let durable = watch::Sender::new(Lsn::ZERO);
         let side = Arc::clone(&stand.side);
-        let confirming = start(feedback.clone(), durable.subscribe(), lock, side, Unconfirmed::default());
+        let confirming =
+            start(feedback.clone(), durable.subscribe(), lock, side, Unconfirmed::default(), SentNames::default());
         durable.send_replace(Lsn(begin + 8));
         stand.is_confirmed(Lsn(begin + 8)).await;
         // Another one may own the task now. What still becomes durable of ours is not ours to confirm.
@@ -169,7 +171,8 @@ mod tests {
         unconfirmed.add(&Kept { splice: Splice { transaction, rows: 1, bytes: 1 }, attempt, to });
         let durable = watch::Sender::new(to.commit);
         let side = Arc::clone(&stand.side);
-        let _confirming = start(feedback.clone(), durable.subscribe(), lock, side, unconfirmed.clone());
+        let _confirming =
+            start(feedback.clone(), durable.subscribe(), lock, side, unconfirmed.clone(), SentNames::default());
         stand.is_confirmed(commit).await;
         assert_eq!((feedback.confirmed(), unconfirmed.lost()), (commit, Some(commit)));
     }

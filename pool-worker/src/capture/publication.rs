@@ -47,8 +47,7 @@ pub fn wanted(name: String, spec: &PublicationSpec) -> PublicationWanted {
     PublicationWanted { name, create: spec.create, tables: spec.tables.clone(), exclude: spec.exclude.clone() }
 }
 
-/// Looks after the tables; ends when the handle is dropped, or the lock is no longer ours. What is not wanted any more stays published:
-/// another specification means another capture, and only that one takes tables out.
+/// Looks after the tables; ends when the handle is dropped, or the lock is no longer ours: another specification means another capture.
 pub fn start(
     context: &TaskContext,
     config: &ConnectConfig,
@@ -85,7 +84,11 @@ pub fn start(
             if watch.sent.is_empty() {
                 watch.sent = sent.take();
             }
-            let done = match watch.take_names().await {
+            let compared = watch.take_names().await;
+            if compared.is_ok() && watch.sent.is_empty() {
+                sent.done();
+            }
+            let done = match compared {
                 Ok(is_mixed) if is_due || is_mixed => watch.look().await,
                 done => done.map(drop),
             };
@@ -219,7 +222,9 @@ impl TableWatch {
             looked => looked?,
         };
         let mut accounted = self.account_for(&looked, &digest).await?;
-        let mut kept = unpublish_tables(&control, &self.wanted.name, &looked.unsound).await?;
+        // One that was renamed is published under its new name, which nobody asked for.
+        let out: BTreeSet<TableName> = looked.unsound.union(&looked.surplus).cloned().collect();
+        let mut kept = unpublish_tables(&control, &self.wanted.name, &out).await?;
         if !looked.absent.is_empty() {
             let refused = publish_tables(&control, &self.wanted.name, &looked.absent).await?;
             self.failpoints.stop(Failpoint::StopAfterTablesPublished).await;
@@ -232,7 +237,7 @@ impl TableWatch {
         unfit.extend(kept);
         unfit.extend(accounted.attached);
         self.tell(&unfit);
-        if !accounted.waits && looked.absent.is_empty() && looked.unsound.is_empty() && unfit.is_empty() {
+        if !accounted.waits && looked.absent.is_empty() && out.is_empty() && unfit.is_empty() {
             // As it was before all this: what changed since is looked at next time.
             self.settled = Some(digest);
         }

@@ -171,8 +171,14 @@ pub async fn run(
         SideWriter::new(Arc::clone(&side), epoch, owned.connection, demand.log.codec, budget, owned.living.clone());
     let syncing = Arc::new(Syncing::new(log.clone(), Arc::clone(&side), context.shared.sync_source(), writer.sync()));
     let _syncing = syncing.start(writer.moves());
-    let _feedback =
-        feedback::start(confirm.clone(), writer.durable(), context.lock.clone(), side, owned.unconfirmed.clone());
+    let _feedback = feedback::start(
+        confirm.clone(),
+        writer.durable(),
+        context.lock.clone(),
+        side,
+        owned.unconfirmed.clone(),
+        capture.sent_names(),
+    );
     let _publication = publication::start(context, &config, demand, capture.sent_names());
     let (figures, _figures) = figures::start(config, demand.slot.clone());
     context.status.condition(ConditionType::SourceReady, true, "Ready", "");

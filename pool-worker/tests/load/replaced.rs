@@ -1,6 +1,7 @@
 //! Tables that are other ones than those that had their names: made again, or renamed into the place of another one. What they had before
 //! is in the WAL under no such name; nor is what one had while it was not published.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tokio_util::task::AbortOnDropHandle;
@@ -245,6 +246,12 @@ async fn a_table_that_somebody_takes_out_of_the_publication_comes_back_whole() {
     );
     scene.source.batch_execute(&out).await.unwrap();
     scene.equal(ALL).await;
+    // Put back by hand, before anybody looks.
+    let back = format!("{out}; ALTER PUBLICATION \"{publication}\" ADD TABLE t").replace("% 2", "% 7");
+    for statement in back.split(';') {
+        scene.source.batch_execute(statement).await.unwrap();
+    }
+    scene.equal(ALL).await;
     let loads = runs(&scene).await.len();
     // The same before a capture that begins anew.
     worker.end().await;
@@ -252,6 +259,31 @@ async fn a_table_that_somebody_takes_out_of_the_publication_comes_back_whole() {
     let _worker = scene.worker("w2");
     scene.equal(ALL).await;
     assert_eq!(runs(&scene).await.len(), loads + 1);
+}
+
+/// It is published under its new name for a while; nobody asked for it there, and a table of that name at the sink is somebody else's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_is_renamed_out_of_a_list_is_not_loaded_under_its_new_name() {
+    let (scene, _offers, _worker) = loaded("renamed", "public.t, public.u").await;
+    let own = format!("{}; INSERT INTO t_old (id, pad) VALUES (1, 'own')", WIDE.replace(" t ", " t_old "));
+    scene.target.batch_execute(&own).await.unwrap();
+    scene.source.batch_execute(SWAP).await.unwrap();
+    scene.source.batch_execute("UPDATE t_old SET n = 1; INSERT INTO t (id, pad) VALUES (900, 'new')").await.unwrap();
+    scene.equal(ALL).await;
+    scene
+        .until("the table is published no more", async || {
+            let sql = "SELECT count(*) FROM pg_publication_tables WHERE tablename = 't_old'";
+            match scene.source.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) {
+                0 => Ok(()),
+                _ => Err("it is".to_owned()),
+            }
+        })
+        .await;
+    scene.source.batch_execute("UPDATE t_old SET n = 2; UPDATE t SET n = 3").await.unwrap();
+    scene.equal(ALL).await;
+    let asked: BTreeSet<String> = runs(&scene).await.into_iter().skip(1).flat_map(|run| run.spec.tables).collect();
+    assert_eq!(asked, BTreeSet::from(["public.t".to_owned()]));
+    assert_eq!(rows(&scene.target, "SELECT pad FROM t_old").await.unwrap(), ["own"]);
 }
 
 /// Its rows came before the publication had it, and it is never changed again.
