@@ -6,9 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use wallaby_connector_api::{BatchPart, TableFilter, TableMark};
 use wallaby_model::flow::SnapshotMode;
-use wallaby_model::run::{
-    ChunkDone, PlannedRelation, RelationState, RunPlan, RunSpec, RunState, SinkRun, TableStage, covers,
-};
+use wallaby_model::run::{ChunkDone, PlannedRelation, RelationState, RunPlan, RunSpec, RunState, SinkRun, TableStage};
 use wallaby_model::{ChunkId, Lsn, Position, RunId, SinkId, TableName};
 
 use crate::runs::{FlowRuns, RunView};
@@ -61,11 +59,7 @@ pub enum Stranger {
 
 /// See [`Stranger`]. `seen`: the table has no rows behind it.
 pub fn stranger(runs: &FlowRuns, sink: &SinkId, table: &TableName, seen: Position) -> Stranger {
-    let name = table.to_string();
-    let has_it = |spec: &RunSpec| {
-        let has = |patterns: &[String]| patterns.iter().any(|pattern| covers(pattern, &name));
-        spec.loads_into(sink) && (spec.tables.is_empty() || has(&spec.tables)) && !has(&spec.exclude)
-    };
+    let has_it = |spec: &RunSpec| spec.loads_into(sink) && spec.is_of(table);
     let mut of_it = runs.runs.iter().filter(|(_, run)| run.spec.as_ref().is_some_and(has_it));
     match of_it.next_back() {
         Some((number, run)) if runs.awaits(*number, run, sink) => Stranger::Awaited,

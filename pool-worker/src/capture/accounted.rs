@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use wallaby_coordination::{KnownTable, RunEntry};
-use wallaby_model::run::{RelationState, RunState, RunWish, covers, pattern_of};
+use wallaby_model::run::{RelationState, RunState, RunWish, pattern_of};
 use wallaby_model::{Lsn, RunId, SinkId, TableName};
 use wallaby_postgres_source::{Partition, Published, PublishedTables, SentName};
 
@@ -29,7 +29,7 @@ impl<'a> Runs<'a> {
 
     /// Whether a run that is still to be planned will read a table.
     fn will_read(self, table: &TableName) -> bool {
-        self.runs.iter().any(|run| is_unplanned(run) && is_of(run, table))
+        self.runs.iter().any(|run| is_unplanned(run) && run.spec.is_of(table))
     }
 
     fn get(self, run: RunId) -> Option<&'a RunEntry> {
@@ -53,12 +53,6 @@ fn is_cancelled(run: &RunEntry) -> bool {
 
 fn is_unplanned(run: &RunEntry) -> bool {
     !is_cancelled(run) && run.plan.as_ref().is_none_or(|plan| plan.generations.is_empty() && !plan.state.is_over())
-}
-
-fn is_of(run: &RunEntry, table: &TableName) -> bool {
-    let name = pattern_of(table);
-    let has = |patterns: &[String]| patterns.iter().any(|pattern| covers(pattern, &name));
-    (run.spec.tables.is_empty() || has(&run.spec.tables)) && !has(&run.spec.exclude)
 }
 
 fn planned(run: &RunEntry, table: &TableName) -> Option<u32> {
@@ -211,7 +205,7 @@ pub fn judge_partitions(
                 relations.any(|one| one.table == *table && one.oid == oid && one.state != RelationState::Gone)
             })
         };
-        let is_decided = || runs.after(since).any(|run| is_cancelled(run) && run.is_over() && is_of(run, table));
+        let is_decided = || runs.after(since).any(|run| is_cancelled(run) && run.is_over() && run.spec.is_of(table));
         let (mut unloaded, mut settled) = (Vec::new(), Vec::new());
         for partition in partitions.iter().filter(|partition| !before.contains_key(&partition.oid)) {
             let is_told = entry.attached.contains(&partition.oid);

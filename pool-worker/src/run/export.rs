@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use wallaby_coordination::Error as EtcdError;
-use wallaby_model::run::{Generation, PlannedRelation, RunPlan, RunReason, RunSpec, covers, pattern_of};
-use wallaby_model::{Position, RunId, TableName, TaskId};
+use wallaby_model::run::{Generation, PlannedRelation, RunPlan, RunReason, RunSpec};
+use wallaby_model::{Position, RunId, TaskId};
 use wallaby_postgres_source::{
     ConnectConfig, Control, PublicationWanted, SessionOwner, SnapshotExport, SourceError, connect_control,
     ensure_publication, published_tables,
@@ -139,16 +139,10 @@ async fn published(
     wanted: &PublicationWanted,
     spec: &RunSpec,
 ) -> Result<Vec<SourceError>, SourceError> {
-    let has = |patterns: &[String], table: &TableName| {
-        let name = pattern_of(table);
-        patterns.iter().any(|pattern| covers(pattern, &name))
-    };
-    let is_loaded =
-        |table: &TableName| (spec.tables.is_empty() || has(&spec.tables, table)) && !has(&spec.exclude, table);
     let deadline = Instant::now() + PUBLICATION_PATIENCE;
     loop {
         let looked = published_tables(control, wanted).await?;
-        if !looked.absent.iter().any(is_loaded) || Instant::now() >= deadline {
+        if !looked.absent.iter().any(|table| spec.is_of(table)) || Instant::now() >= deadline {
             return Ok(looked.unfit);
         }
         context.pulse.wait("the capture to publish the tables");
@@ -207,6 +201,7 @@ async fn log_end(context: &TaskContext, log: &Log) -> Result<Position, CaptureEr
 #[cfg(test)]
 mod tests {
     use super::*;
+    use wallaby_model::TableName;
     use wallaby_model::run::RelationState;
 
     #[test]

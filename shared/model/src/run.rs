@@ -88,6 +88,13 @@ impl RunSpec {
         self.sinks.is_empty() || self.sinks.contains(sink)
     }
 
+    /// Whether it is a run of a table.
+    pub fn is_of(&self, table: &TableName) -> bool {
+        let name = pattern_of(table);
+        let has = |patterns: &[String]| patterns.iter().any(|pattern| covers(pattern, &name));
+        (self.tables.is_empty() || has(&self.tables)) && !has(&self.exclude)
+    }
+
     /// How many chunks may be read at a time: fewer than `readers`, when each would read more than its share with one row a second.
     pub fn readers_at_once(&self) -> u64 {
         u64::from(self.readers).min(self.rows_per_second.unwrap_or(u64::MAX)).max(1)
@@ -386,6 +393,16 @@ mod tests {
             rows_estimate: None,
             has_key: true,
         }
+    }
+
+    #[test]
+    fn a_run_is_of_a_table_also_where_its_name_has_a_dot() {
+        let of = |tables: &[&str], exclude: &[&str]| asked(tables, exclude, &[]);
+        let (plain, odd) = (TableName::new("public", "t"), TableName::new("public", "a.b"));
+        let by_name = of(&[&pattern_of(&plain), &pattern_of(&odd)], &[]);
+        assert!(by_name.is_of(&plain) && by_name.is_of(&odd) && !by_name.is_of(&TableName::new("public", "u")));
+        assert!(of(&[], &[]).is_of(&odd));
+        assert!(of(&["public.*"], &["public.u"]).is_of(&plain) && !of(&["public.*"], &["public.t"]).is_of(&plain));
     }
 
     #[test]
